@@ -1,0 +1,54 @@
+"""Q-Adapter: customise a frozen language model with a residual Q-function (arXiv 2407.03856).
+
+`qadapter.functional` holds the fused operations, `QAdapterModel` the two-stream model,
+`QAdapterTrainer` and `QAdapterConfig` the trainer. Importing this package needs torch alone; the
+model and the trainer import transformers and peft when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qadapter import functional, reference
+from qadapter.backends import backends, use_backend
+from qadapter.outputs import PreferenceLoss, ResidualValues, Sample
+
+if TYPE_CHECKING:
+    from qadapter.modeling import QAdapterModel
+    from qadapter.modules import QAdapterLoss
+    from qadapter.packaged import packaged_model
+    from qadapter.trainer import QAdapterConfig, QAdapterTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PreferenceLoss",
+    "QAdapterConfig",
+    "QAdapterLoss",
+    "QAdapterModel",
+    "QAdapterTrainer",
+    "ResidualValues",
+    "Sample",
+    "backends",
+    "functional",
+    "packaged_model",
+    "reference",
+    "use_backend",
+]
+
+_LAZY = {
+    "QAdapterConfig": "qadapter.trainer",
+    "QAdapterLoss": "qadapter.modules",
+    "QAdapterModel": "qadapter.modeling",
+    "QAdapterTrainer": "qadapter.trainer",
+    "packaged_model": "qadapter.packaged",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'qadapter' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

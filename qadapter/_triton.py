@@ -1,0 +1,7 @@
+"""The Triton backend: the launchers of `qadapter.kernels`, imported on first use."""
+
+from qadapter.kernels.preference import preference_fwd
+from qadapter.kernels.residual_bwd import residual_bwd
+from qadapter.kernels.residual_fwd import residual_fwd
+
+__all__ = ["preference_fwd", "residual_bwd", "residual_fwd"]

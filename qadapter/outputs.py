@@ -1,0 +1,53 @@
+"""The named tuples that the public functions return."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ResidualValues(NamedTuple):
+    """Per-row quantities of the residual Q-function, float32 [N] (float64 for float64 logits).
+
+    ``q``, ``value`` and ``policy_logp`` are differentiable with respect to the adapter's logits (or
+    hidden states); nothing is with respect to the base. Rows with action -100 have ``q``,
+    ``base_logp`` and ``policy_logp`` 0 and still give ``value`` and ``base_lse``.
+    """
+
+    q: Tensor
+    """Q(s, a) = z_q[a] - center * z_b[a]."""
+    value: Tensor
+    """V(s) = alpha_tilde * logsumexp((Q(s, .) + alpha_0 * log pi_base(. | s)) / alpha_tilde)."""
+    base_logp: Tensor
+    """log pi_base(a | s)."""
+    policy_logp: Tensor
+    """log pi(a | s) of the composed policy."""
+    base_lse: Tensor
+    """logsumexp of the base logits, the one float a token that a frozen base can be cached as."""
+
+
+class PreferenceLoss(NamedTuple):
+    """The Bradley-Terry loss on residual rewards and what people log about it."""
+
+    loss: Tensor
+    """bt_loss + reg_coef * reg_loss; scalar, the only differentiable field."""
+    bt_loss: Tensor
+    """mean over pairs of -log sigmoid(bt_scale * margin); scalar."""
+    reg_loss: Tensor
+    """mean of r^2 over all actions of the batch; scalar."""
+    chosen_rewards: Tensor
+    """R of the chosen responses [P], not multiplied by bt_scale."""
+    rejected_rewards: Tensor
+    """R of the rejected responses [P], not multiplied by bt_scale."""
+    margins: Tensor
+    """chosen_rewards - rejected_rewards [P]."""
+    accuracy: Tensor
+    """Share of pairs with a margin above 0; scalar."""
+
+
+class Sample(NamedTuple):
+    """Tokens drawn from the composed policy."""
+
+    tokens: Tensor
+    """int64 [B]."""
+    logprobs: Tensor
+    """float32 [B]: log-probability of each token under the filtered policy it was drawn from."""
