@@ -1,8 +1,8 @@
-"""Builds the optional C++ extension; everything else about the package is static, in pyproject.toml.
+"""Builds the optional C++ extension; all else about the package is static, in pyproject.toml.
 
 The extension is compiled against LibTorch's stable ABI and CPython's limited API, so one wheel
-(cp311-abi3) serves every torch from 2.11 and every CPython from 3.11. Nothing fails without it: with
-no torch, no compiler or a failing compile the result is a pure-Python wheel, and
+(cp311-abi3) serves every torch from 2.11 and every CPython from 3.11. Nothing fails without it:
+with no torch, no compiler or a failing compile the result is a pure-Python wheel, and
 `qadapter/_build_info.json` keeps the reason for `qadapter env`.
 
 QADAPTER_BUILD=0 leaves the extension out; QADAPTER_BUILD=cpu makes a missing extension an error.
@@ -18,6 +18,7 @@ import shutil
 import site
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,6 +29,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)  # the stable ABI is complete enough from here on; also in pyproject.toml
 MODE = os.environ.get("QADAPTER_BUILD", "auto")
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/*.cpp"))
 # Metadata hooks run this file too, and must not pay for importing torch.
 BUILDING = bool({"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sys.argv))
 
@@ -35,11 +37,12 @@ BUILDING = bool({"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sy
 def borrow_torch() -> None:
     """Let an isolated build see the torch that is installed where the package will go.
 
-    Listing torch in `build-system.requires` would make pip download the newest torch (gigabytes) into
-    a throw-away environment on every build, although any torch >= 2.11 gives the same extension.
-    pip's isolated build runs the target environment's interpreter with its site-packages hidden, so
-    they are appended here, behind the build requirements. uv and `python -m build` make a separate
-    environment instead: there this finds nothing and the build is pure Python.
+    Listing torch in `build-system.requires` would make pip download the newest torch (gigabytes)
+    into a throw-away environment on every build, although the installed one, if >= 2.11, gives the
+    same extension. pip's isolated build runs the target environment's interpreter with its
+    site-packages hidden, so they are appended here, behind the build requirements. uv and
+    `python -m build` make a separate environment instead: there this finds nothing and the build
+    is pure Python.
     """
     if importlib.util.find_spec("torch") is None:
         for base in {sys.prefix, sys.base_prefix}:
@@ -52,6 +55,8 @@ def why_not() -> str | None:
     """The reason why the extension cannot be built here, or None."""
     if MODE == "0":
         return "left out by QADAPTER_BUILD=0"
+    if not SOURCES:
+        return "no sources in csrc/cpu"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "free-threaded CPython has no limited API"
     borrow_torch()
@@ -69,6 +74,11 @@ def why_not() -> str | None:
     return None
 
 
+def say(reason: str) -> None:
+    # a warning and not a print: pip hides what a build prints, but newer ones pass warnings on
+    warnings.warn(f"qadapter is built without its C++ extension: {reason}", stacklevel=2)
+
+
 def record(folder: str | Path, reason: str | None) -> None:
     path = Path(folder, "qadapter", "_build_info.json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +93,7 @@ def cpu_extension() -> Extension:
     unix_flags = ["-O3", "-g0", *(f"-ffile-prefix-map={prefix}=" for prefix in prefixes)]
     return CppExtension(
         "qadapter._C_cpu",
-        sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/*.cpp")),
+        SOURCES,
         include_dirs=[str(ROOT / "csrc")],
         depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.h")),
         # No -std: torch sets the one its headers need. No -march: the kernels choose at run time.
@@ -96,6 +106,14 @@ def cpu_extension() -> Extension:
     )
 
 
+def drop_stale() -> None:
+    """An extension that an earlier build left in the source tree must not pass for this one's."""
+    for path in ROOT.glob("qadapter/_C_cpu.*"):
+        path.unlink()
+
+
+if MODE not in ("auto", "0", "cpu"):
+    raise SystemExit(f"qadapter: QADAPTER_BUILD must be auto, 0 or cpu, not {MODE!r}")
 reason = why_not() if BUILDING else "not building"
 if reason is None:
     from torch.utils.cpp_extension import BuildExtension
@@ -107,28 +125,26 @@ elif MODE == "cpu" and BUILDING:
 else:
     BuildExtension = build_ext
     if BUILDING:
-        print(f"qadapter: pure-Python build, without the C++ extension: {reason}")
+        say(reason)
 
 
 class OptionalBuildExt(BuildExtension):
     """Turns any failure into a pure-Python build, unless the extension was asked for."""
 
     def run(self) -> None:
-        if not self.extensions:
-            return
         in_source = self.inplace
-        failure = None
-        try:
-            super().run()
-        except (Exception, SystemExit) as error:
-            if MODE == "cpu":
-                raise
-            failure = f"compiling failed: {str(error).splitlines()[0] if str(error) else error!r}"
-            print(f"qadapter: pure-Python build, without the C++ extension: {failure}")
-            for folder in [self.build_lib, *([str(ROOT)] if in_source else [])]:
-                for ext in self.extensions:  # an older build's must not pass for this one
-                    Path(folder, self.get_ext_filename(ext.name)).unlink(missing_ok=True)
-            self.extensions = self.distribution.ext_modules = []
+        failure = reason
+        if self.extensions:
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                if MODE == "cpu":
+                    raise
+                failure = f"compiling failed ({error}); QADAPTER_BUILD=cpu and pip -v show how"
+                say(failure)
+                self.extensions = self.distribution.ext_modules = []
+        if failure is not None and in_source:
+            drop_stale()
         record(ROOT if in_source else self.build_lib, failure)
 
 
@@ -138,10 +154,9 @@ class BuildPy(build_py):
     def run(self) -> None:
         super().run()
         if reason is not None:
+            if self.editable_mode:
+                drop_stale()
             record(ROOT if self.editable_mode else self.build_lib, reason)
-        if reason is not None and self.editable_mode:
-            for stale in ROOT.glob("qadapter/_C_cpu.*"):
-                stale.unlink()
 
 
 class BdistWheel(bdist_wheel):
@@ -149,7 +164,7 @@ class BdistWheel(bdist_wheel):
 
     def run(self) -> None:
         build = self.get_finalized_command("build")
-        shutil.rmtree(build.build_lib, ignore_errors=True)  # modules deleted since the last build
+        shutil.rmtree(build.build_lib, ignore_errors=True)  # what an earlier build left there
         self.run_command("build")
         self.skip_build = True
         self.root_is_pure = not self.distribution.has_ext_modules()
