@@ -16,10 +16,11 @@ PYTEST_ARGS ?=
 TRITON ?= triton==3.9.0
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check -q
+PIP := $(PY) -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.qadapter-installed
-BUILT := $(VENV)/.qadapter-built
-SOURCES := $(wildcard csrc/cpu/* csrc/common/*)
+BUILT := build/.extension-built
+# the folders too, so that a deleted file counts
+SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/common csrc/common/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint format typecheck bench clean
@@ -58,8 +59,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
 # ninja compiles only what changed. Without a compiler the pure-Python package is tested.
 $(BUILT): $(STAMP) $(SOURCES)
 	@echo "building the C++ extension"
-	@$(PY) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
-	@grep 'qadapter is built' $(VENV)/build.log || true
+	@mkdir -p $(@D)
+	@$(PY) setup.py -q build_ext --inplace > $@.log 2>&1 || { cat $@.log; exit 1; }
+	@grep 'qadapter is built' $@.log || true
 	@touch $@
 
 install: $(BUILT)
