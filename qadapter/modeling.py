@@ -1,0 +1,516 @@
+"""The two-stream model: a frozen causal LM and the same LM with a LoRA adapter.
+
+Both streams share every frozen weight. The base stream runs under no_grad with the adapter off, the
+adapter stream with it on; their logits z_b and z_q are what `qadapter.functional` composes.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qadapter import _checks, files, generation
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "qadapter_config.json"
+PROBE_SIZE = 32
+
+
+class TwoStreamLogits(NamedTuple):
+    """Logits of the selected rows, [N, V] in the model's dtype; gradients reach ``q_logits`` only."""
+
+    base_logits: Tensor
+    q_logits: Tensor
+
+
+class QAdapterModel(nn.Module):
+    """A frozen causal LM, its LoRA adapter, and the weights they are composed with.
+
+    Args:
+        peft_model: a `peft.PeftModel` around a decoder-only causal LM, with one active LoRA.
+        alpha_0, alpha_tilde, center, gamma: see `qadapter.functional`; stored with the adapter.
+
+    Raises:
+        ValueError: the model cannot be composed exactly: no language-model head, an encoder-decoder,
+            trained base weights, training of an embedding that is tied to the head, or an adapter
+            that is merged into the weights.
+    """
+
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        *,
+        alpha_0: float = 1.0,
+        alpha_tilde: float = 1.0,
+        center: float = 1.0,
+        gamma: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(peft_model, PeftModel):
+            raise ValueError(
+                f"peft_model: expected a peft.PeftModel, got {type(peft_model).__name__}; "
+                "QAdapterModel.from_pretrained makes one from a model name or folder"
+            )
+        self.peft_model = peft_model
+        self.set_composition(alpha_0, alpha_tilde, center)
+        self.gamma = _checks.number("gamma", gamma)
+        self._switches = [
+            module
+            for module in peft_model.modules()
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        ]
+        _refuse_unsupported(peft_model)
+        self.selects_hidden_rows = self._head_is_plain()
+        if not self.selects_hidden_rows:
+            logger.warning(
+                "%s does more to its logits than one language-model head on the last hidden state "
+                "(soft cap, scale or adapted head): logits are computed at every position and then "
+                "selected, which is exact and slower.",
+                type(self.hf_model).__name__,
+            )
+        self.eval()
+
+    # Construction and files.
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_or_adapter_dir: str | Path,
+        *,
+        lora_config: LoraConfig | None = None,
+        alpha_0: float | None = None,
+        alpha_tilde: float | None = None,
+        center: float | None = None,
+        gamma: float | None = None,
+        dtype: torch.dtype | str = "auto",
+        base_model: str | Path | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> "QAdapterModel":
+        """A new adapter on a base model, or a saved adapter with the base it was trained on.
+
+        Args:
+            base_or_adapter_dir: a Hub id or folder of a causal LM, "smollm2" for the packaged model,
+                or a folder that `save_pretrained` wrote.
+            lora_config: LoRA of a new adapter; default r=8, lora_alpha=16, no dropout, on PEFT's
+                default modules of the architecture (query and value projections) or, where PEFT has
+                none, all linear layers.
+            alpha_0, alpha_tilde, center, gamma: default 1 for a new adapter, the saved values for a
+                saved one.
+            dtype: of the base, as transformers takes it.
+            base_model: where the base of a saved adapter is, if not where it was at training.
+            **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ValueError: an adapter without ``qadapter_config.json``, for another base, or a base that
+                cannot be composed exactly.
+            FileNotFoundError: a folder that does not exist or holds no model.
+        """
+        given = {"alpha_0": alpha_0, "alpha_tilde": alpha_tilde, "center": center, "gamma": gamma}
+        composition = {name: value for name, value in given.items() if value is not None}
+        source = resolve_model(base_or_adapter_dir)
+        if not is_adapter_folder(source):
+            if base_model is not None:
+                raise ValueError(f"base_model: {source} is not an adapter, it is itself a base")
+            base = _load_base(source, dtype, from_pretrained_kwargs)
+            return cls.from_base(base, lora_config=lora_config, **composition)
+
+        if lora_config is not None:
+            raise ValueError(f"lora_config: {source} is a saved adapter and has its own")
+        saved = read_config(source)
+        base_source = resolve_model(base_model if base_model is not None else saved["base_model"])
+        base = _load_base(base_source, dtype, from_pretrained_kwargs)
+        _check_same_base(saved["base_fingerprint"], fingerprint(base), source, base_source)
+        peft_model = PeftModel.from_pretrained(base, source, is_trainable=True)
+        return cls(peft_model, **{**{name: saved[name] for name in given}, **composition})
+
+    @classmethod
+    def from_base(
+        cls, base: PreTrainedModel, *, lora_config: LoraConfig | None = None, **composition: float
+    ) -> "QAdapterModel":
+        """A new adapter on a model in memory (LoRA layers are put into it in place)."""
+        return cls(_add_lora(base, lora_config), **composition)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a plain PEFT LoRA (safetensors), ``qadapter_config.json`` and a model card.
+
+        Any PEFT loader reads the LoRA; alone it is the adapter stream, softmax(z_q). Raises OSError,
+        leaving ``directory`` as it was, if something cannot be written.
+        """
+        base_name = str(self.hf_model.config._name_or_path or "")
+        config = {
+            "qadapter_version": _version(),
+            "alpha_0": self.alpha_0,
+            "alpha_tilde": self.alpha_tilde,
+            "center": self.center,
+            "gamma": self.gamma,
+            "base_model": _alias(base_name),
+            "base_fingerprint": fingerprint(self.hf_model),
+        }
+        with files.replacing_directory(directory) as temporary:
+            self.peft_model.save_pretrained(str(temporary), safe_serialization=True)
+            files.write_json(temporary / CONFIG_NAME, config)
+            (temporary / "README.md").write_text(_model_card(config), encoding="utf-8")
+
+    def load_adapter_weights(self, directory: str | Path) -> None:
+        """Replace the adapter's weights by those saved in ``directory`` (same LoRA, same base)."""
+        saved = read_config(directory)
+        source = str(directory)
+        _check_same_base(saved["base_fingerprint"], fingerprint(self.hf_model), source, "this model")
+        self.peft_model.load_adapter(source, self.peft_model.active_adapter, is_trainable=True)
+
+    # Properties.
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The transformers model, LoRA layers in place."""
+        return self.peft_model.get_base_model()
+
+    @property
+    def config(self) -> Any:
+        return self.hf_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.hf_model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf_model.device
+
+    def set_composition(self, alpha_0: float, alpha_tilde: float, center: float) -> None:
+        """Set alpha_0, alpha_tilde and center together, checked."""
+        self.alpha_0, self.alpha_tilde, self.center = _checks.composition(
+            alpha_0, alpha_tilde, center
+        )
+        if self.center == 1.0 and not 0.5 <= self.alpha_0 / self.alpha_tilde <= 2.0:
+            warnings.warn(
+                f"center=1 with alpha_0={self.alpha_0:g} and alpha_tilde={self.alpha_tilde:g}: the "
+                "policy starts at the base raised to the power alpha_0/alpha_tilde, "
+                f"{self.alpha_0 / self.alpha_tilde:g}, far from the base; keep the two close and set "
+                "the size of Q by bt_scale, or use center=0",
+                stacklevel=3,
+            )
+
+    # The two streams.
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside, the model is the frozen base.
+
+        PEFT's own context manager also walks every module and changes requires_grad, milliseconds
+        per use; here only the flags that its layers read are set.
+        """
+        before = [module._disable_adapters for module in self._switches]
+        for module in self._switches:
+            module._disable_adapters = True
+        try:
+            yield
+        finally:
+            for module, flag in zip(self._switches, before, strict=True):
+                module._disable_adapters = flag
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> TwoStreamLogits:
+        """Logits of both streams at the selected positions.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 1 for tokens, 0 for padding.
+            rows: int64 [N], indices into the B*T flattened positions; None takes all of them. Only
+                these positions reach the language-model head.
+            position_ids: int64 [B, T].
+
+        Returns:
+            `TwoStreamLogits` of [N, V].
+        """
+        arguments = {"attention_mask": attention_mask, "position_ids": position_ids}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        with torch.no_grad(), self.adapter_off():
+            base_logits = self._stream_logits(input_ids, rows, arguments)
+        return TwoStreamLogits(base_logits, self._stream_logits(input_ids, rows, arguments))
+
+    def _stream_logits(
+        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Tensor]
+    ) -> Tensor:
+        model = self.hf_model
+        if not self.selects_hidden_rows:
+            logits = model(input_ids=input_ids, use_cache=False, **arguments).logits.flatten(0, 1)
+            return logits if rows is None else logits[rows]
+        hidden = model.base_model(input_ids=input_ids, use_cache=False, **arguments)[0]
+        hidden = hidden.flatten(0, 1)
+        return model.get_output_embeddings()(hidden if rows is None else hidden[rows])
+
+    def _head_is_plain(self) -> bool:
+        """Whether logits are exactly head(last hidden state): tried out, not read off the config."""
+        model = self.hf_model
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or model.base_model is model:
+            return False
+        vocab = model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(1, 5, device=self.device).clamp(max=vocab - 1)[None]
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                hidden = model.base_model(input_ids=ids, use_cache=False)[0]
+                return torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
+        finally:
+            model.train(was_training)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Sample from the composed policy; see `qadapter.generation.generate` for arguments."""
+        return generation.generate(self, input_ids, attention_mask, **kwargs)
+
+    # What a trainer asks of a model.
+
+    def train(self, mode: bool = True) -> "QAdapterModel":
+        """Training mode for the adapter alone.
+
+        The base is frozen, so its dropout would be noise between the two streams: it stays off.
+        LoRA's own dropout and the layers that do gradient checkpointing follow ``mode``.
+        """
+        super().train(mode)
+        if mode:
+            for name, module in self.peft_model.named_modules():
+                is_lora = isinstance(module, BaseTunerLayer) or ".lora_" in name
+                module.training = is_lora or isinstance(module, GradientCheckpointingLayer)
+        return self
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute activations in backward; the base stream keeps none and is not affected."""
+        model = self.hf_model
+        model.enable_input_require_grads()
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs
+            )
+        else:
+            model.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.hf_model.gradient_checkpointing_disable()
+        self.hf_model.disable_input_require_grads()
+
+
+def resolve_model(name: str | Path) -> str:
+    """A path or Hub id as a string; "smollm2" becomes the packaged model's folder."""
+    if str(name) == "smollm2" and not Path("smollm2").exists():
+        from qadapter.packaged import packaged_model
+
+        return str(packaged_model("smollm2"))
+    path = Path(name)
+    if path.is_dir():
+        known = ("config.json", "adapter_config.json", CONFIG_NAME)
+        if not any((path / file).exists() for file in known):
+            raise FileNotFoundError(f"{path} holds no model: none of {', '.join(known)} is there")
+    elif path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such folder")
+    return str(name)
+
+
+def is_adapter_folder(source: str | Path) -> bool:
+    path = Path(source)
+    return (path / "adapter_config.json").exists() or (path / CONFIG_NAME).exists()
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The contents of ``qadapter_config.json``, checked; ValueError explains what is missing."""
+    path = Path(directory)
+    if not (path / CONFIG_NAME).exists():
+        raise ValueError(
+            f"{path} holds a PEFT adapter but no {CONFIG_NAME}: it was not saved by qadapter, and "
+            "how to compose it with its base (alpha_0, alpha_tilde, center) is not known. To use a "
+            "plain LoRA, load it with peft and pass it on: QAdapterModel(peft_model, center=1.0)"
+        )
+    if not (path / "adapter_config.json").exists():
+        raise ValueError(f"{path} holds {CONFIG_NAME} but no adapter_config.json: incomplete copy?")
+    config = files.read_json(path / CONFIG_NAME)
+    required = ("alpha_0", "alpha_tilde", "center", "gamma", "base_model", "base_fingerprint")
+    missing = [name for name in required if not isinstance(config, dict) or name not in config]
+    if missing:
+        raise ValueError(f"{path / CONFIG_NAME}: missing {', '.join(missing)}")
+    return config
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """Enough of a base model to tell it from another, whatever dtype it is loaded in.
+
+    Besides its shape, a few entries of the embedding and of the last two-dimensional weight.
+    """
+    embedding = model.get_input_embeddings().weight.detach()
+    last = embedding
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim == 2 and parameter.is_floating_point()
+        if plain and not _is_adapter_name(name):
+            last = parameter.detach()
+    return {
+        "model_type": model.config.get_text_config().model_type,
+        "hidden_size": int(embedding.shape[1]),
+        "vocab_size": int(embedding.shape[0]),
+        "embedding_probe": _probe(embedding),
+        "layer_probe": _probe(last),
+    }
+
+
+def _probe(weight: Tensor) -> list[float]:
+    index = torch.linspace(0, weight.numel() - 1, PROBE_SIZE, dtype=torch.float64).long()
+    row, column = index // weight.shape[1], index % weight.shape[1]
+    values = weight[row.to(weight.device), column.to(weight.device)].float().cpu()
+    return [round(value, 7) for value in values.tolist()]
+
+
+def _is_adapter_name(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name
+
+
+def _check_same_base(saved: dict[str, Any], now: dict[str, Any], adapter: str, base: str) -> None:
+    for key in ("model_type", "hidden_size", "vocab_size"):
+        if saved[key] != now[key]:
+            raise ValueError(
+                f"the adapter {adapter} is for another base than {base}: {key} {saved[key]} at "
+                f"training, {now[key]} here"
+            )
+    for key in ("embedding_probe", "layer_probe"):
+        then, here = torch.tensor(saved[key]), torch.tensor(now[key])
+        # 1 % and a little: rounding to bfloat16 or float16 passes, another model does not.
+        if ((then - here).abs() > 0.01 * then.abs() + 0.002 * then.abs().max()).any():
+            raise ValueError(
+                f"the adapter {adapter} is for another base than {base}: same shape, other weights "
+                f"({key.removesuffix('_probe')})"
+            )
+
+
+def _load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    return model.eval()
+
+
+def _add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel:
+    config = lora_config
+    if config is None:
+        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, task_type="CAUSAL_LM")
+    elif not isinstance(config, LoraConfig):
+        raise ValueError(f"lora_config: expected a peft.LoraConfig, got {type(config).__name__}")
+    quantised = getattr(base, "quantization_method", None)
+    try:
+        try:
+            return get_peft_model(base, config)
+        except ValueError as error:
+            if lora_config is not None or "target_modules" not in str(error):
+                raise
+            config = LoraConfig(
+                r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
+            return get_peft_model(base, config)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        what = f"quantised with {quantised}" if quantised else type(base).__name__
+        raise ValueError(f"PEFT cannot put this LoRA on the base ({what}): {error}") from error
+
+
+def _refuse_unsupported(peft_model: PeftModel) -> None:
+    model = peft_model.get_base_model()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__}: expected a decoder-only causal LM with a language-model head"
+        )
+    if len(peft_model.active_adapters) != 1:
+        raise ValueError(
+            f"expected one active adapter, got {len(peft_model.active_adapters)}: "
+            f"{', '.join(peft_model.active_adapters)}"
+        )
+    if peft_model.peft_config[peft_model.active_adapter].is_prompt_learning:
+        raise ValueError("prompt-learning adapters change the sequence: expected a LoRA")
+    if any(m.merged for m in peft_model.modules() if isinstance(m, BaseTunerLayer)):
+        raise ValueError(
+            "the adapter is merged into the base weights, so there is no base stream left; "
+            "unmerge it first (peft_model.unmerge_adapter())"
+        )
+    trained = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not _is_adapter_name(name)
+    ]
+    if trained:
+        raise ValueError(
+            f"{len(trained)} base weights require gradients ({trained[0]}, ...): the base must stay "
+            "frozen, freeze them or leave the training to the LoRA"
+        )
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, AuxiliaryTrainingWrapper | BaseTunerLayer) and _tied(model):
+        raise ValueError(
+            "the adapter trains the input embedding, which is tied to the language-model head: the "
+            "head would change with it only in part; untie them or take the embedding out of "
+            "modules_to_save, target_modules and trainable_token_indices"
+        )
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _alias(base_name: str) -> str:
+    """The name of the packaged model for its folder, which differs from machine to machine."""
+    from qadapter.packaged import default_cache_dir
+
+    path = Path(base_name)
+    if path.parent == default_cache_dir() / "models":
+        return path.name.partition("-")[0]
+    return base_name
+
+
+def _version() -> str:
+    import qadapter
+
+    return qadapter.__version__
+
+
+def _model_card(config: dict[str, Any]) -> str:
+    return f"""---
+library_name: peft
+base_model: {config["base_model"]}
+tags: [qadapter, lora, preference]
+---
+# Q-Adapter
+
+A residual Q-function for `{config["base_model"]}`, trained on preference pairs with qadapter
+{config["qadapter_version"]} (method: Q-Adapter, arXiv 2407.03856). The policy is
+
+    pi(a|s) = softmax((Q(s,a) + alpha_0 log pi_base(a|s)) / alpha_tilde),   Q = z_q - center * z_b
+
+with alpha_0 = {config["alpha_0"]:g}, alpha_tilde = {config["alpha_tilde"]:g}, center = {config["center"]:g}
+(z_b: logits of the base, z_q: logits with the LoRA). Loaded as a plain LoRA, only z_q is used.
+
+```python
+from qadapter import QAdapterModel
+
+model = QAdapterModel.from_pretrained("this folder")
+model.generate(**tokenizer("Hello", return_tensors="pt"), strength=1.0)
+```
+"""

@@ -1,0 +1,384 @@
+"""QAdapterTrainer on transformers.Trainer, QAdapterConfig on TrainingArguments.
+
+Everything but the loss is the Trainer's: data loading, accumulation, checkpoints, resume, progress
+bar, distribution. A step runs both streams, takes the logits of the response rows alone, and calls
+`qadapter.functional`. Sums are divided by the totals of the whole accumulated batch, so gradient
+accumulation gives the gradient of the unaccumulated run also where responses differ in length.
+"""
+
+import logging
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+
+from qadapter import _checks, files, reference
+from qadapter import functional as QF
+from qadapter.data import PreferenceCollator, prepare_dataset
+from qadapter.modeling import QAdapterModel
+from qadapter.outputs import PreferenceLoss, ResidualValues
+
+logger = logging.getLogger(__name__)
+
+KL_ROWS = 32
+"""Rows of a training batch whose exact KL(base || policy) is logged; evaluation takes all rows."""
+
+RELEASED = {"alpha_0": 0.01, "alpha_tilde": 1.0, "center": 0.0, "gamma": 1.0, "reg_coef": 0.1}
+RELEASED |= {"bt_scale": 1.0, "value_at": "same", "length_norm": "response"}  # type: ignore[dict-item]
+
+
+@dataclass
+class QAdapterConfig(TrainingArguments):
+    """transformers.TrainingArguments plus the loss and the data. See `qadapter.functional`.
+
+    ``alpha_0``, ``alpha_tilde``, ``center`` and ``gamma`` belong to the model; None keeps what the
+    model has (1 for a new one), a number is written into the model and saved with it.
+    """
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
+    alpha_0: float | None = field(
+        default=None, metadata={"help": "Weight of log pi_base in the policy."}
+    )
+    alpha_tilde: float | None = field(
+        default=None, metadata={"help": "Entropy weight (temperature) of the policy."}
+    )
+    center: float | None = field(
+        default=None, metadata={"help": "1: Q = z_q - z_b, a true residual; 0: Q = z_q."}
+    )
+    gamma: float | None = field(default=None, metadata={"help": "Discount."})
+    reg_coef: float = field(default=0.1, metadata={"help": "Weight of the mean squared reward."})
+    bt_scale: float = field(default=1.0, metadata={"help": "Inverse temperature of Bradley-Terry."})
+    value_at: str = field(
+        default="next", metadata={"help": "next: r = Q - gamma V(s'); same: V(s), as released."}
+    )
+    length_norm: str = field(
+        default="response", metadata={"help": "response: mean of r over the response; none: sum."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Prompt and response are cut to so many tokens."}
+    )
+    drop_long_prompts: bool = field(
+        default=False, metadata={"help": "Drop pairs whose prompt fills max_length (else an error)."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The collator needs columns that no model signature names.
+        self.remove_unused_columns = False
+        for name in ("alpha_0", "center", "gamma"):
+            if getattr(self, name) is not None:
+                setattr(self, name, _checks.number(name, getattr(self, name)))
+        if self.alpha_tilde is not None:
+            self.alpha_tilde = _checks.number("alpha_tilde", self.alpha_tilde, above=0.0)
+        _checks.number("reg_coef", self.reg_coef)
+        _checks.number("bt_scale", self.bt_scale, above=0.0)
+        _checks.choice("value_at", self.value_at, ("next", "same"))
+        _checks.choice("length_norm", self.length_norm, ("response", "none"))
+        if self.max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
+
+
+class QAdapterTrainer(Trainer):
+    """Train the adapter of a `QAdapterModel` on preference pairs.
+
+    Args:
+        model: a `QAdapterModel`; or a `peft.PeftModel`, a transformers model, a Hub id or a folder,
+            from which one is made.
+        args: `QAdapterConfig`; default ``QAdapterConfig("qadapter-output")``.
+        train_dataset, eval_dataset: `datasets.Dataset` in TRL's preference format (prompt, chosen,
+            rejected; strings or messages; the prompt may be implicit), or already tokenised by
+            `qadapter.data.prepare_dataset`. ``eval_dataset`` may be a dict of data sets.
+        processing_class: the tokenizer; default, the one saved with the model.
+        peft_config: LoRA of a new adapter, where ``model`` does not have one.
+        **kwargs: as transformers.Trainer takes them.
+
+    Logs TRL's names (``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``,
+    ``rewards/accuracies``, ``logps/chosen``, ``logps/rejected``) and ``loss/bt``, ``reg_loss``,
+    ``q/mean``, ``value/mean`` and ``kl``, KL(base || policy) per response token in nats.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: QAdapterModel | PeftModel | PreTrainedModel | str | Path,
+        args: QAdapterConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = QAdapterConfig(output_dir="qadapter-output") if args is None else args
+        if not isinstance(args, QAdapterConfig):
+            raise ValueError(f"args: expected a QAdapterConfig, got {type(args).__name__}")
+        model = _as_qadapter_model(model, peft_config)
+        composition = ("alpha_0", "alpha_tilde", "center")
+        if any(getattr(args, name) is not None for name in composition):
+            asked = [getattr(args, name) for name in composition]
+            now = [getattr(model, name) for name in composition]
+            model.set_composition(*(n if a is None else a for a, n in zip(asked, now, strict=True)))
+        model.gamma = model.gamma if args.gamma is None else args.gamma
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+
+        def prepare(dataset: Any, what: str) -> Any:
+            if isinstance(dataset, dict):
+                return {name: prepare(split, f"{what} {name}") for name, split in dataset.items()}
+            return dataset and prepare_dataset(
+                dataset,
+                processing_class,
+                max_length=args.max_length,
+                eos_token_ids=eos_token_ids(model, processing_class),
+                drop_long_prompts=args.drop_long_prompts,
+                num_proc=args.dataset_num_proc,
+                desc=f"Tokenizing {what} pairs",
+            )
+
+        if data_collator is None:
+            data_collator = PreferenceCollator(pad_token_id(processing_class))
+        self._sums: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=prepare(train_dataset, "training"),
+            eval_dataset=prepare(eval_dataset, "evaluation"),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
+
+    # The loss.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        """Micro-batches of one update, each told the totals that its sums are divided by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = sum((len(batch["cu_seqlens"]) - 1) // 2 for batch in batches)
+        actions = sum(int((batch["actions"] != -100).sum()) for batch in batches)
+        for batch in batches:
+            batch["denominators"] = torch.tensor([pairs, actions], dtype=torch.float32)
+        return batches, actions
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
+        logits = model(inputs["input_ids"], inputs["attention_mask"], inputs["rows"])
+        composition = {
+            "alpha_0": own.alpha_0,
+            "alpha_tilde": own.alpha_tilde,
+            "center": own.center,
+        }
+        values = QF.residual_values(*logits, inputs["actions"], **composition)
+        outputs = QF.preference_loss(
+            values,
+            inputs["actions"],
+            inputs["cu_seqlens"],
+            gamma=own.gamma,
+            reg_coef=self.args.reg_coef,
+            bt_scale=self.args.bt_scale,
+            value_at=self.args.value_at,
+            length_norm=self.args.length_norm,
+            denominators=inputs.get("denominators"),
+        )
+        with torch.no_grad():
+            rows = _spread(logits.q_logits.shape[0], KL_ROWS if model.training else None)
+            kl = torch.cat(
+                [
+                    reference.kl_base_policy(
+                        logits.base_logits[part].float(),
+                        logits.q_logits[part].float(),
+                        **composition,
+                    )
+                    for part in rows.to(logits.q_logits.device).split(KL_ROWS)
+                ]
+            )
+            self._record("train" if model.training else "eval", inputs, values, outputs, kl)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # Metrics: sums stay on the device until they are logged.
+
+    def _record(
+        self,
+        mode: str,
+        inputs: dict[str, Any],
+        values: ResidualValues,
+        outputs: PreferenceLoss,
+        kl: Tensor,
+    ) -> None:
+        actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
+        has_action = actions != -100
+        num_pairs = outputs.margins.numel()
+        is_chosen = torch.arange(len(actions), device=actions.device) < cu_seqlens[num_pairs]
+        chosen_logp = torch.where(is_chosen, values.policy_logp, 0).sum()
+        pairs = torch.tensor(float(num_pairs), device=actions.device)
+        tokens = has_action.sum().float()
+        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
+        value = values.value
+        if self.args.value_at == "next":
+            is_first = torch.zeros_like(has_action).index_fill_(0, cu_seqlens[:-1].long(), True)
+            value = torch.where(is_first.roll(-1), 0, value.roll(-1))
+        r = torch.where(has_action, values.q - own.gamma * value, 0)
+        sums = {
+            "rewards/chosen": (outputs.chosen_rewards.sum(), pairs),
+            "rewards/rejected": (outputs.rejected_rewards.sum(), pairs),
+            "rewards/margins": (outputs.margins.sum(), pairs),
+            "rewards/accuracies": (outputs.accuracy * pairs, pairs),
+            "logps/chosen": (chosen_logp, pairs),
+            "logps/rejected": (values.policy_logp.sum() - chosen_logp, pairs),
+            "loss/bt": (nn.functional.softplus(-self.args.bt_scale * outputs.margins).sum(), pairs),
+            "reg_loss": (r.square().sum(), tokens),
+            "q/mean": (values.q.sum(), tokens),
+            "value/mean": (torch.where(has_action, values.value, 0).sum(), tokens),
+            "kl": (kl.sum(), torch.tensor(float(kl.numel()), device=kl.device)),
+        }
+        for name, (total, count) in sums.items():
+            pair = torch.stack([total.detach().double(), count.double()])
+            self._sums[mode].setdefault(name, []).append(pair)
+
+    def _drain(self, mode: str) -> dict[str, float]:
+        """Means since the last call, over all processes."""
+        sums, self._sums[mode] = self._sums[mode], {}
+        if not sums:
+            return {}
+        totals = torch.stack([torch.stack(pairs).sum(0) for pairs in sums.values()])
+        totals = self.accelerator.reduce(totals, reduction="sum").cpu()
+        means = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
+        return dict(zip(sums, means, strict=True))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._drain("train")}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._sums["eval"] = {}
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{k}": v for k, v in self._drain("eval").items()})
+        return output
+
+    # Files.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            last = last_complete_checkpoint(self.args.output_dir)
+            if last is None:
+                raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
+            resume_from_checkpoint = str(last)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        target = Path(output_dir if output_dir is not None else self.args.output_dir)
+        own: QAdapterModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with files.replacing_directory(target) as temporary:
+            own.save_pretrained(temporary / "adapter")
+            for item in (temporary / "adapter").iterdir():
+                item.rename(temporary / item.name)
+            (temporary / "adapter").rmdir()
+            self.processing_class.save_pretrained(str(temporary))
+            # JSON, where the Trainer would pickle its arguments.
+            files.write_json(temporary / "training_args.json", self.args.to_dict())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"could not save {folder}, which is removed again: {error}") from error
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_adapter_weights(
+            resume_from_checkpoint
+        )
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best checkpoint, %s", self.state.best_model_checkpoint)
+        best = str(self.state.best_model_checkpoint)
+        self.accelerator.unwrap_model(self.model).load_adapter_weights(best)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: `QAdapterModel.save_pretrained` writes the card, which fits the method."""
+
+
+def _as_qadapter_model(model: Any, peft_config: LoraConfig | None) -> QAdapterModel:
+    if isinstance(model, str | Path):
+        return QAdapterModel.from_pretrained(model, lora_config=peft_config)
+    if peft_config is not None and isinstance(model, QAdapterModel | PeftModel):
+        raise ValueError("peft_config: the model already has an adapter")
+    if isinstance(model, QAdapterModel):
+        return model
+    if isinstance(model, PeftModel):
+        return QAdapterModel(model)
+    if isinstance(model, PreTrainedModel):
+        return QAdapterModel.from_base(model, lora_config=peft_config)
+    raise ValueError(
+        "model: expected a QAdapterModel, a peft or transformers model, a name or a folder, got "
+        f"{type(model).__name__}"
+    )
+
+
+def eos_token_ids(model: QAdapterModel, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: the tokenizer's and those of the generation config."""
+    configured = getattr(model.hf_model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """An id to pad with; it is masked everywhere, so any will do."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return pad if pad is not None else eos if eos is not None else 0
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end (its trainer state is written last)."""
+    steps = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and (path / "trainer_state.json").exists():
+            steps[int(match[1])] = path
+    return steps[max(steps)] if steps else None
+
+
+def _spread(total: int, count: int | None) -> Tensor:
+    """At most ``count`` row numbers spread evenly over ``total``; all of them for None."""
+    if count is None or total <= count:
+        return torch.arange(total)
+    return torch.linspace(0, total - 1, count).long()
