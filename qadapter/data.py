@@ -1,0 +1,571 @@
+"""Preference data: from files or the Hub to token ids, and from token ids to packed rows.
+
+The chain is ``load_preference_data`` -> ``prepare_dataset`` -> ``PreferenceCollator``. What the
+last one hands on is the bookkeeping of the loss: one *row* per state. A response of n tokens behind
+a prompt of L tokens gives n rows, at the positions L-1 ... L+n-2; row t is the state s_t, and its
+action is the token that follows. The end-of-sequence token is an action like any other, and after
+it the episode is over (its value is 0), so it has no row of its own. A response that was cut off at
+``max_length`` did not end there: it gets one more row, at its last token, without an action (-100),
+which only gives the value of the state that it was cut at.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORE_ACTION = -100
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+FLAG_COLUMNS = ("chosen_truncated", "rejected_truncated")
+_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_warned: set[str] = set()
+
+
+class PromptTooLongError(ValueError):
+    """The prompt leaves no room for a response within ``max_length``."""
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def load_preference_data(path_or_id: str | Path, split: str = "train") -> Dataset:
+    """Load preference pairs from a file, a folder or the Hugging Face Hub.
+
+    Args:
+        path_or_id: a ``.jsonl`` file (one JSON object a line), a ``.json`` file (a list of
+            objects), a ``.parquet`` file, or what ``datasets.load_dataset`` takes (a Hub id, a
+            folder). The rows need the columns ``chosen`` and ``rejected``; ``prompt``, ``tools``
+            and ``chat_template_kwargs`` are optional.
+        split: which split of a Hub data set or folder. A single file has no splits, so that it is
+            not used there.
+
+    Raises:
+        FileNotFoundError: the name looks like a path, and there is nothing there.
+        ValueError: a line that is not JSON (with file and line number), missing columns (with those
+            found), no rows.
+    """
+    name = str(path_or_id)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix not in _FILE_SUFFIXES:
+            raise ValueError(f"{name}: unknown kind of file; known are {', '.join(_FILE_SUFFIXES)}")
+        if path.suffix == ".parquet":
+            from datasets import Dataset
+
+            dataset = Dataset.from_parquet(str(path))
+        else:
+            dataset = _from_records(_read_json(path), name)
+    elif not path.is_dir() and (isinstance(path_or_id, Path) or _looks_like_path(name)):
+        raise FileNotFoundError(f"no such file: {name}")
+    else:
+        from datasets import load_dataset
+
+        dataset = load_dataset(name, split=split)
+    _check_columns(dataset.column_names, name)
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: no rows")
+    return dataset
+
+
+def _looks_like_path(name: str) -> bool:
+    # A Hub id is "name" or "owner/name"; everything else is meant as a path.
+    return (
+        name.endswith(_FILE_SUFFIXES)
+        or name.startswith(("/", ".", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+    )
+
+
+def _read_json(path: Path) -> list[tuple[str, Any]]:
+    """The records of a .json or .jsonl file, each with its place (for error messages)."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        if not isinstance(content, list):
+            raise ValueError(f"{path}: expected a list of objects, found {type(content).__name__}")
+        return [(f"{path}, item {i}", record) for i, record in enumerate(content)]
+    records = []
+    # Only "\n" ends a line: str.splitlines would also break at characters that are legal inside a
+    # JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append((f"{path}, line {number}", json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}"
+                ) from None
+    return records
+
+
+def _from_records(records: list[tuple[str, Any]], name: str) -> Dataset:
+    import pyarrow
+    from datasets import Dataset
+
+    for place, record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{place}: expected an object, found {type(record).__name__}")
+        if not set(TOKEN_COLUMNS) <= set(record):
+            _check_columns(list(record), place)
+        first = records[0][1]
+        for column in ("prompt", "chosen", "rejected"):
+            mine, theirs = (type(r.get(column)) for r in (record, first))
+            if mine is not theirs and {mine, theirs} <= {str, list, dict, int, float, bool}:
+                raise ValueError(
+                    f"{place}: '{column}' is {mine.__name__}, but {theirs.__name__} at "
+                    f"{records[0][0]}; a file holds either strings or message lists"
+                )
+    try:
+        return Dataset.from_list([record for _, record in records])
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise ValueError(f"{name}: the rows do not fit into one table: {error}") from error
+
+
+def _check_columns(columns: Sequence[str], place: str) -> None:
+    if set(TOKEN_COLUMNS) <= set(columns):
+        return
+    missing = [column for column in ("chosen", "rejected") if column not in columns]
+    if missing:
+        raise ValueError(
+            f"{place}: missing column(s) {', '.join(missing)}; "
+            f"found: {', '.join(columns) or 'none'}. "
+            "Preference data needs 'chosen' and 'rejected'; 'prompt' is optional"
+        )
+
+
+# ------------------------------------------------------------------------------------- tokenisation
+
+
+def tokenize_preference(
+    example: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 1024,
+    eos_token_ids: int | Iterable[int] | None = None,
+    index: int | None = None,
+) -> dict[str, Any]:
+    """Turn one preference pair into token ids.
+
+    Args:
+        example: ``chosen`` and ``rejected``, both strings or both lists of messages (``{"role",
+            "content"}``), with an explicit ``prompt`` of the same kind or an implicit one (what
+            both begin with). Optional: ``tools`` and ``chat_template_kwargs``, handed to the chat
+            template.
+        tokenizer: its chat template is used for messages.
+        max_length: longest sequence (prompt and response). Longer ones lose their end.
+        eos_token_ids: the ids that end a response; default is the tokenizer's. Models with several
+            (see ``generation_config.eos_token_id``) want all of them here.
+        index: number of the row, for messages.
+
+    Returns:
+        ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (lists of int) and ``chosen_truncated``,
+        ``rejected_truncated`` (bool). The prompt is the common token prefix of the prompt itself,
+        prompt + chosen and prompt + rejected: both responses follow exactly the same ids, also
+        where the tokenizer merges characters across the border. A response ends with one
+        end-of-sequence id; what a chat template writes after it is cut off. A truncated response
+        has none.
+
+    Raises:
+        PromptTooLongError: the prompt has ``max_length`` tokens or more.
+        ValueError: an empty response, strings and messages mixed, pairs that do not share their
+            prompt.
+    """
+    where = "the example" if index is None else f"row {index}"
+    eos = _eos_ids(tokenizer, eos_token_ids)
+    if all(example.get(column) is not None for column in TOKEN_COLUMNS):
+        prompt_ids = list(example["prompt_ids"])
+        whole = {c: prompt_ids + list(example[f"{c}_ids"]) for c in ("chosen", "rejected")}
+    else:
+        prompt, chosen, rejected = _split_prompt(example, where)
+        prompt_ids, whole = _encode(
+            example, prompt, {"chosen": chosen, "rejected": rejected}, tokenizer, eos
+        )
+    if not prompt_ids:
+        raise ValueError(
+            f"{where}: the prompt has no token of its own (empty, or merged with the response), "
+            "so there is no first state"
+        )
+    if len(prompt_ids) >= max_length:
+        longest = max(len(ids) for ids in whole.values())
+        raise PromptTooLongError(
+            f"{where}: the prompt has {len(prompt_ids)} tokens (the whole sequence {longest}), "
+            f"which leaves no room for a response within max_length={max_length}; "
+            "prepare_dataset(..., drop_long_prompts=True) drops such rows"
+        )
+    result: dict[str, Any] = {"prompt_ids": prompt_ids}
+    for column, ids in whole.items():
+        response = _end_response(ids[len(prompt_ids) :], tokenizer, eos)
+        if len(response) < 2:
+            raise ValueError(
+                f"{where}: '{column}' is empty (no token before the end of the sequence)"
+            )
+        room = max_length - len(prompt_ids)
+        result[f"{column}_ids"] = response[:room]
+        result[f"{column}_truncated"] = len(response) > room
+    return result
+
+
+def _eos_ids(tokenizer: PreTrainedTokenizerBase, given: int | Iterable[int] | None) -> list[int]:
+    """Ids that end a response; the first one is appended where a response has none."""
+    own = tokenizer.eos_token_id
+    ids = [own] if given is None else [given] if isinstance(given, int) else list(given)
+    if own in ids:
+        ids = [own, *(i for i in ids if i != own)]
+    if not ids or None in ids:
+        raise ValueError("the tokenizer has no eos_token: set one, or give eos_token_ids")
+    return ids
+
+
+def _split_prompt(example: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected), all of them strings or all of them message lists."""
+    _check_columns(list(example), where)
+    parts: dict[str, Any] = {c: example.get(c) for c in ("prompt", "chosen", "rejected")}
+    kinds = {
+        column: _kind(value, column, where)
+        for column, value in parts.items()
+        if column != "prompt" or value is not None
+    }
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"'{column}' is a {kind}" for column, kind in kinds.items())
+        raise ValueError(
+            f"{where}: mixed formats: {found}. Give all as strings or all as message lists "
+            "(if 'chosen' and 'rejected' hold the whole conversation, remove the 'prompt' column)"
+        )
+    for column in ("chosen", "rejected"):
+        if _is_empty(parts[column]):
+            raise ValueError(f"{where}: '{column}' is empty")
+    if parts["prompt"] is None:
+        parts = _extract_prompt(parts["chosen"], parts["rejected"], where)
+        for column in ("chosen", "rejected"):
+            if _is_empty(parts[column]):
+                raise ValueError(f"{where}: '{column}' is empty after the prompt that both share")
+    if kinds["chosen"] == "message list":
+        if not parts["prompt"]:
+            raise ValueError(
+                f"{where}: 'chosen' and 'rejected' share no leading message, so there is no prompt"
+            )
+        for column in ("chosen", "rejected"):
+            role = parts[column][0]["role"]
+            if role not in ("assistant", "tool"):
+                raise ValueError(
+                    f"{where}: the response in '{column}' begins with a message of role '{role}'; "
+                    "both responses must follow the same prompt, and an explicit prompt must not "
+                    "be repeated in them"
+                )
+    return parts["prompt"], parts["chosen"], parts["rejected"]
+
+
+def _kind(value: Any, column: str, where: str) -> str:
+    if isinstance(value, str):
+        return "string"
+    if isinstance(value, list) and all(isinstance(m, Mapping) and "role" in m for m in value):
+        return "message list"
+    raise ValueError(
+        f"{where}: '{column}' is neither a string nor a list of messages with a role, but "
+        f"{value!r:.80}"
+    )
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value
+    return not any(m.get("content") or m.get("tool_calls") for m in value)
+
+
+def _extract_prompt(chosen: Any, rejected: Any, where: str) -> dict[str, Any]:
+    """Split off the leading messages or characters that both share (a space stays outside)."""
+    # At least one character or message is left for each response.
+    limit = min(len(chosen), len(rejected)) - 1
+    n = 0
+    while n < limit and chosen[n] == rejected[n]:
+        n += 1
+    if isinstance(chosen, str):
+        if chosen == rejected:
+            raise ValueError(
+                f"{where}: 'chosen' and 'rejected' are the same text: no prompt to be told from it"
+            )
+        if n and chosen[n - 1] == " ":
+            n -= 1
+    return {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
+
+
+def _encode(
+    example: Mapping[str, Any],
+    prompt: Any,
+    responses: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    eos: list[int],
+) -> tuple[list[int], dict[str, list[int]]]:
+    if isinstance(prompt, str):
+        own = _one_bos(tokenizer(prompt).input_ids, tokenizer)
+        if own and own[-1] in eos and not prompt.endswith(_text(tokenizer, own[-1])):
+            own = own[:-1]  # a tokenizer that closes every text by itself
+        whole = {
+            c: _one_bos(tokenizer(prompt + text).input_ids, tokenizer)
+            for c, text in responses.items()
+        }
+    else:
+        tools = example.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options = {
+            "tools": _without_none(tools) or None,
+            **(_without_none(example.get("chat_template_kwargs")) or {}),
+        }
+        prompt = [_clean_message(m) for m in prompt]
+        going_on = (
+            prompt[-1]["role"] == "assistant"
+        )  # the responses continue a message that the prompt began
+        own = _template(
+            tokenizer,
+            prompt,
+            options,
+            add_generation_prompt=not going_on,
+            continue_final_message=going_on,
+        )
+        whole = {
+            c: _template(tokenizer, prompt + [_clean_message(m) for m in messages], options)
+            for c, messages in responses.items()
+        }
+    n = 0
+    for three in zip(own, *whole.values(), strict=False):
+        if len(set(three)) > 1:
+            break
+        n += 1
+    if n < len(own):
+        _warn_once(
+            "The tokens of the prompt alone are not how prompt + response begins (a chat template "
+            "that renders them differently, or a tokenizer that merges across the border). "
+            "The common part is used as the prompt."
+        )
+    return own[:n], whole
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase, messages: list, options: dict, **kwargs: Any
+) -> list[int]:
+    ids = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=False, **options, **kwargs
+    )
+    return _one_bos(ids, tokenizer)
+
+
+def _one_bos(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # Text that already begins with the BOS (a rendered template) gets a second one from the
+    # tokenizer.
+    bos = tokenizer.bos_token_id
+    start = 0
+    while bos is not None and ids[start : start + 2] == [bos, bos]:
+        start += 1
+    return list(ids[start:])
+
+
+def _end_response(ids: list[int], tokenizer: PreTrainedTokenizerBase, eos: list[int]) -> list[int]:
+    """End a response at its end-of-sequence id: cut the template's tail behind it, or append one.
+
+    The tail is what follows the first such id among the last ones and white space; an id of that
+    kind in the middle of the text is content.
+    """
+    start = len(ids)
+    while start and (ids[start - 1] in eos or not _text(tokenizer, ids[start - 1]).strip()):
+        start -= 1
+    for position in range(start, len(ids)):
+        if ids[position] in eos:
+            return ids[: position + 1]
+    return [*ids, eos[0]]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return str(tokenizer.decode([token]))
+
+
+def _clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    # Tables fill keys that a message lacks with None; templates ask whether a key is there.
+    return {k: _without_none(v) for k, v in message.items() if v is not None or k == "content"}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def prepare_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 1024,
+    eos_token_ids: int | Iterable[int] | None = None,
+    drop_long_prompts: bool = False,
+    num_proc: int | None = None,
+    desc: str = "Tokenizing pairs",
+) -> Dataset:
+    """Tokenise a data set of preference pairs; the columns of the result are those of
+    :func:`tokenize_preference`.
+
+    A data set that already has all five columns is returned as it is; one with the three columns of
+    ids gets the end of its responses checked, cut at ``max_length`` and flagged like any other.
+
+    Args:
+        drop_long_prompts: drop rows whose prompt fills ``max_length`` instead of raising; how many
+            is logged.
+        num_proc: number of processes.
+        desc: what the progress bar says. The other arguments are those of
+            :func:`tokenize_preference`.
+
+    Raises:
+        TypeError: not a ``datasets.Dataset`` (a ``DatasetDict``: choose a split first).
+        ValueError: what :func:`tokenize_preference` raises, with the number of the row; nothing
+            left.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        hint = (
+            f"; choose a split, such as data['{next(iter(dataset))}']"
+            if isinstance(dataset, dict) and dataset
+            else ""
+        )
+        raise TypeError(f"expected a datasets.Dataset, found {type(dataset).__name__}{hint}")
+    if {*TOKEN_COLUMNS, *FLAG_COLUMNS} <= set(dataset.column_names):
+        return dataset
+    _check_columns(dataset.column_names, "the data set")
+    if eos_token_ids is not None and not isinstance(eos_token_ids, int):
+        eos_token_ids = list(eos_token_ids)  # an iterator would be empty after the first row
+
+    def tokenize(batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        result: dict[str, list] = {column: [] for column in (*TOKEN_COLUMNS, *FLAG_COLUMNS)}
+        for i, index in enumerate(indices):
+            row = {column: values[i] for column, values in batch.items()}
+            try:
+                tokens = tokenize_preference(
+                    row, tokenizer, max_length=max_length, eos_token_ids=eos_token_ids, index=index
+                )
+            except PromptTooLongError:
+                if not drop_long_prompts:
+                    raise
+                continue
+            for column, value in tokens.items():
+                result[column].append(value)
+        return result
+
+    # Set here because a forked worker of `num_proc` would otherwise print one warning a process.
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false" if num_proc and num_proc > 1 else "true"
+    )
+    prepared = dataset.map(
+        tokenize,
+        with_indices=True,
+        batched=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        desc=desc,
+    )
+    dropped = len(dataset) - len(prepared)
+    if len(prepared) == 0:
+        reason = (
+            f": all {dropped} prompts have {max_length} tokens (max_length) or more"
+            if dropped
+            else ""
+        )
+        raise ValueError(f"no pairs left{reason}")
+    if dropped:
+        logger.warning(
+            "Dropped %d of %d pairs: prompt of %d tokens or more.",
+            dropped,
+            len(dataset),
+            max_length,
+        )
+    return prepared
+
+
+# ----------------------------------------------------------------------------------------- collator
+
+
+class PreferenceCollator:
+    """Collate P tokenised pairs into one batch of 2P sequences and the N state rows of the loss.
+
+    The call takes a list of what :func:`tokenize_preference` returns and gives a dict of tensors:
+
+    - ``input_ids`` int64 [2P, T], right padded; sequence i is the chosen, P + i the rejected
+      response of pair i
+    - ``attention_mask`` int64 [2P, T]
+    - ``rows`` int64 [N]: flat positions of the states in [2P * T], sequence after sequence
+      (``hidden.view(-1, H)[rows]``)
+    - ``actions`` int64 [N]: the token taken in each state; -100 in the one extra row of a truncated
+      response
+    - ``cu_seqlens`` int32 [2P + 1]: rows of sequence s are ``cu_seqlens[s]:cu_seqlens[s + 1]``
+
+    Args:
+        pad_token_id: the id in the padding; any id will do, nothing reads it.
+        pad_to_multiple_of: round T up, for example to 8 for tensor cores.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+        if pad_token_id is None:
+            raise ValueError(
+                "pad_token_id is None; any id will do, such as the tokenizer's eos_token_id"
+            )
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be at least 1, not {pad_to_multiple_of}")
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        sequences = []
+        for column in ("chosen", "rejected"):
+            for feature in features:
+                prompt, response = list(feature["prompt_ids"]), list(feature[f"{column}_ids"])
+                if not prompt or not response:
+                    raise ValueError(f"a pair without a token in its prompt or in '{column}_ids'")
+                sequences.append(
+                    (prompt, response, bool(feature.get(f"{column}_truncated", False)))
+                )
+        width = max((len(prompt) + len(response) for prompt, response, _ in sequences), default=0)
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+        input_ids = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        rows: list[int] = []
+        actions: list[int] = []
+        ends = [0]
+        for s, (prompt, response, truncated) in enumerate(sequences):
+            length = len(prompt) + len(response)
+            input_ids[s, :length] = torch.tensor(prompt + response, dtype=torch.int64)
+            attention_mask[s, :length] = 1
+            first = s * width + len(prompt) - 1
+            rows.extend(range(first, first + len(response) + truncated))
+            actions.extend(response)
+            if truncated:
+                actions.append(IGNORE_ACTION)
+            ends.append(len(rows))
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "rows": torch.tensor(rows, dtype=torch.int64),
+            "actions": torch.tensor(actions, dtype=torch.int64),
+            "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
+        }
