@@ -1,0 +1,48 @@
+// Instruction sets: which exist, and which one this machine may use.
+//
+// Vector code is written once per kernel, in a header that is included once per instruction set into
+// its own namespace (avx512, avx2, plain), between isa_begin_<set>.h and isa_end.h. Those hold the
+// compiler's target pragma, so that no file needs flags of its own and the rest of the library stays
+// runnable on the oldest CPU of the platform.
+#pragma once
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define QADAPTER_X86 1
+#include <immintrin.h>
+#else
+#define QADAPTER_X86 0
+#endif
+
+namespace qadapter {
+
+enum class Isa : int { plain = 0, avx2 = 1, avx512 = 2 };
+
+// The best instruction set of the running CPU (and operating system).
+inline Isa detect_isa() {
+#if QADAPTER_X86
+  static const Isa best = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      return Isa::avx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      return Isa::avx2;
+    }
+    return Isa::plain;
+  }();
+  return best;
+#else
+  return Isa::plain;
+#endif
+}
+
+// `wanted` < 0: the best one. Never more than the CPU has.
+inline Isa choose_isa(int64_t wanted) {
+  const Isa best = detect_isa();
+  if (wanted < 0 || wanted >= static_cast<int64_t>(best)) return best;
+  return static_cast<Isa>(static_cast<int>(wanted));
+}
+
+}  // namespace qadapter

@@ -1,0 +1,43 @@
+// What residual_bwd.cpp and its vector code share.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/types.h"
+
+namespace qadapter {
+
+struct BwdColumns {
+  const void* q;     // first column of the piece
+  const void* base;  // may be null where it is not read
+  void* grad;
+  int64_t length;
+  float m;         // x = z_q + m * z_b
+  float q_scale;   // log2(e) / alpha_tilde
+  float shift;     // the row's maximum of x
+  float log2_sum;  // log_sum * log2(e)
+  float coef_p;
+  int64_t action;  // column of the piece that gets coef_a, or -1
+  float coef_a;
+};
+
+using BwdPiece = void (*)(const BwdColumns&);
+
+struct BwdTable {
+  BwdPiece piece[3][2];  // [Mix][streaming stores]
+};
+
+namespace avx512 {
+extern const BwdTable bwd_tables[3];  // [DType]
+void bwd_fence();
+}  // namespace avx512
+namespace avx2 {
+extern const BwdTable bwd_tables[3];
+void bwd_fence();
+}  // namespace avx2
+namespace plain {
+extern const BwdTable bwd_tables[3];
+void bwd_fence();
+}  // namespace plain
+
+}  // namespace qadapter

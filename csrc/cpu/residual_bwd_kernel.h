@@ -1,0 +1,106 @@
+// The vector code of residual_bwd; residual_bwd.cpp has the maths and the model. Included once per
+// instruction set, inside namespace qadapter::<set>, hence no include guard and no includes.
+
+namespace {
+
+template <class T, Mix MIX>
+struct Gradient {
+  Simd::F m, shift, minus_scale, minus_log2_sum;
+  Simd::Exp2 exp2;  // coef_p * 2^y
+
+  explicit Gradient(const BwdColumns& in)
+      : m(Simd::set1(in.m)),
+        shift(Simd::set1(in.shift)),
+        minus_scale(Simd::set1(-in.q_scale)),
+        minus_log2_sum(Simd::set1(-in.log2_sum)),
+        exp2(in.coef_p) {}
+
+  inline void group(const T* q, const T* base, Simd::F g[2]) const {
+    Simd::F x[2], b[2];
+    Simd::load2(q, x[0], x[1]);
+    if (MIX != Mix::none) Simd::load2(base, b[0], b[1]);
+    for (int k = 0; k < 2; ++k) {
+      if (MIX != Mix::none) {
+        const Simd::F other = MIX == Mix::negative ? Simd::flip_neg_inf(b[k]) : b[k];
+        x[k] = Simd::fma(m, other, x[k]);
+      }
+      g[k] = exp2.value(Simd::fma(Simd::sub(shift, x[k]), minus_scale, minus_log2_sum));
+    }
+  }
+
+  template <bool STREAM>
+  inline void store(const T* q, const T* base, T* grad) const {
+    Simd::F g[2];
+    group(q, base, g);
+    Simd::store2<STREAM>(grad, g[0], g[1]);
+  }
+
+  // fewer than a group, by way of padded copies
+  void part(const T* q, const T* base, T* grad, int count) const {
+    T q_pad[Simd::kGroup], b_pad[Simd::kGroup], g_pad[Simd::kGroup];
+    for (int k = 0; k < Simd::kGroup; ++k) q_pad[k] = b_pad[k] = Storage<T>::neg_inf();
+    std::memcpy(q_pad, q, count * sizeof(T));
+    if (MIX != Mix::none) std::memcpy(b_pad, base, count * sizeof(T));
+    store<false>(q_pad, b_pad, g_pad);
+    std::memcpy(grad, g_pad, count * sizeof(T));
+  }
+
+  // the action's column: its two terms are added in float, then rounded once
+  void action(const T* q, const T* base, T* grad, float coef_a) const {
+    T q_pad[Simd::kGroup], b_pad[Simd::kGroup], g_pad[Simd::kGroup];
+    for (int k = 0; k < Simd::kGroup; ++k) q_pad[k] = b_pad[k] = Storage<T>::neg_inf();
+    q_pad[0] = *q;
+    if (MIX != Mix::none) b_pad[0] = *base;
+    Simd::F g[2];
+    group(q_pad, b_pad, g);
+    g[0] = Simd::add(g[0], Simd::set1(coef_a));
+    Simd::store2<false>(g_pad, g[0], g[1]);
+    *grad = g_pad[0];
+  }
+};
+
+template <class T, Mix MIX, bool STREAM>
+void bwd_piece(const BwdColumns& in) {
+  const T* q = static_cast<const T*>(in.q);
+  const T* base = static_cast<const T*>(in.base);
+  T* grad = static_cast<T*>(in.grad);
+  const Gradient<T, MIX> gradient(in);
+  int64_t j = 0;
+  if (in.coef_p == 0) {
+    std::memset(static_cast<void*>(grad), 0, in.length * sizeof(T));
+    j = in.length;
+  } else if (STREAM) {  // streaming stores need aligned addresses
+    constexpr uintptr_t kAlign = sizeof(Simd::F);
+    const uintptr_t over = reinterpret_cast<uintptr_t>(grad) % kAlign;
+    if (over != 0) {
+      j = std::min<int64_t>((kAlign - over) / sizeof(T), in.length);
+      gradient.part(q, base, grad, static_cast<int>(j));
+    }
+  }
+  for (; j + Simd::kGroup <= in.length; j += Simd::kGroup) {
+    gradient.template store<STREAM>(q + j, base + j, grad + j);
+  }
+  if (j < in.length) {
+    gradient.part(q + j, base + j, grad + j, static_cast<int>(in.length - j));
+  }
+  if (in.action >= 0) {
+    gradient.action(q + in.action, base + in.action, grad + in.action, in.coef_a);
+  }
+}
+
+template <class T, Mix MIX>
+constexpr BwdPiece bwd_variant(bool stream) {
+  return stream && Simd::kStreams ? &bwd_piece<T, MIX, Simd::kStreams> : &bwd_piece<T, MIX, false>;
+}
+
+template <class T>
+constexpr BwdTable bwd_table() {
+  return {{{bwd_variant<T, Mix::none>(false), bwd_variant<T, Mix::none>(true)},
+           {bwd_variant<T, Mix::positive>(false), bwd_variant<T, Mix::positive>(true)},
+           {bwd_variant<T, Mix::negative>(false), bwd_variant<T, Mix::negative>(true)}}};
+}
+
+}  // namespace
+
+const BwdTable bwd_tables[3] = {bwd_table<float>(), bwd_table<BF16>(), bwd_table<Half>()};
+void bwd_fence() { Simd::fence(); }

@@ -1,0 +1,119 @@
+// AVX2 + FMA + F16C vectors of 8 floats. Included between isa_begin_avx2.h and isa_end.h.
+//
+// exp2: y = n + r with n the nearest integer (by adding 1.5 * 2^23), a quintic on [-1/2, 1/2] with
+// relative error 9e-8 and value 1 at r = 0, n added to the exponent bits. y is clamped to -126 first:
+// sums get 1e-38 from what is smaller (nothing, where the largest term is 1); value() gives exactly 0.
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/types.h"
+
+namespace qadapter {
+namespace avx2 {
+
+struct Simd {
+  using F = __m256;
+  static constexpr int kWidth = 8;
+  static constexpr int kGroup = 2 * kWidth;  // elements of load2 and store2
+  static constexpr bool kStreams = true;
+
+  struct Exp2 {
+    F factor;
+    explicit Exp2(float f = 1.0f) : factor(_mm256_set1_ps(f)) {}
+    static inline F exp2(F y) {
+      y = _mm256_max_ps(_mm256_set1_ps(-126.0f), y);  // in this order NaN stays NaN
+      const F shifted = _mm256_add_ps(y, _mm256_set1_ps(0x1.8p+23f));
+      const F r = _mm256_sub_ps(y, _mm256_sub_ps(shifted, _mm256_set1_ps(0x1.8p+23f)));
+      const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+      F p = _mm256_fmadd_ps(r, _mm256_set1_ps(0x1.5bba14p-10f), _mm256_set1_ps(0x1.3cea88p-7f));
+      p = _mm256_fmadd_ps(r, p, _mm256_set1_ps(0x1.c6b752p-5f));
+      p = _mm256_fmadd_ps(r, p, _mm256_set1_ps(0x1.ebf9bcp-3f));
+      p = _mm256_fmadd_ps(r, p, _mm256_set1_ps(0x1.62e42ap-1f));
+      p = _mm256_fmadd_ps(r, p, _mm256_set1_ps(1.0f));
+      return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+    }
+    inline F add_to(F sum, F y) const { return _mm256_add_ps(sum, exp2(y)); }
+    inline F value(F y) const {
+      const F tiny = _mm256_cmp_ps(y, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+      return _mm256_andnot_ps(tiny, _mm256_mul_ps(factor, exp2(y)));
+    }
+  };
+
+  static inline F zero() { return _mm256_setzero_ps(); }
+  static inline F set1(float x) { return _mm256_set1_ps(x); }
+  static inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline F either(F a, F b) { return _mm256_or_ps(a, b); }
+  static inline bool any_sign(F a) { return _mm256_movemask_ps(a) != 0; }
+  // max(x, acc) that keeps acc where x is NaN
+  static inline F max_into(F acc, F x) { return _mm256_max_ps(x, acc); }
+  static inline float first(F a) { return _mm256_cvtss_f32(a); }
+  static inline float reduce_max(F a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+  static inline float reduce_add(F a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  // -inf becomes +inf, everything else stays
+  static inline F flip_neg_inf(F a) {
+    const F masked = _mm256_cmp_ps(a, _mm256_set1_ps(-__builtin_inff()), _CMP_EQ_OQ);
+    return _mm256_xor_ps(a, _mm256_and_ps(masked, _mm256_set1_ps(-0.0f)));
+  }
+
+  // load2: kGroup elements in an order that only store2 of the same type knows
+  static inline void load2(const float* p, F& a, F& b) {
+    a = _mm256_loadu_ps(p);
+    b = _mm256_loadu_ps(p + 8);
+  }
+  static inline void load2(const BF16* p, F& a, F& b) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));  // even elements, odd elements
+    b = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
+  }
+  static inline void load2(const Half* p, F& a, F& b) {
+    a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
+  }
+
+  template <bool STREAM>
+  static inline void put(void* p, __m256i x) {
+    if (STREAM) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x);
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+    }
+  }
+  template <bool STREAM>
+  static inline void store2(float* p, F a, F b) {
+    put<STREAM>(p, _mm256_castps_si256(a));
+    put<STREAM>(p + 8, _mm256_castps_si256(b));
+  }
+  // round to nearest even; NaNs do not come here (the drivers fill such rows)
+  static inline __m256i round_bf16(F x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  }
+  template <bool STREAM>
+  static inline void store2(BF16* p, F a, F b) {
+    const __m256i even = _mm256_srli_epi32(round_bf16(a), 16);
+    const __m256i odd = _mm256_and_si256(round_bf16(b), _mm256_set1_epi32(0xffff0000));
+    put<STREAM>(p, _mm256_or_si256(even, odd));
+  }
+  template <bool STREAM>
+  static inline void store2(Half* p, F a, F b) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const __m256i low = _mm256_castsi128_si256(_mm256_cvtps_ph(a, kNearest));
+    put<STREAM>(p, _mm256_inserti128_si256(low, _mm256_cvtps_ph(b, kNearest), 1));
+  }
+  static inline void fence() { _mm_sfence(); }
+};
+
+}  // namespace avx2
+}  // namespace qadapter

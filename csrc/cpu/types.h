@@ -1,0 +1,40 @@
+// Storage types of logits, and what the drivers hand to the vector code.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace qadapter {
+
+struct BF16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class T>
+struct Storage;
+template <>
+struct Storage<float> {
+  static float neg_inf() { return -__builtin_inff(); }
+};
+template <>
+struct Storage<BF16> {
+  static BF16 neg_inf() { return {0xff80}; }
+};
+template <>
+struct Storage<Half> {
+  static Half neg_inf() { return {0xfc00}; }
+};
+
+// How the base logits enter x = z_q + m * z_b. A negative m needs care: -inf * m would be +inf.
+enum class Mix : int { none = 0, positive = 1, negative = 2 };
+
+inline Mix mix_of(double m) {
+  return m == 0 ? Mix::none : (m > 0 ? Mix::positive : Mix::negative);
+}
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+}  // namespace qadapter

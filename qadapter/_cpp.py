@@ -1,0 +1,155 @@
+"""The C++ backend: loads the CPU extension, and gives it the signatures that all backends share.
+
+The extension (csrc/cpu, built by setup.py) registers its operations under `torch.ops.qadapter_C`.
+It takes float32, bfloat16 and float16 on the CPU. AVX-512, AVX2 or plain code is chosen at run
+time; QADAPTER_CPU_CAPABILITY=avx512|avx2|plain forces a lower one.
+"""
+
+import functools
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPABILITIES = ("plain", "avx2", "avx512")  # the extension's numbers for them
+
+
+def _build_note() -> str:
+    """Why setup.py left the extension out, where it said so."""
+    try:
+        note = json.loads((Path(__file__).parent / "_build_info.json").read_text())["cpu"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    return "" if note == "built" else f": {note}"
+
+
+@functools.cache
+def _load() -> str | None:
+    """Loads the extension once; the reason if that fails."""
+    try:
+        importlib.import_module("qadapter._C_cpu")
+    except ModuleNotFoundError as error:
+        if error.name != "qadapter._C_cpu":
+            return f"the C++ extension cannot be loaded ({error})"
+        return f"the C++ extension is not built{_build_note()}"
+    except Exception as error:  # built for another torch, another platform
+        return f"the C++ extension cannot be loaded ({type(error).__name__}: {error})"
+    return None
+
+
+def available() -> tuple[bool, str]:
+    reason = _load()
+    return reason is None, reason or ""
+
+
+def supports(dtype: torch.dtype) -> bool:
+    return dtype in DTYPES
+
+
+def _ops() -> Any:
+    if (reason := _load()) is not None:
+        raise RuntimeError(reason)
+    return torch.ops.qadapter_C
+
+
+@functools.cache
+def _best() -> int:
+    return _ops().best_isa()
+
+
+def _isa() -> int:
+    best = _best()
+    forced = os.environ.get("QADAPTER_CPU_CAPABILITY")
+    if not forced:
+        return best
+    if forced not in CAPABILITIES:
+        raise ValueError(
+            f"QADAPTER_CPU_CAPABILITY: expected one of {', '.join(CAPABILITIES)}, got {forced!r}"
+        )
+    return min(CAPABILITIES.index(forced), best)
+
+
+def capability() -> str:
+    """The vector code that runs: avx512, avx2 or plain."""
+    return CAPABILITIES[_isa()]
+
+
+def residual_fwd(
+    base_logits: Tensor | None,
+    q_logits: Tensor,
+    actions: Tensor,
+    base_lse: Tensor | None,
+    base_logp: Tensor | None,
+    alpha_0: float,
+    alpha_tilde: float,
+    center: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _ops().residual_fwd(
+        base_logits,
+        q_logits,
+        actions,
+        base_lse,
+        base_logp,
+        alpha_0,
+        alpha_tilde,
+        center,
+        _isa(),
+    )
+
+
+def residual_bwd(
+    base_logits: Tensor | None,
+    q_logits: Tensor,
+    actions: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
+    coef_p: Tensor,
+    coef_a: Tensor,
+    alpha_0: float,
+    alpha_tilde: float,
+    center: float,
+) -> Tensor:
+    return _ops().residual_bwd(
+        base_logits,
+        q_logits,
+        actions,
+        shift,
+        log_sum,
+        coef_p,
+        coef_a,
+        alpha_0,
+        alpha_tilde,
+        center,
+        _isa(),
+    )
+
+
+def preference_fwd(
+    q: Tensor,
+    value: Tensor,
+    actions: Tensor,
+    cu_seqlens: Tensor,
+    denominators: Tensor | None,
+    gamma: float,
+    reg_coef: float,
+    bt_scale: float,
+    value_next: bool,
+    length_mean: bool,
+) -> tuple[Tensor, ...]:
+    return _ops().preference_fwd(
+        q,
+        value,
+        actions,
+        cu_seqlens,
+        denominators,
+        gamma,
+        reg_coef,
+        bt_scale,
+        value_next,
+        length_mean,
+    )
