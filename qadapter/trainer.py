@@ -9,7 +9,6 @@ accumulation gives the gradient of the unaccumulated run also where responses di
 import logging
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +30,16 @@ logger = logging.getLogger(__name__)
 KL_ROWS = 32
 """Rows of a training batch whose exact KL(base || policy) is logged; evaluation takes all rows."""
 
-RELEASED = {"alpha_0": 0.01, "alpha_tilde": 1.0, "center": 0.0, "gamma": 1.0, "reg_coef": 0.1}
-RELEASED |= {"bt_scale": 1.0, "value_at": "same", "length_norm": "response"}  # type: ignore[dict-item]
+RELEASED_PRESET: dict[str, Any] = {
+    "alpha_0": 0.01,
+    "alpha_tilde": 1.0,
+    "center": 0.0,
+    "gamma": 1.0,
+    "reg_coef": 0.1,
+    "bt_scale": 1.0,
+    "value_at": "same",
+}
+"""The released research code's settings, with this package's masks and length normalisation."""
 
 
 @dataclass
@@ -244,12 +251,9 @@ class QAdapterTrainer(Trainer):
         chosen_logp = torch.where(is_chosen, values.policy_logp, 0).sum()
         pairs = torch.tensor(float(num_pairs), device=actions.device)
         tokens = has_action.sum().float()
-        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
-        value = values.value
-        if self.args.value_at == "next":
-            is_first = torch.zeros_like(has_action).index_fill_(0, cu_seqlens[:-1].long(), True)
-            value = torch.where(is_first.roll(-1), 0, value.roll(-1))
-        r = torch.where(has_action, values.q - own.gamma * value, 0)
+        # bt_loss and reg_loss come divided by these; undone, they add up over micro-batches.
+        denominators = inputs.get("denominators")
+        per_pair, per_action = (pairs, tokens) if denominators is None else denominators
         sums = {
             "rewards/chosen": (outputs.chosen_rewards.sum(), pairs),
             "rewards/rejected": (outputs.rejected_rewards.sum(), pairs),
@@ -257,8 +261,8 @@ class QAdapterTrainer(Trainer):
             "rewards/accuracies": (outputs.accuracy * pairs, pairs),
             "logps/chosen": (chosen_logp, pairs),
             "logps/rejected": (values.policy_logp.sum() - chosen_logp, pairs),
-            "loss/bt": (nn.functional.softplus(-self.args.bt_scale * outputs.margins).sum(), pairs),
-            "reg_loss": (r.square().sum(), tokens),
+            "loss/bt": (outputs.bt_loss * per_pair, pairs),
+            "reg_loss": (outputs.reg_loss * per_action, tokens),
             "q/mean": (values.q.sum(), tokens),
             "value/mean": (torch.where(has_action, values.value, 0).sum(), tokens),
             "kl": (kl.sum(), torch.tensor(float(kl.numel()), device=kl.device)),
