@@ -128,6 +128,7 @@ def _convert(gguf: Path, target: Path) -> None:
     fields = loaded.config.to_dict()
     for key in (
         "quantization_config",
+        "_model_name_or_path",
         "_name_or_path",
         "transformers_version",
         "dtype",
@@ -136,7 +137,6 @@ def _convert(gguf: Path, target: Path) -> None:
         fields.pop(key, None)
     config = AutoConfig.for_model(**fields)
     config.architectures = [type(loaded).__name__]
-    config._name_or_path = ""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
