@@ -543,29 +543,38 @@ class PreferenceCollator:
                 sequences.append(
                     (prompt, response, bool(feature.get(f"{column}_truncated", False)))
                 )
-        width = max((len(prompt) + len(response) for prompt, response, _ in sequences), default=0)
-        if self.pad_to_multiple_of:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        return collate_sequences(sequences, self.pad_token_id, self.pad_to_multiple_of)
 
-        input_ids = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        rows: list[int] = []
-        actions: list[int] = []
-        ends = [0]
-        for s, (prompt, response, truncated) in enumerate(sequences):
-            length = len(prompt) + len(response)
-            input_ids[s, :length] = torch.tensor(prompt + response, dtype=torch.int64)
-            attention_mask[s, :length] = 1
-            first = s * width + len(prompt) - 1
-            rows.extend(range(first, first + len(response) + truncated))
-            actions.extend(response)
-            if truncated:
-                actions.append(IGNORE_ACTION)
-            ends.append(len(rows))
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "rows": torch.tensor(rows, dtype=torch.int64),
-            "actions": torch.tensor(actions, dtype=torch.int64),
-            "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
-        }
+
+def collate_sequences(
+    sequences: Sequence[tuple[list[int], list[int], bool]],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """The tensors of :class:`PreferenceCollator` for (prompt ids, response ids, truncated) triples."""
+    width = max((len(prompt) + len(response) for prompt, response, _ in sequences), default=0)
+    if pad_to_multiple_of:
+        width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+
+    input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    rows: list[int] = []
+    actions: list[int] = []
+    ends = [0]
+    for s, (prompt, response, truncated) in enumerate(sequences):
+        length = len(prompt) + len(response)
+        input_ids[s, :length] = torch.tensor(prompt + response, dtype=torch.int64)
+        attention_mask[s, :length] = 1
+        first = s * width + len(prompt) - 1
+        rows.extend(range(first, first + len(response) + truncated))
+        actions.extend(response)
+        if truncated:
+            actions.append(IGNORE_ACTION)
+        ends.append(len(rows))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "rows": torch.tensor(rows, dtype=torch.int64),
+        "actions": torch.tensor(actions, dtype=torch.int64),
+        "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
+    }
