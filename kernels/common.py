@@ -120,10 +120,16 @@ def row_alignment(vec: int, *streams: Tensor) -> tuple[int, int]:
     return (1 if skew == 0 and strides == {0} else 2), skew
 
 
-def tile_shape(vocab: int, vec: int, largest: int, vectors_per_thread: int) -> tuple[int, int]:
-    """(ROWS, num_warps): the largest tile for long rows, less for short ones."""
-    rows = max(32, min(largest, triton.next_power_of_2(max(1, vocab // vec))))
-    return rows, max(1, min(8, rows // (32 * vectors_per_thread)))
+def tile_shape(vocab: int, vec: int, align: int) -> tuple[int, int]:
+    """(ROWS, num_warps): two vectors per thread, 256 threads for long rows and fewer for short ones.
+
+    Two vectors of 16 bytes and stream keep 64 bytes per thread in flight in 32 to 48 registers.
+    Narrow accesses need an address each: one vector per thread there, or registers spill.
+    """
+    per_thread = 1 if align == 0 else 2
+    rows = min(256 * per_thread, triton.next_power_of_2(max(1, vocab // vec)))
+    rows = max(32 * per_thread, rows)
+    return rows, rows // (32 * per_thread)
 
 
 def label_pointer(labels: Tensor) -> Tensor:

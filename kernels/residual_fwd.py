@@ -42,9 +42,6 @@ from qadapter.kernels.common import (
 )
 from qadapter.kernels.residual_finish import finish_row, residual_fwd_merge_kernel
 
-# Two vectors per thread and stream, 256 threads: 64 bytes in flight per thread, few registers.
-LARGEST_TILE = 512
-VECTORS_PER_THREAD = 2
 PROGRAMS_PER_PROCESSOR = 4
 LARGEST_SPLIT = 256
 
@@ -251,7 +248,7 @@ def launch(
     streams = [q_logits] if base_lse is not None and sign == 0 else [q_logits, base]
     vec = vector_length(q_logits.dtype)
     align, skew = row_alignment(vec, *streams)
-    tile, warps = tile_shape(vocab, vec, LARGEST_TILE, VECTORS_PER_THREAD)
+    tile, warps = tile_shape(vocab, vec, align)
     vectors = vocab // vec
     if splits is None:
         splits = choose_splits(num_rows, vectors, tile, processor_count(q_logits.device))

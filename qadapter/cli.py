@@ -56,10 +56,15 @@ class TrainArguments:
     eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs."})
     preset: str = field(
         default="default",
-        metadata={"help": "released: the research code's settings.", "choices": ["default", "released"]},
+        metadata={
+            "help": "released: the research code's settings.",
+            "choices": ["default", "released"],
+        },
     )
     split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
-    max_examples: int | None = field(default=None, metadata={"help": "Use the first so many pairs."})
+    max_examples: int | None = field(
+        default=None, metadata={"help": "Use the first so many pairs."}
+    )
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
@@ -188,7 +193,9 @@ def generate(options: argparse.Namespace) -> int:
             print(("\n" if i else "") + f"> {prompt}")
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         model.generate(
-            **encode_prompts(tokenizer, [prompt], options.system, not options.no_chat, model.device),
+            **encode_prompts(
+                tokenizer, [prompt], options.system, not options.no_chat, model.device
+            ),
             strength=options.strength,
             alpha_0=options.alpha_0,
             alpha_tilde=options.alpha_tilde,
@@ -218,9 +225,7 @@ def encode_prompts(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     # A template writes its own BOS.
-    batch = tokenizer(
-        texts, return_tensors="pt", padding=True, add_special_tokens=not has_template
-    )
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not has_template)
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 

@@ -67,4 +67,14 @@ def preference_fwd(
     if value_next:
         # V(s_{t+1}) belongs to the reward of row t; the first row of a sequence is nobody's next.
         d_value = torch.where(is_last, 0, d_value).roll(1)
-    return (loss, bt_loss, reg_loss, chosen.clone(), rejected.clone(), margins, accuracy, d_r, d_value)
+    return (
+        loss,
+        bt_loss,
+        reg_loss,
+        chosen.clone(),
+        rejected.clone(),
+        margins,
+        accuracy,
+        d_r,
+        d_value,
+    )

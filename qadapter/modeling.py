@@ -166,7 +166,9 @@ class QAdapterModel(nn.Module):
         """Replace the adapter's weights by those saved in ``directory`` (same LoRA, same base)."""
         saved = read_config(directory)
         source = str(directory)
-        _check_same_base(saved["base_fingerprint"], fingerprint(self.hf_model), source, "this model")
+        _check_same_base(
+            saved["base_fingerprint"], fingerprint(self.hf_model), source, "this model"
+        )
         self.peft_model.load_adapter(source, self.peft_model.active_adapter, is_trainable=True)
 
     # Properties.

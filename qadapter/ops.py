@@ -22,9 +22,7 @@ _LIB = torch.library.Library("qadapter", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 _COMPOSITION = "float alpha_0, float alpha_tilde, float center"
-_PREFERENCE = (
-    "float gamma, float reg_coef, float bt_scale, bool value_next, bool length_mean"
-)
+_PREFERENCE = "float gamma, float reg_coef, float bt_scale, bool value_next, bool length_mean"
 _LIB.define(
     "residual_fwd(Tensor? base_logits, Tensor q_logits, Tensor actions, Tensor? base_lse, "
     f"Tensor? base_logp, {_COMPOSITION}) "

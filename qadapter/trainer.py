@@ -74,7 +74,8 @@ class QAdapterConfig(TrainingArguments):
         default=1024, metadata={"help": "Prompt and response are cut to so many tokens."}
     )
     drop_long_prompts: bool = field(
-        default=False, metadata={"help": "Drop pairs whose prompt fills max_length (else an error)."}
+        default=False,
+        metadata={"help": "Drop pairs whose prompt fills max_length (else an error)."},
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise."}

@@ -159,10 +159,7 @@ class World:
 
     def sequence_logp(self, token_logp):
         return torch.stack(
-            [
-                sum(token_logp[self.index[y[:t]], a] for t, a in enumerate(y))
-                for y in self.sequences
-            ]
+            [sum(token_logp[self.index[y[:t]], a] for t, a in enumerate(y)) for y in self.sequences]
         )
 
     def population(self):

@@ -289,6 +289,20 @@ def test_install_matrix(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CAN_COMPILE, reason="needs a C++ compiler and the sources")
+def test_isolated_build_without_torch_says_how_to_get_the_extension(
+    source: Path, tmp_path: Path
+) -> None:
+    if Path(sysconfig.get_path("purelib", vars={"base": sys.base_prefix}), "torch").exists():
+        pytest.skip("the base interpreter has a torch that the build may borrow")
+    venv.create(tmp_path / "env", with_pip=False)
+    executable = str(tmp_path / "env" / "bin" / "python")
+    pip("wheel", "--no-deps", "-w", tmp_path / "out", source, executable=executable)
+    (wheel,) = (tmp_path / "out").glob("*-py3-none-any.whl")
+    assert "--no-build-isolation" in build_info(zipfile.ZipFile(wheel))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAN_COMPILE, reason="needs a C++ compiler and the sources")
 def test_one_wheel_for_every_python(source: Path, tmp_path: Path) -> None:
     wheel = build_wheel(source, tmp_path, "--no-build-isolation", QADAPTER_BUILD="cpu")
     assert wheel.filename is not None

@@ -74,9 +74,7 @@ def test_draws_follow_the_distribution(filters):
     degrees = int(kept.sum()) - 1
     limit = degrees + 2 * (degrees * 13.8) ** 0.5 + 2 * 13.8  # Laurent-Massart bound for 1e-6
     assert statistic < limit
-    torch.testing.assert_close(
-        sample.logprobs, logp[sample.tokens].float(), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(sample.logprobs, logp[sample.tokens].float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_batch():
