@@ -1,0 +1,254 @@
+"""What every benchmark needs: the machine's ceilings, interleaved timings, peak memory, JSON.
+
+Times of competing functions are taken in turns in one process, so that other load on the machine
+and changes of clock hit all of them alike. On a machine that is shared, trust the ratios, not the
+milliseconds, and the best times more than the medians.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds."""
+
+    median: float
+    p20: float
+    p80: float
+    best: float
+
+    @staticmethod
+    def of(samples: list[float]) -> "Timing":
+        ordered = sorted(samples)
+        last = len(ordered) - 1
+        return Timing(
+            statistics.median(ordered),
+            ordered[round(0.2 * last)],
+            ordered[round(0.8 * last)],
+            ordered[0],
+        )
+
+
+def _time_once(function: Callable[[], Any], device: str, scratch: Tensor | None) -> float:
+    if device == "cuda":
+        if scratch is not None:
+            scratch.zero_()  # leaves none of the inputs in the L2 cache
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = function()
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end)
+    start_time = time.perf_counter()
+    result = function()
+    elapsed = (time.perf_counter() - start_time) * 1e3
+    del result
+    return elapsed
+
+
+def interleaved(
+    functions: dict[str, Callable[[], Any]],
+    *,
+    device: str = "cpu",
+    rounds: int = 15,
+    seconds: float = 60.0,
+    warmup: int = 2,
+) -> dict[str, Timing]:
+    """Times the functions in turns, ``rounds`` times or for ``seconds``, but at least 5 times."""
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    synchronize(device)
+    scratch = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for i in range(rounds):
+            for name, function in functions.items():
+                samples[name].append(_time_once(function, device, scratch))
+            if i >= 4 and time.perf_counter() - started > seconds:
+                break
+    finally:
+        gc.enable()
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """GB/s and TFLOP/s that this machine reaches at best."""
+
+    read_gb_s: float
+    copy_gb_s: float  # bytes read plus bytes written
+    gemm_tflop_s: dict[str, float]
+
+
+def read_function(tensor: Tensor) -> dict[str, Callable[[], Any]]:
+    """Ways to read a tensor once; the fastest is the ceiling."""
+    ways: dict[str, Callable[[], Any]] = {"sum": lambda: torch.sum(tensor)}
+    if tensor.device.type == "cpu":
+        from qadapter import _cpp
+
+        if _cpp.available()[0]:
+            ways["probe"] = lambda: torch.ops.qadapter_C.read_probe(tensor)
+    return ways
+
+
+def ceilings(device: str, megabytes: int = 512, gemm: int = 1024) -> Ceilings:
+    source = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)
+    functions: dict[str, Callable[[], Any]] = read_function(source)
+    reads = list(functions)
+    functions["copy"] = lambda: target.copy_(source)
+    flops = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(gemm, 2 * gemm, dtype=dtype, device=device)
+        b = torch.randn(8 * gemm, 2 * gemm, dtype=dtype, device=device)
+        functions[f"gemm {dtype}"] = lambda a=a, b=b: a @ b.T
+        flops[f"gemm {dtype}"] = 2 * a.numel() * b.shape[0]
+    times = interleaved(functions, device=device, rounds=9)
+    size = source.nbytes
+    return Ceilings(
+        read_gb_s=size / min(times[name].best for name in reads) / 1e6,
+        copy_gb_s=2 * size / times["copy"].best / 1e6,
+        gemm_tflop_s={
+            name.removeprefix("gemm torch."): count / times[name].best / 1e9
+            for name, count in flops.items()
+        },
+    )
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) << 10
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _return_free_memory() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+@dataclass
+class Peak:
+    mebibytes: float = 0.0
+
+
+@contextlib.contextmanager
+def peak_memory(device: str, interval: float = 0.001) -> Iterator[Peak]:
+    """Memory above the level at entry: torch's own count on a GPU, the resident size on a CPU.
+
+    The resident size is the kernel's high-water mark, or sampled where that cannot be reset.
+    """
+    peak = Peak()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        torch.cuda.synchronize()
+        peak.mebibytes = (torch.cuda.max_memory_allocated() - before) / 2**20
+        return
+    _return_free_memory()
+    before, highest, done = _status_bytes("VmRSS"), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(interval):
+            highest = max(highest, _status_bytes("VmRSS"))
+
+    thread = None
+    if not _reset_high_water_mark():
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+    try:
+        yield peak
+    finally:
+        if thread is not None:
+            done.set()
+            thread.join()
+        else:
+            highest = _status_bytes("VmHWM")
+        peak.mebibytes = max(0, highest - before) / 2**20
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: str) -> dict[str, Any]:
+    import qadapter
+
+    report: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backends": {info.name: info.reason for info in qadapter.backends() if info.available},
+    }
+    if device == "cuda":
+        report["gpu"] = torch.cuda.get_device_name()
+        report["cuda"] = torch.version.cuda
+    return report
+
+
+def write_json(name: str, device: str, rows: list[dict[str, Any]], path: str | None, **more: Any):  # type: ignore[no-untyped-def]
+    """Writes rows and environment; by default to benchmarks/results/<name>-<device>.json."""
+    target = Path(path) if path else RESULTS / f"{name}-{device}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record = {"benchmark": name, "environment": environment(device), **more, "rows": rows}
+    target.write_text(json.dumps(record, indent=1, default=asdict) + "\n")
+    return target
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    ruler = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
+    return "\n".join([line(header), ruler, *map(line, rows)])
