@@ -121,7 +121,7 @@ def row_alignment(vec: int, *streams: Tensor) -> tuple[int, int]:
 
 
 def tile_shape(vocab: int, vec: int, align: int) -> tuple[int, int]:
-    """(ROWS, num_warps): two vectors per thread, 256 threads for long rows and fewer for short ones.
+    """(ROWS, num_warps): two vectors per thread; 256 threads for long rows, fewer for short ones.
 
     Two vectors of 16 bytes and stream keep 64 bytes per thread in flight in 32 to 48 registers.
     Narrow accesses need an address each: one vector per thread there, or registers spill.
