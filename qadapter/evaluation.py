@@ -74,8 +74,8 @@ def evaluate_preferences(
 
     ``accuracy`` is the share of pairs whose chosen response has the larger reward (0 for the
     untrained adapter with center=1, where every margin is 0), with its standard error;
-    ``accuracy_base`` ranks by the base's own mean log-likelihood, ``accuracy_policy`` by that of the
-    composed policy. ``chosen`` holds `evaluate_forgetting`'s figures on the chosen responses.
+    ``accuracy_base`` ranks by the base's own mean log-likelihood, ``accuracy_policy`` by that of
+    the composed policy. ``chosen`` holds `evaluate_forgetting`'s figures on the chosen responses.
     """
     prepared = _prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
     margins, base_margins, policy_margins = [], [], []

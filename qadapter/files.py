@@ -42,7 +42,7 @@ def replacing_directory(directory: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` (same suffix) that takes its place when the block succeeds."""
+    """A temporary path beside ``path``, same suffix, that takes its place on success."""
     target = Path(path)
     temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:

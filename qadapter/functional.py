@@ -1,8 +1,8 @@
 """The stateless public API: fused operations on logits and on per-token values.
 
 Rows are flat: row n is one state s_n, its action is ``actions[n]``. Sequences are consecutive rows,
-delimited by ``cu_seqlens``; the P chosen responses come first, then the P rejected ones. Equations are
-those of Q-Adapter (arXiv 2407.03856); `qadapter.reference` is the same in plain PyTorch.
+delimited by ``cu_seqlens``; the P chosen responses come first, then the P rejected ones. Equations
+are those of Q-Adapter (arXiv 2407.03856); `qadapter.reference` is the same in plain PyTorch.
 """
 
 import torch
@@ -48,8 +48,8 @@ def residual_values(
             returns float64); any row stride. Logits of -inf are masked tokens.
         actions: int64 [N], token ids; -100 marks a row without action, whose q, base_logp and
             policy_logp are 0 and whose value is still given.
-        alpha_0, alpha_tilde: entropy weights of the base and of the composed policy (paper's alpha_0
-            and alpha-tilde).
+        alpha_0, alpha_tilde: entropy weights of the base and of the composed policy (paper's
+            alpha_0 and alpha-tilde).
         center: 1 if q_logits hold z_b + Q, 0 if they hold Q itself.
         base_lse, base_logp: float32 [N], known logsumexp and log-probability of the base.
 

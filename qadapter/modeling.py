@@ -28,7 +28,7 @@ PROBE_SIZE = 32
 
 
 class TwoStreamLogits(NamedTuple):
-    """Logits of the selected rows, [N, V] in the model's dtype; gradients reach ``q_logits`` only."""
+    """Logits of the selected rows, [N, V] in the model's dtype; ``q_logits`` has the gradient."""
 
     base_logits: Tensor
     q_logits: Tensor
@@ -42,9 +42,9 @@ class QAdapterModel(nn.Module):
         alpha_0, alpha_tilde, center, gamma: see `qadapter.functional`; stored with the adapter.
 
     Raises:
-        ValueError: the model cannot be composed exactly: no language-model head, an encoder-decoder,
-            trained base weights, training of an embedding that is tied to the head, or an adapter
-            that is merged into the weights.
+        ValueError: the model cannot be composed exactly: no language-model head, an
+            encoder-decoder, trained base weights, training of an embedding that is tied to the
+            head, or an adapter that is merged into the weights.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class QAdapterModel(nn.Module):
         """A new adapter on a base model, or a saved adapter with the base it was trained on.
 
         Args:
-            base_or_adapter_dir: a Hub id or folder of a causal LM, "smollm2" for the packaged model,
-                or a folder that `save_pretrained` wrote.
+            base_or_adapter_dir: a Hub id or folder of a causal LM, "smollm2" for the packaged
+                model, or a folder that `save_pretrained` wrote.
             lora_config: LoRA of a new adapter; default r=8, lora_alpha=16, no dropout, on PEFT's
                 default modules of the architecture (query and value projections) or, where PEFT has
                 none, all linear layers.
@@ -112,8 +112,8 @@ class QAdapterModel(nn.Module):
             **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            ValueError: an adapter without ``qadapter_config.json``, for another base, or a base that
-                cannot be composed exactly.
+            ValueError: an adapter without ``qadapter_config.json``, for another base, or a base
+                that cannot be composed exactly.
             FileNotFoundError: a folder that does not exist or holds no model.
         """
         given = {"alpha_0": alpha_0, "alpha_tilde": alpha_tilde, "center": center, "gamma": gamma}
@@ -144,8 +144,8 @@ class QAdapterModel(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a plain PEFT LoRA (safetensors), ``qadapter_config.json`` and a model card.
 
-        Any PEFT loader reads the LoRA; alone it is the adapter stream, softmax(z_q). Raises OSError,
-        leaving ``directory`` as it was, if something cannot be written.
+        Any PEFT loader reads the LoRA; alone it is the adapter stream, softmax(z_q). Raises
+        OSError, leaving ``directory`` as it was, if something cannot be written.
         """
         base_name = str(self.hf_model.config._name_or_path or "")
         config = {
@@ -199,8 +199,8 @@ class QAdapterModel(nn.Module):
             warnings.warn(
                 f"center=1 with alpha_0={self.alpha_0:g} and alpha_tilde={self.alpha_tilde:g}: the "
                 "policy starts at the base raised to the power alpha_0/alpha_tilde, "
-                f"{self.alpha_0 / self.alpha_tilde:g}, far from the base; keep the two close and set "
-                "the size of Q by bt_scale, or use center=0",
+                f"{self.alpha_0 / self.alpha_tilde:g}, far from the base; keep the two close and "
+                "set the size of Q by bt_scale, or use center=0",
                 stacklevel=3,
             )
 
@@ -259,7 +259,7 @@ class QAdapterModel(nn.Module):
         return model.get_output_embeddings()(hidden if rows is None else hidden[rows])
 
     def _head_is_plain(self) -> bool:
-        """Whether logits are exactly head(last hidden state): tried out, not read off the config."""
+        """Whether logits are exactly head(last hidden state): tried, not read off the config."""
         model = self.hf_model
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or model.base_model is model:
@@ -461,8 +461,8 @@ def _refuse_unsupported(peft_model: PeftModel) -> None:
     ]
     if trained:
         raise ValueError(
-            f"{len(trained)} base weights require gradients ({trained[0]}, ...): the base must stay "
-            "frozen, freeze them or leave the training to the LoRA"
+            f"{len(trained)} base weights require gradients ({trained[0]}, ...): the base must "
+            "stay frozen, freeze them or leave the training to the LoRA"
         )
     embedding = model.get_input_embeddings()
     if isinstance(embedding, AuxiliaryTrainingWrapper | BaseTunerLayer) and _tied(model):
@@ -506,8 +506,9 @@ A residual Q-function for `{config["base_model"]}`, trained on preference pairs 
 
     pi(a|s) = softmax((Q(s,a) + alpha_0 log pi_base(a|s)) / alpha_tilde),   Q = z_q - center * z_b
 
-with alpha_0 = {config["alpha_0"]:g}, alpha_tilde = {config["alpha_tilde"]:g}, center = {config["center"]:g}
-(z_b: logits of the base, z_q: logits with the LoRA). Loaded as a plain LoRA, only z_q is used.
+with alpha_0 = {config["alpha_0"]:g}, alpha_tilde = {config["alpha_tilde"]:g} and
+center = {config["center"]:g} (z_b: logits of the base, z_q: logits with the LoRA).
+Loaded as a plain LoRA, only z_q is used.
 
 ```python
 from qadapter import QAdapterModel

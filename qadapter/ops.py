@@ -1,9 +1,9 @@
 """torch.library definitions: schemas, fake implementations and autograd of every operation.
 
 This is the only place where operations are defined. Each is one opaque call for torch.compile, and
-picks its implementation (`qadapter.backends`) when it runs. Values that can only be checked by reading
-a tensor (actions in range, cu_seqlens that fit) are checked here for CPU tensors; on a GPU that would
-stall the stream, so there a wrong value turns into NaN instead.
+picks its implementation (`qadapter.backends`) when it runs. Values that can only be checked by
+reading a tensor (actions in range, cu_seqlens that fit) are checked here for CPU tensors; on a GPU
+that would stall the stream, so there a wrong value turns into NaN instead.
 
     residual_fwd    statistics of both streams, one read of each logits tensor
     residual_bwd    coef_p * pi + coef_a * onehot(a), the gradient of any loss on (q, value, logp)

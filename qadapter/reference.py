@@ -10,13 +10,15 @@ Q-Adapter (Li et al., ICLR 2025, arXiv 2407.03856):
     r(s,a)   = Q(s,a) - gamma * V(s'),   V(terminal) = 0
     loss     = -log sigmoid(bt_scale * (R_chosen - R_rejected)) + reg_coef * mean(r^2)
 
-With m = alpha_0 - center the sum Q + alpha_0 * log pi_base is z_q + m * z_b - alpha_0 * lse(z_b), so
-V = alpha_tilde * lse((z_q + m * z_b) / alpha_tilde) - alpha_0 * lse(z_b).
+With m = alpha_0 - center the sum Q + alpha_0 * log pi_base is z_q + m * z_b - alpha_0 * lse(z_b),
+so V = alpha_tilde * lse((z_q + m * z_b) / alpha_tilde) - alpha_0 * lse(z_b).
 
-Masked tokens: a logit of -inf in a stream that enters with a non-zero weight has probability 0. With
-m = 0 the base does not enter the policy's logits, so a mask that is in the base alone does nothing.
-A row without any token left has value NaN.
+Masked tokens: a logit of -inf in a stream that enters with a non-zero weight has probability 0.
+With m = 0 the base does not enter the policy's logits, so a mask in the base alone does nothing. A
+row without any token left has value NaN.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ NEG_INF = float("-inf")
 def policy_logits(
     base_logits: Tensor | None, q_logits: Tensor, alpha_0: float, alpha_tilde: float, center: float
 ) -> Tensor:
-    """(z_q + m z_b) / alpha_tilde: the composed policy's logits up to a constant per row. [N, V]."""
+    """(z_q + m z_b) / alpha_tilde: the policy's logits up to a constant per row. [N, V]."""
     m = alpha_0 - center
     if m == 0:
         return q_logits / alpha_tilde
@@ -105,7 +107,7 @@ def preference_loss(
     num_pairs = (len(bounds) - 1) // 2
     zero = values.q.new_zeros(())
     returns, squares, count = [], zero, 0
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         q, value = values.q[start:end], values.value[start:end]
         if value_at == "next":
             value = torch.cat([value[1:], value.new_zeros(min(1, end - start))])
@@ -238,8 +240,8 @@ def released_loss(
     """The number that the paper's released research code computes, for comparison only.
 
     ``base_logits``, ``q_logits`` [2P, T, V], the chosen rows first; ``input_ids``,
-    ``attention_mask``, ``labels`` [2P, T], labels -100 on the prompt. Returns a scalar. Kept are its
-    departures from the paper's equations:
+    ``attention_mask``, ``labels`` [2P, T], labels -100 on the prompt. Returns a scalar. Kept are
+    its departures from the paper's equations:
 
     - the value is taken at s_t, not at s_{t+1};
     - the mask is that of token t, while the reward at index t is the one of token t + 1: the first

@@ -55,7 +55,7 @@ def evaluate(function, base, adapter, actions, weights, **kwargs):
 
 
 def agree(ours, exact, eager, dtype, *, factor=2.0):
-    """At most ``factor`` times eager's error in the same dtype, plus float32 rounding of the scale."""
+    """At most ``factor`` times eager's error in the same dtype, plus rounding of the scale."""
     names = ("q", "value", "base_logp", "policy_logp", "base_lse", "gradient")
     for name, a, b, c in zip(names, ours, exact, eager, strict=True):
         finite = b.isfinite()
@@ -236,7 +236,7 @@ LOSSES = list(itertools.product(["next", "same"], ["response", "none"], [0.0, 1.
 
 @pytest.mark.parametrize(("value_at", "length_norm", "gamma", "bt_scale"), LOSSES)
 def test_loss_and_its_gradient(device, value_at, length_norm, gamma, bt_scale):
-    """The fused loss, and the loss on per-token values, against the sequence-by-sequence reference."""
+    """The fused loss, and the loss on per-token values, against the reference's loop."""
     base, adapter, actions = case(20, 203, torch.float32)
     actions[11] = -100
     cu_seqlens = torch.tensor([0, 4, 4, 9, 12, 13, 20], dtype=torch.int32)  # one is empty
@@ -376,12 +376,16 @@ BAD_ARGUMENTS = {
     "action too large": (
         (BASE, ADAPTER, torch.tensor([0, 1, 9, 3]), ENDS), {}, r"actions\[2\] = 9"
     ),
-    "action negative": ((BASE, ADAPTER, torch.tensor([0, -1, 2, 3]), ENDS), {}, r"actions\[1\] = -1"),
+    "action negative": (
+        (BASE, ADAPTER, torch.tensor([0, -1, 2, 3]), ENDS), {}, r"actions\[1\] = -1"
+    ),
     "base missing": ((None, ADAPTER, ACTIONS, ENDS), {}, "base_logits: may only be None"),
     "odd sequences": (
         (BASE, ADAPTER, ACTIONS, torch.tensor([0, 1, 2, 4])), {}, "3 sequences"
     ),
-    "no entries": ((BASE, ADAPTER, ACTIONS, torch.tensor([], dtype=torch.int32)), {}, "2P.1 entries"),
+    "no entries": (
+        (BASE, ADAPTER, ACTIONS, torch.tensor([], dtype=torch.int32)), {}, "2P.1 entries"
+    ),
     "ends early": ((BASE, ADAPTER, ACTIONS, torch.tensor([0, 2, 3])), {}, "from 0 to 3, expected"),
     "starts late": ((BASE, ADAPTER, ACTIONS, torch.tensor([1, 2, 4])), {}, "from 1 to 4, expected"),
     "decreases": ((BASE, ADAPTER, ACTIONS, torch.tensor([0, 5, 4])), {}, "cu_seqlens decreases"),

@@ -1,4 +1,4 @@
-"""Exactness of the method: identities that hold whatever the kernels, and a world small enough to enumerate."""
+"""Exactness of the method: identities that hold whatever the kernels, and an enumerated world."""
 
 import itertools
 import math
@@ -127,8 +127,9 @@ def test_released_loss_by_hand():
 class World:
     """Two letters and an end token, at most three steps: 15 sequences, 7 states.
 
-    The base is the soft-optimal policy of some r_1 with entropy weight 1; r_2 has returns k ln 2, so
-    that every Bradley-Terry probability is a fraction and 30 copies of each pair are the population.
+    The base is the soft-optimal policy of some r_1 with entropy weight 1; r_2 has returns k ln 2,
+    so that every Bradley-Terry probability is a fraction and 30 copies of each pair are the
+    population.
     """
 
     END, HORIZON = 2, 3
@@ -163,7 +164,7 @@ class World:
         )
 
     def population(self):
-        """State and action of every row, cu_seqlens: each pair in both orders, as often as chosen."""
+        """State and action of every row, cu_seqlens; each pair in both orders."""
         chosen, rejected = [], []
         for i, j in itertools.combinations(range(15), 2):
             ratio = 2.0 ** (self.k[i] - self.k[j])

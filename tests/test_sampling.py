@@ -109,8 +109,9 @@ def test_greedy_takes_the_lowest_of_equals():
     sample = QF.sample(base, adapter, temperature=0)
     assert sample.tokens.tolist() == [1, 0]
     top_k = reference.filtered_logprobs(base, adapter, top_k=2)
-    assert top_k.isfinite().tolist() == [[False, True, False, True, False, False]] + [
-        [True, True, False, False, False, False]
+    assert top_k.isfinite().tolist() == [
+        [False, True, False, True, False, False],
+        [True, True, False, False, False, False],
     ]
 
 
