@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 DESCRIPTION = "Customise a frozen language model with a residual Q-function (Q-Adapter)."
 
@@ -84,7 +84,7 @@ def train(argv: Sequence[str]) -> int:
     from qadapter.plots import plot_training
     from qadapter.trainer import RELEASED_PRESET, QAdapterConfig, QAdapterTrainer
 
-    parser = HfArgumentParser([TrainArguments, QAdapterConfig], prog="qadapter train")  # type: ignore[arg-type]
+    parser = HfArgumentParser(cast(Any, (TrainArguments, QAdapterConfig)), prog="qadapter train")
     arguments = list(argv)
     if not any(a.split("=")[0] in ("--output_dir", "--output-dir") for a in arguments):
         output = _peek(arguments, "--output")
@@ -177,6 +177,8 @@ def generate(options: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
+    from qadapter.generation import encode_prompts
+
     model, tokenizer = _load(options)
     prompts = options.prompt or [sys.stdin.read().strip()]
     if not all(prompts):
@@ -203,30 +205,6 @@ def generate(options: argparse.Namespace) -> int:
             **settings,
         )
     return 0
-
-
-def encode_prompts(
-    tokenizer: Any, prompts: Sequence[str], system: str | None, chat: bool, device: Any
-) -> dict[str, Any]:
-    """Left-padded input_ids and attention_mask of prompts, in the chat template if there is one."""
-    texts = list(prompts)
-    has_template = chat and tokenizer.chat_template is not None
-    if has_template:
-        first = [{"role": "system", "content": system}] if system else []
-        texts = [
-            tokenizer.apply_chat_template(
-                [*first, {"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for prompt in prompts
-        ]
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    # A template writes its own BOS.
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not has_template)
-    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:

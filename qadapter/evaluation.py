@@ -4,6 +4,7 @@ Forgetting is measured per token on text that has nothing to do with the prefere
 KL(pi_base || pi) over the whole vocabulary, and the change in negative log-likelihood of the text.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from qadapter import functional as QF
 from qadapter import reference
 from qadapter.data import collate_sequences, load_preference_data, prepare_dataset
-from qadapter.modeling import QAdapterModel
+from qadapter.modeling import QAdapterModel, TwoStreamLogits
 from qadapter.trainer import eos_token_ids, pad_token_id
 
 KL_CHUNK = 64
@@ -30,9 +31,13 @@ class _Forgetting:
     def __init__(self) -> None:
         self.tokens, self.kl, self.base_nll, self.policy_nll = 0, 0.0, 0.0, 0.0
 
-    def add(self, model: QAdapterModel, logits: Any, actions: Tensor, count: int) -> None:
+    def add(
+        self, model: QAdapterModel, logits: TwoStreamLogits, actions: Tensor, count: int
+    ) -> None:
         """The first ``count`` rows of a batch."""
-        values = QF.residual_values(*logits, actions, **_composition(model))
+        values = QF.residual_values(
+            logits.base_logits, logits.q_logits, actions, **model.composition
+        )
         scored = (actions != -100)[:count]
         self.tokens += int(scored.sum())
         self.base_nll -= float(values.base_logp[:count].double().sum())
@@ -42,7 +47,7 @@ class _Forgetting:
             kl = reference.kl_base_policy(
                 logits.base_logits[part].float(),
                 logits.q_logits[part].float(),
-                **_composition(model),
+                **model.composition,
             )
             self.kl += float(kl[scored[part]].double().sum())
 
@@ -78,13 +83,17 @@ def evaluate_preferences(
     the composed policy. ``chosen`` holds `evaluate_forgetting`'s figures on the chosen responses.
     """
     prepared = _prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
-    margins, base_margins, policy_margins = [], [], []
+    margins: list[Tensor] = []
+    base_margins: list[Tensor] = []
+    policy_margins: list[Tensor] = []
     chosen = _Forgetting()
     for batch in _batches(prepared, ("chosen", "rejected"), batch_size, tokenizer, progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         logits, actions = _forward(model, batch), batch["actions"]
         cu_seqlens = batch["cu_seqlens"]
-        values = QF.residual_values(*logits, actions, **_composition(model))
+        values = QF.residual_values(
+            logits.base_logits, logits.q_logits, actions, **model.composition
+        )
         outputs = QF.preference_loss(
             values,
             actions,
@@ -138,16 +147,18 @@ def evaluate_forgetting(
 
 
 def load_unrelated(path: str | Path | None = None) -> Dataset:
-    """Text for `evaluate_forgetting`; None takes the general questions and answers shipped here."""
-    return load_preference_data(UNRELATED if path is None else path)
+    """Text for `evaluate_forgetting`; None takes the general questions and answers shipped here.
 
-
-def _composition(model: QAdapterModel) -> dict[str, float]:
-    return {
-        "alpha_0": model.alpha_0,
-        "alpha_tilde": model.alpha_tilde,
-        "center": model.center,
-    }
+    Rows are preference pairs, or have ``prompt`` and ``response`` alone (.jsonl).
+    """
+    source = Path(UNRELATED if path is None else path)
+    if source.suffix == ".jsonl" and source.is_file():
+        with source.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        if rows and all("response" in row and "prompt" in row for row in rows):
+            texts = [(row["prompt"], row["response"]) for row in rows]
+            return Dataset.from_list([{"prompt": p, "chosen": r, "rejected": r} for p, r in texts])
+    return load_preference_data(str(path))
 
 
 def _prepare(
@@ -180,7 +191,7 @@ def _batches(
 
 
 @torch.no_grad()
-def _forward(model: QAdapterModel, batch: dict[str, Tensor]) -> Any:
+def _forward(model: QAdapterModel, batch: dict[str, Tensor]) -> TwoStreamLogits:
     model.eval()
     return model(batch["input_ids"], batch["attention_mask"], batch["rows"])
 

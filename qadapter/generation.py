@@ -13,7 +13,8 @@ A stream whose weight is 0 does not run.
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        return model.hf_model.generate(
+        return cast(Any, model.hf_model).generate(
             input_ids,
             attention_mask=attention_mask,
             custom_generate=decode,
@@ -250,5 +251,32 @@ def _decode(
     if not wants_dict:
         return input_ids
     return GenerateDecoderOnlyOutput(
-        sequences=input_ids, scores=scores or None, logits=logits or None, past_key_values=cache
+        sequences=cast(Any, input_ids),
+        scores=cast(Any, scores or None),
+        logits=cast(Any, logits or None),
+        past_key_values=cache,
     )
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str], system: str | None, chat: bool, device: Any
+) -> dict[str, Any]:
+    """Left-padded input_ids and attention_mask of prompts, in the chat template if there is one."""
+    texts = list(prompts)
+    has_template = chat and tokenizer.chat_template is not None
+    if has_template:
+        first = [{"role": "system", "content": system}] if system else []
+        texts = [
+            tokenizer.apply_chat_template(
+                [*first, {"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for prompt in prompts
+        ]
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    # A template writes its own BOS.
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not has_template)
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}

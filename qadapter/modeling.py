@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -176,7 +176,7 @@ class QAdapterModel(nn.Module):
     @property
     def hf_model(self) -> PreTrainedModel:
         """The transformers model, LoRA layers in place."""
-        return self.peft_model.get_base_model()
+        return cast(PreTrainedModel, self.peft_model.get_base_model())
 
     @property
     def config(self) -> Any:
@@ -189,6 +189,11 @@ class QAdapterModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.hf_model.device
+
+    @property
+    def composition(self) -> dict[str, Any]:
+        """alpha_0, alpha_tilde and center, as keywords of `qadapter.functional`."""
+        return {"alpha_0": self.alpha_0, "alpha_tilde": self.alpha_tilde, "center": self.center}
 
     def set_composition(self, alpha_0: float, alpha_tilde: float, center: float) -> None:
         """Set alpha_0, alpha_tilde and center together, checked."""
@@ -241,8 +246,8 @@ class QAdapterModel(nn.Module):
         Returns:
             `TwoStreamLogits` of [N, V].
         """
-        arguments = {"attention_mask": attention_mask, "position_ids": position_ids}
-        arguments = {name: value for name, value in arguments.items() if value is not None}
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        arguments = {name: value for name, value in given.items() if value is not None}
         with torch.no_grad(), self.adapter_off():
             base_logits = self._stream_logits(input_ids, rows, arguments)
         return TwoStreamLogits(base_logits, self._stream_logits(input_ids, rows, arguments))
@@ -260,7 +265,7 @@ class QAdapterModel(nn.Module):
 
     def _head_is_plain(self) -> bool:
         """Whether logits are exactly head(last hidden state): tried, not read off the config."""
-        model = self.hf_model
+        model: Any = self.hf_model
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or model.base_model is model:
             return False
@@ -360,7 +365,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+def fingerprint(model: Any) -> dict[str, Any]:
     """Enough of a base model to tell it from another, whatever dtype it is loaded in.
 
     Besides its shape, a few entries of the embedding and of the last two-dimensional weight.
@@ -436,7 +441,7 @@ def _add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftMode
 
 
 def _refuse_unsupported(peft_model: PeftModel) -> None:
-    model = peft_model.get_base_model()
+    model: Any = peft_model.get_base_model()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or model.config.is_encoder_decoder:
         raise ValueError(

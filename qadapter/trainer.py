@@ -117,6 +117,7 @@ class QAdapterTrainer(Trainer):
     ``q/mean``, ``value/mean`` and ``kl``, KL(base || policy) per response token in nats.
     """
 
+    args: QAdapterConfig
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -192,12 +193,9 @@ class QAdapterTrainer(Trainer):
     ) -> Any:
         own: QAdapterModel = self.accelerator.unwrap_model(self.model)
         logits = model(inputs["input_ids"], inputs["attention_mask"], inputs["rows"])
-        composition = {
-            "alpha_0": own.alpha_0,
-            "alpha_tilde": own.alpha_tilde,
-            "center": own.center,
-        }
-        values = QF.residual_values(*logits, inputs["actions"], **composition)
+        values = QF.residual_values(
+            logits.base_logits, logits.q_logits, inputs["actions"], **own.composition
+        )
         outputs = QF.preference_loss(
             values,
             inputs["actions"],
@@ -216,7 +214,7 @@ class QAdapterTrainer(Trainer):
                     reference.kl_base_policy(
                         logits.base_logits[part].float(),
                         logits.q_logits[part].float(),
-                        **composition,
+                        **own.composition,
                     )
                     for part in rows.to(logits.q_logits.device).split(KL_ROWS)
                 ]
@@ -291,30 +289,33 @@ class QAdapterTrainer(Trainer):
         self._sums["eval"] = {}
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{k}": v for k, v in self._drain("eval").items()})
-        return output
+        own = {f"{prefix}_{name}": value for name, value in self._drain("eval").items()}
+        return output._replace(metrics={**(output.metrics or {}), **own})
 
     # Files.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         if resume_from_checkpoint is True:
-            last = last_complete_checkpoint(self.args.output_dir)
+            last = last_complete_checkpoint(str(self.args.output_dir))
             if last is None:
                 raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
             resume_from_checkpoint = str(last)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
-        target = Path(output_dir if output_dir is not None else self.args.output_dir)
+        target = Path(output_dir or str(self.args.output_dir))
         own: QAdapterModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with files.replacing_directory(target) as temporary:
             own.save_pretrained(temporary / "adapter")
             for item in (temporary / "adapter").iterdir():
                 item.rename(temporary / item.name)
             (temporary / "adapter").rmdir()
-            self.processing_class.save_pretrained(str(temporary))
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(str(temporary))
             # JSON, where the Trainer would pickle its arguments.
             files.write_json(temporary / "training_args.json", self.args.to_dict())
 

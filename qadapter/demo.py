@@ -1,0 +1,159 @@
+"""``qadapter demo``: teach a small real model one visible preference, and check that it took.
+
+The preference is that an answer is one short sentence. Pairs, held-out questions and unrelated text
+come with the package; whether an answer follows the preference is decided by a rule
+(`qadapter.demo_rule.follows`) on text that the customised model generates.
+"""
+
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from qadapter import evaluation, files
+from qadapter.data import load_preference_data
+from qadapter.demo_rule import follows
+from qadapter.generation import encode_prompts
+from qadapter.modeling import QAdapterModel, resolve_model
+from qadapter.plots import plot_training
+from qadapter.trainer import QAdapterConfig, QAdapterTrainer
+
+STRENGTHS = (0.5, 1.0, 2.0)
+MAX_NEW_TOKENS = 64
+SHOWN = 4
+
+RECIPE: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "max_steps": 60,
+    "per_device_train_batch_size": 8,
+    "warmup_steps": 6,
+    "bt_scale": 10.0,
+    "reg_coef": 0.1,
+    "length_norm": "response",
+}
+
+
+def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = None) -> dict:
+    """Train, generate, measure, print; writes adapter, report.json, answers.json and training.png.
+
+    Returns the report. Takes some minutes on two CPU cores.
+    """
+    output = Path(output)
+    started = time.perf_counter()
+    source = resolve_model(model)
+    two_streams = QAdapterModel.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    held_out = load_preference_data(evaluation.DEMO_DATA / "heldout.jsonl")
+    train_data = load_preference_data(evaluation.DEMO_DATA / "train.jsonl")
+    questions = [messages[-1]["content"] for messages in held_out["prompt"]]
+    print(f"Preference: an answer is one short sentence. {len(train_data)} pairs, {model}.\n")
+
+    recipe = {**RECIPE, **({} if max_steps is None else {"max_steps": max_steps})}
+    trainer = QAdapterTrainer(
+        two_streams,
+        QAdapterConfig(
+            output_dir=str(output / "adapter"),
+            eval_strategy="steps",
+            eval_steps=max(1, recipe["max_steps"] // 4),
+            eval_on_start=True,
+            per_device_eval_batch_size=8,
+            logging_steps=max(1, recipe["max_steps"] // 20),
+            save_strategy="no",
+            report_to="none",
+            seed=0,
+            **recipe,
+        ),
+        train_dataset=train_data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    training_started = time.perf_counter()
+    trainer.train()
+    training_seconds = time.perf_counter() - training_started
+    trainer.save_model(str(output / "adapter"))
+    plot = plot_training(
+        trainer.state.log_history,
+        output / "training.png",
+        title="demo: one short sentence (SmolLM2-135M-Instruct)" if model == "smollm2" else "demo",
+    )
+
+    answers = {"base": _answers(two_streams, tokenizer, questions, 0.0)}
+    for strength in STRENGTHS:
+        answers[f"strength {strength:g}"] = _answers(two_streams, tokenizer, questions, strength)
+    report = {
+        "model": model,
+        "recipe": recipe,
+        "training_seconds": round(training_seconds, 1),
+        "follows": {name: sum(map(follows, texts)) / len(texts) for name, texts in answers.items()},
+        "questions": len(questions),
+        "preference": evaluation.evaluate_preferences(two_streams, tokenizer, held_out),
+        "forgetting": evaluation.evaluate_forgetting(
+            two_streams, tokenizer, evaluation.load_unrelated()
+        ),
+        "total_seconds": round(time.perf_counter() - started, 1),
+    }
+    files.write_json(output / "report.json", report)
+    files.write_json(
+        output / "answers.json",
+        [
+            {"question": q, **{name: texts[i] for name, texts in answers.items()}}
+            for i, q in enumerate(questions)
+        ],
+    )
+    print(_side_by_side(questions[:SHOWN], answers))
+    print(_summary(report))
+    print(f"\nadapter {output / 'adapter'}, plot {plot or '(needs matplotlib)'}, all answers "
+          f"{output / 'answers.json'}")  # fmt: skip
+    print(
+        f'try: qadapter generate --adapter {output / "adapter"} --strength 1 --prompt "Why is the '
+        'sky blue?"'
+    )
+    return report
+
+
+def _answers(
+    model: QAdapterModel, tokenizer: Any, questions: Sequence[str], strength: float
+) -> list[str]:
+    """Greedy answers; at strength 0 the base's own."""
+    texts = []
+    batches = [questions[i : i + 16] for i in range(0, len(questions), 16)]
+    for batch in tqdm(batches, desc=f"Answering at strength {strength:g}"):
+        inputs = encode_prompts(tokenizer, batch, None, True, model.device)
+        ids = model.generate(
+            **inputs, strength=strength, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _side_by_side(questions: Sequence[str], answers: dict[str, list[str]]) -> str:
+    lines = ["", "Held-out questions", ""]
+    for i, question in enumerate(questions):
+        lines.append(f"  {question}")
+        for name, texts in answers.items():
+            mark = "yes" if follows(texts[i]) else "no "
+            text = textwrap.shorten(texts[i], 300, placeholder=" ...")
+            body = textwrap.wrap(text, 78) or ["(nothing)"]
+            lines.append(f"    {name:13} {mark} {body[0]}")
+            lines += [" " * 22 + line for line in body[1:]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _summary(report: dict[str, Any]) -> str:
+    shares = "   ".join(f"{name} {share:.0%}" for name, share in report["follows"].items())
+    return "\n".join(
+        [
+            f"Answers that follow the preference, of {report['questions']}, checked by rule:",
+            f"  {shares}",
+            "",
+            evaluation.table(report),
+            "",
+            f"training {report['training_seconds']:.0f} s, all {report['total_seconds']:.0f} s",
+        ]
+    )
