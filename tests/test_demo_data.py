@@ -1,0 +1,69 @@
+"""The demo's data: what is preferred follows the rule, what is not does not, nothing leaks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import qadapter
+from qadapter.data import load_preference_data
+from qadapter.demo_rule import follows
+
+FOLDER = Path(qadapter.__file__).parent / "demo_data"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The capital of France is Paris.", True),
+        (" Yes!\n", True),
+        ('She said "no."', True),
+        ("About 3.5 million people live there.", True),
+        ("One sentence. And another.", False),
+        ("A first line\nand a second one.", False),
+        ("Cut off in the", False),
+        ("", False),
+        ("word " * 29 + "end.", True),
+        ("word " * 30 + "end.", False),
+    ],
+)
+def test_rule(text, expected):
+    assert follows(text) is expected
+
+
+def rows(name):
+    with open(FOLDER / f"{name}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize(("name", "least"), [("train", 150), ("heldout", 30)])
+def test_pairs_differ_in_what_is_preferred(name, least):
+    pairs = load_preference_data(FOLDER / f"{name}.jsonl")
+    assert len(pairs) >= least
+    for pair in pairs:
+        (chosen,), (rejected,) = pair["chosen"], pair["rejected"]
+        assert follows(chosen["content"]), chosen
+        assert not follows(rejected["content"]), rejected
+        assert [m["role"] for m in (*pair["prompt"], chosen, rejected)] == [
+            "user",
+            "assistant",
+            "assistant",
+        ]
+
+
+def test_no_prompt_twice():
+    prompts = [
+        r["prompt"][0]["content"] for n in ("train", "heldout", "unrelated") for r in rows(n)
+    ]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_unrelated_rows():
+    unrelated = rows("unrelated")
+    assert len(unrelated) == 24
+    for row in unrelated:
+        assert row["prompt"][0]["role"] == "user"
+        assert row["response"][0]["role"] == "assistant"
+        assert row["response"][0]["content"]
