@@ -159,10 +159,11 @@ def check_all(base, q, actions, composition, **options):
 if INTERPRETED or ON_GPU:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("vocab", [1, 7, 1000])
-    @pytest.mark.parametrize("num_rows", [1, 3, 33])
+    @pytest.mark.parametrize(
+        ("num_rows", "vocab"), [(1, 1), (1, 1000), (3, 1), (3, 7), (3, 1000), (33, 7), (33, 1000)]
+    )
     def test_small_vocabularies(num_rows, vocab, dtype):
-        for composition in COMPOSITIONS[: {1: 1, 3: 5, 33: 1}[num_rows]]:
+        for composition in COMPOSITIONS[: 3 if num_rows == 3 else 1]:
             check_all(*make_rows(num_rows, vocab, dtype), composition)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -317,14 +318,20 @@ if INTERPRETED or ON_GPU:
     @pytest.mark.parametrize("vocab", [37, 1024, 5003])
     def test_row_layouts(vocab, dtype):
         """Padded, shifted, expanded and differently strided rows give the numbers of dense ones."""
-        base, q, actions = make_rows(4, vocab, dtype)
+        base, q, actions = make_rows(3, vocab, dtype)
         composition = (0.5, 1.0, 1.0)
-        ones = torch.linspace(0.5, 1, 4, device=DEVICE)
+        ones = torch.linspace(0.5, 1, 3, device=DEVICE)
 
         def run(base, q, actions):
             results = residual_fwd(base, q, actions, None, None, *composition)
             grad = residual_bwd(base, q, actions, *results[5:], ones, ones, *composition)
             return [*results, grad]
+
+        def same(got, expected):
+            # Only the order of a sum may differ; a gradient may round the other way for it.
+            for left, right in zip(got, expected, strict=True):
+                spacing = torch.finfo(left.dtype).eps
+                torch.testing.assert_close(left, right, rtol=max(1e-5, spacing), atol=1e-6)
 
         def view(rows, stride, start):
             storage = torch.full((rows.shape[0] * stride + start,), float("nan")).to(rows)
@@ -339,15 +346,12 @@ if INTERPRETED or ON_GPU:
             ((vocab, 1), (vocab + 1, 0)),
         ):
             got = run(view(base, *base_layout), view(q, *q_layout), actions)
-            for left, right in zip(got, expected, strict=True):
-                torch.testing.assert_close(left, right, rtol=0.01, atol=1e-5)
-                assert left.isfinite().all()
+            same(got, expected)
         labels = torch.cat([actions[:1], actions])[1:]  # 8 bytes past a 16-byte boundary
         assert labels.data_ptr() % 16 == 8
-        expanded = run(base[1:2].expand(4, -1), q[1:2].expand(4, -1), labels.clamp(min=0))
-        dense = run(base[1:2].repeat(4, 1), q[1:2].repeat(4, 1), actions.clamp(min=0))
-        for left, right in zip(expanded, dense, strict=True):
-            torch.testing.assert_close(left, right, rtol=0.01, atol=1e-5)
+        expanded = run(base[1:2].expand(3, -1), q[1:2].expand(3, -1), labels.clamp(min=0))
+        dense = run(base[1:2].repeat(3, 1), q[1:2].repeat(3, 1), actions.clamp(min=0))
+        same(expanded, dense)
 
     def test_offsets_beyond_32_bits():
         """Rows 2^30 elements apart, in storage of which only the rows' own pages are touched."""
