@@ -125,7 +125,7 @@ def traffic(op: str, tensor_bytes: int, m: float) -> tuple[int, int]:
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     alphas = (options.alpha_0, options.alpha_tilde, options.center)
-    peaks = harness.ceilings(options.device)
+    peaks = harness.ceilings(options.device, clock=options.clock)
     print(
         f"ceilings: read {peaks.read_gb_s:.1f} GB/s, copy {peaks.copy_gb_s:.1f} GB/s, GEMM "
         + ", ".join(f"{k} {v:.2f} TFLOP/s" for k, v in peaks.gemm_tflop_s.items())
@@ -141,6 +141,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 device=options.device,
                 rounds=options.rounds,
                 seconds=options.seconds,
+                clock=options.clock,
             )
             read_gb_s = base.nbytes / min(times[k].best for k in reads) / 1e6
             read, written = traffic(op, base.nbytes, alphas[0] - alphas[2])
@@ -172,6 +173,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         options.device,
         rows,
         options.json,
+        clock=options.clock,
         shape={"n": options.n, "v": options.v, "alphas": alphas, "pairs": options.pairs},
         ceilings=peaks,
     )
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("--center", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, per op and dtype")
+    parser.add_argument("--clock", choices=harness.CLOCKS, default="wall")
     parser.add_argument("--json", help="default: benchmarks/results/logits-<device>.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

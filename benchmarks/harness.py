@@ -52,7 +52,12 @@ class Timing:
         )
 
 
-def _time_once(function: Callable[[], Any], device: str, scratch: Tensor | None) -> float:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def _time_once(
+    function: Callable[[], Any], device: str, clock: Callable[[], float], scratch: Tensor | None
+) -> float:
     if device == "cuda":
         if scratch is not None:
             scratch.zero_()  # leaves none of the inputs in the L2 cache
@@ -63,9 +68,9 @@ def _time_once(function: Callable[[], Any], device: str, scratch: Tensor | None)
         end.synchronize()
         del result
         return start.elapsed_time(end)
-    start_time = time.perf_counter()
+    start_time = clock()
     result = function()
-    elapsed = (time.perf_counter() - start_time) * 1e3
+    elapsed = (clock() - start_time) * 1e3
     del result
     return elapsed
 
@@ -77,8 +82,13 @@ def interleaved(
     rounds: int = 15,
     seconds: float = 60.0,
     warmup: int = 2,
+    clock: str = "wall",
 ) -> dict[str, Timing]:
-    """Times the functions in turns, ``rounds`` times or for ``seconds``, but at least 5 times."""
+    """Times the functions in turns, ``rounds`` times or for ``seconds``, but at least 5 times.
+
+    ``clock="cpu"`` counts the processor time of this process. With one thread that tells what the
+    work costs however busy the machine is; with more it also counts threads that spin in a barrier.
+    """
     for function in functions.values():
         for _ in range(warmup):
             function()
@@ -91,7 +101,7 @@ def interleaved(
         started = time.perf_counter()
         for i in range(rounds):
             for name, function in functions.items():
-                samples[name].append(_time_once(function, device, scratch))
+                samples[name].append(_time_once(function, device, CLOCKS[clock], scratch))
             if i >= 4 and time.perf_counter() - started > seconds:
                 break
     finally:
@@ -119,7 +129,7 @@ def read_function(tensor: Tensor) -> dict[str, Callable[[], Any]]:
     return ways
 
 
-def ceilings(device: str, megabytes: int = 512, gemm: int = 1024) -> Ceilings:
+def ceilings(device: str, megabytes: int = 512, gemm: int = 1024, clock: str = "wall") -> Ceilings:
     source = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     functions: dict[str, Callable[[], Any]] = read_function(source)
@@ -131,7 +141,7 @@ def ceilings(device: str, megabytes: int = 512, gemm: int = 1024) -> Ceilings:
         b = torch.randn(8 * gemm, 2 * gemm, dtype=dtype, device=device)
         functions[f"gemm {dtype}"] = lambda a=a, b=b: a @ b.T
         flops[f"gemm {dtype}"] = 2 * a.numel() * b.shape[0]
-    times = interleaved(functions, device=device, rounds=9)
+    times = interleaved(functions, device=device, rounds=9, clock=clock)
     size = source.nbytes
     return Ceilings(
         read_gb_s=size / min(times[name].best for name in reads) / 1e6,

@@ -29,15 +29,15 @@ struct Pieces {
 // busy with something else, then do not hold up the others. torch.set_num_threads rules.
 template <class F>
 void for_each_piece(int64_t count, int64_t elements_per_piece, const F& f) {
-  constexpr int64_t kWorthAThread = 16384;  // elements
-  const int64_t most = std::max<int64_t>(1, count * elements_per_piece / kWorthAThread);
+  constexpr int64_t kWorthwhile = 16384;  // elements, to start a thread or to take a turn for
+  const int64_t most = std::max<int64_t>(1, count * elements_per_piece / kWorthwhile);
   const int64_t threads =
       std::min<int64_t>({count, most, static_cast<int64_t>(torch::stable::get_num_threads())});
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
   }
-  const int64_t batch = std::max<int64_t>(1, count / (threads * 16));
+  const int64_t batch = kWorthwhile / std::max<int64_t>(1, elements_per_piece) + 1;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {

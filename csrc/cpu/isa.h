@@ -1,9 +1,9 @@
 // Instruction sets: which exist, and which one this machine may use.
 //
-// Vector code is written once per kernel, in a header that is included once per instruction set into
-// its own namespace (avx512, avx2, plain), between isa_begin_<set>.h and isa_end.h. Those hold the
-// compiler's target pragma, so that no file needs flags of its own and the rest of the library stays
-// runnable on the oldest CPU of the platform.
+// Vector code is written once per kernel, in a header that is included once per instruction set
+// into its own namespace (avx512, avx2, plain), between isa_begin_<set>.h and isa_end.h. Those hold
+// the compiler's target pragma, so that no file needs flags of its own and the rest of the library
+// stays runnable on the oldest CPU of the platform.
 #pragma once
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

@@ -1,5 +1,5 @@
-// The extension is a Python module only so that Python can find and load it; its operations register
-// themselves with torch (namespace qadapter_C) when it is loaded.
+// The extension is a Python module only so that Python can find and load it; its operations
+// register themselves with torch (namespace qadapter_C) when it is loaded.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>

@@ -1,9 +1,10 @@
 // The preference loss on per-row values, with its gradient. O(N), one thread: N is thousands.
 //
-//   r_t = q_t - gamma V'_t         V' = value of the sequence's next row (0 after the last) or of the same
+//   r_t = q_t - gamma V'_t       V' = value of the next row (0 after the last) or of the same row
 //   R_s = sum r_t (/ number of actions)       margin_i = R_i - R_{P+i}
 //   loss = sum softplus(-bt_scale margin) / pairs + reg_coef sum r^2 / actions
-//   dloss/dr_t = -+ bt_scale sigmoid(-bt_scale margin) / pairs (/ number of actions) + 2 reg_coef r_t / actions
+//   dloss/dr_t = -+ bt_scale sigmoid(-bt_scale margin) / pairs (/ number of actions)
+//                + 2 reg_coef r_t / actions
 //   dloss/dq_t = dloss/dr_t      dloss/dV'_t = -gamma dloss/dr_t
 //
 // All sums in double. Bytes: about 40 N.

@@ -1,5 +1,5 @@
-// How fast this machine reads: the ceiling that benchmarks compare kernels with. Reads every byte of
-// a tensor once, on torch's threads, and does next to nothing with it.
+// How fast this machine reads: the ceiling that benchmarks compare kernels with. Reads every byte
+// of a tensor once, on torch's threads, and does next to nothing with it.
 
 #include <torch/csrc/stable/library.h>
 

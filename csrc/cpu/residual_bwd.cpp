@@ -1,14 +1,16 @@
 // The gradient of any loss on (q, value, policy_logp) with respect to the adapter's logits.
 //
-//   grad_j = coef_p exp((x_j - shift) / alpha_tilde - log_sum) + coef_a [j == a],   x_j = z_q[j] + m z_b[j]
+//   grad_j = coef_p exp((x_j - shift) / alpha_tilde - log_sum) + coef_a [j == a]
+//   x_j = z_q[j] + m z_b[j]
 //
-// in float, rounded once to the logits' dtype. coef_p is multiplied into the table of 2^(i/32), so it
-// costs nothing per element. Of a row with coef_p == 0 only the action's column is read.
+// in float, rounded once to the logits' dtype. coef_p is multiplied into the table of 2^(i/32), so
+// it costs nothing per element. Of a row with coef_p == 0 only the action's column is read.
 //
 // Bytes: m == 0: read z_q, write grad, 2 passes over [N, V]; m != 0: 3 passes; 394 MB for N = 256,
-// V = 128,256 in float32. Large gradients are written past the caches (streaming stores), which saves
-// the read of every line before it is overwritten. Fresh memory comes from the kernel page by page,
-// which can cost more than all the rest: huge pages are asked for where the system grants them.
+// V = 128,256 in float32. Large gradients are written past the caches (streaming stores), which
+// saves the read of every line before it is overwritten. Fresh memory comes from the kernel page by
+// page, which can cost more than all the rest: huge pages are asked for where the system grants
+// them.
 
 #include "cpu/residual_bwd.h"
 

@@ -9,7 +9,8 @@
 
 namespace qadapter {
 
-// sum_j exp2(scale * (x_j - max)) over some columns. Nothing but -inf seen: max = -FLT_MAX, sum < 1/2.
+// sum_j exp2(scale * (x_j - max)) over some columns. Nothing but -inf seen: max = -FLT_MAX, sum <
+// 1/2.
 struct Partial {
   float max = -FLT_MAX;
   double sum = 0.0;

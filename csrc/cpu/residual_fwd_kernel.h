@@ -4,6 +4,7 @@
 namespace {
 
 constexpr int kBlock = 512;  // columns summed against one maximum, then checked
+constexpr int kFlush = 32;   // blocks added up in float, lane by lane, before that goes to double
 
 template <class T, Mix MIX>
 inline void load_x(const T* q, const T* base, Simd::F m, Simd::F x[2], Simd::F b[2]) {
@@ -15,9 +16,10 @@ inline void load_x(const T* q, const T* base, Simd::F m, Simd::F x[2], Simd::F b
   }
 }
 
-// A running pair (maximum, sum), the maximum also as a vector.
+// A running pair (maximum, sum), the maximum also as a vector, part of the sum still in lanes.
 struct Running {
   Partial total;
+  Simd::F lanes = Simd::zero();
   Simd::F max;
   Simd::F minus_scale;
   double scale;
@@ -32,8 +34,13 @@ struct Running {
     sum = exp2.add_to(sum, Simd::mul(below, minus_scale));
     return below;
   }
+  void flush() {
+    total.sum += Simd::reduce_add(lanes);
+    lanes = Simd::zero();
+  }
   void raise(float block_max) {
     if (!(block_max > total.max)) return;
+    flush();
     total.rescale_to(block_max, scale);
     max = Simd::set1(block_max);
   }
@@ -60,7 +67,7 @@ __attribute__((noinline)) void redo(const T* q, const T* base, int n, Simd::F m,
     run.step(exp2, x[0], sum[0]);
     run.step(exp2, x[1], sum[1]);
   }
-  run.total.sum += Simd::reduce_add(Simd::add(sum[0], sum[1]));
+  run.lanes = Simd::add(run.lanes, Simd::add(sum[0], sum[1]));
 }
 
 template <class T, Mix MIX, bool BASE>
@@ -81,13 +88,13 @@ inline void block(const T* q, const T* base, int n, Simd::F m, const Simd::Exp2&
   if (__builtin_expect(Simd::any_sign(x_grew), 0)) {
     redo<T, MIX>(q, base, n, m, exp2, x_run);
   } else {
-    x_run.total.sum += Simd::reduce_add(Simd::add(x_sum[0], x_sum[1]));
+    x_run.lanes = Simd::add(x_run.lanes, Simd::add(x_sum[0], x_sum[1]));
   }
   if (!BASE) return;
   if (__builtin_expect(Simd::any_sign(b_grew), 0)) {
     redo<T, Mix::none>(base, nullptr, n, m, exp2, b_run);
   } else {
-    b_run.total.sum += Simd::reduce_add(Simd::add(b_sum[0], b_sum[1]));
+    b_run.lanes = Simd::add(b_run.lanes, Simd::add(b_sum[0], b_sum[1]));
   }
 }
 
@@ -99,8 +106,12 @@ void fwd_piece(const FwdColumns& in, Partial& x_out, Partial& b_out) {
   const Simd::Exp2 exp2;
   Running x_run(in.q_scale), b_run(static_cast<float>(kLog2E));
   int64_t j = 0;
-  for (; j + kBlock <= in.length; j += kBlock) {
-    block<T, MIX, BASE>(q + j, base + j, kBlock, m, exp2, x_run, b_run);
+  while (j + kBlock <= in.length) {
+    for (int k = 0; k < kFlush && j + kBlock <= in.length; ++k, j += kBlock) {
+      block<T, MIX, BASE>(q + j, base + j, kBlock, m, exp2, x_run, b_run);
+    }
+    x_run.flush();
+    if (BASE) b_run.flush();
   }
   const int whole = static_cast<int>((in.length - j) / Simd::kGroup * Simd::kGroup);
   if (whole > 0) block<T, MIX, BASE>(q + j, base + j, whole, m, exp2, x_run, b_run);
@@ -113,6 +124,8 @@ void fwd_piece(const FwdColumns& in, Partial& x_out, Partial& b_out) {
     if (BASE || MIX != Mix::none) std::memcpy(b_pad, base + j, rest * sizeof(T));
     block<T, MIX, BASE>(q_pad, b_pad, Simd::kGroup, m, exp2, x_run, b_run);
   }
+  x_run.flush();
+  b_run.flush();
   x_out = x_run.total;
   b_out = b_run.total;
 }

@@ -1,8 +1,9 @@
 // AVX2 + FMA + F16C vectors of 8 floats. Included between isa_begin_avx2.h and isa_end.h.
 //
 // exp2: y = n + r with n the nearest integer (by adding 1.5 * 2^23), a quintic on [-1/2, 1/2] with
-// relative error 9e-8 and value 1 at r = 0, n added to the exponent bits. y is clamped to -126 first:
-// sums get 1e-38 from what is smaller (nothing, where the largest term is 1); value() gives exactly 0.
+// relative error 9e-8 and value 1 at r = 0, n added to the exponent bits. y is clamped to -126
+// first: sums get 1e-38 from what is smaller (nothing, where the largest term is 1); value() gives
+// exactly 0.
 #pragma once
 
 #include "cpu/isa.h"

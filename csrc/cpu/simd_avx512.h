@@ -1,10 +1,10 @@
 // AVX-512 vectors of 16 floats. Included between isa_begin_avx512.h and isa_end.h.
 //
-// exp2 without range reduction by hand: with i = floor(32 y), 2^y = 2^floor(y) * 2^((i mod 32)/32) * 2^r,
-// r in [0, 1/32). vreduceps gives r (and 0 for y = -inf, so that no NaN arises), an add that rounds
-// down puts i into the low mantissa bits, where vpermt2ps takes its table index from, vscalefps
-// multiplies by 2^floor(y) with gradual underflow to 0. 2^r is a quadratic with relative error 6.5e-8
-// and value 1 at r = 0. Five operations on the multiplying pipes, against eight for a quintic.
+// exp2: with i = floor(32 y), 2^y = 2^floor(y) * 2^((i mod 32)/32) * 2^r, r in [0, 1/32). An add
+// that rounds down puts i into the low mantissa bits, where vpermt2ps takes its table index from;
+// vreduceps gives r, and 0 for y = -inf, so that no NaN arises there; vscalefps multiplies by
+// 2^floor(y), with gradual underflow to 0. 2^r is a quadratic with relative error 6.5e-8 and value 1
+// at r = 0. A quintic without a table takes two instructions more, and sums come out no better.
 #pragma once
 
 #include "cpu/isa.h"
