@@ -294,7 +294,7 @@ def preference_fwd(
             float(bt_scale),
             LENGTH_MEAN=bool(length_mean),
             HAS_DENOMINATORS=denominators is not None,
-            BLOCK=BLOCK,
+            BLOCK=BLOCK // 2,
             num_warps=8,
             enable_fp_fusion=True,
         )
@@ -313,7 +313,7 @@ def preference_fwd(
                 float(gamma),
                 VALUE_NEXT=bool(value_next),
                 BLOCK=BLOCK,
-                num_warps=4,
+                num_warps=8,
                 enable_fp_fusion=True,
             )
     return (loss, bt_loss, reg_loss, chosen, rejected, margins, accuracy, grad_q, grad_value)

@@ -148,15 +148,15 @@ def test_backward(align, dtype, arch, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_small_kernels(arch, tmp_path):
-    block = {"BLOCK": preference.BLOCK}
+    block, half = {"BLOCK": preference.BLOCK}, {"BLOCK": preference.BLOCK // 2}
     merge = {"SIGN": 1, "HAS_BASE": True, "HAS_LSE": False, "HAS_LOGP": False, "LANES": 64}
     for kernel, constants, warps in (
         (residual_fwd_merge_kernel, merge, 4),
         (preference.sequence_kernel, {"VALUE_NEXT": True, **block}, 4),
-        (preference.pairs_kernel, {"LENGTH_MEAN": True, "HAS_DENOMINATORS": False, **block}, 8),
-        (preference.pairs_kernel, {"LENGTH_MEAN": False, "HAS_DENOMINATORS": True, **block}, 8),
-        (preference.gradient_kernel, {"VALUE_NEXT": True, **block}, 4),
-        (preference.gradient_kernel, {"VALUE_NEXT": False, **block}, 4),
+        (preference.pairs_kernel, {"LENGTH_MEAN": True, "HAS_DENOMINATORS": False, **half}, 8),
+        (preference.pairs_kernel, {"LENGTH_MEAN": False, "HAS_DENOMINATORS": True, **half}, 8),
+        (preference.gradient_kernel, {"VALUE_NEXT": True, **block}, 8),
+        (preference.gradient_kernel, {"VALUE_NEXT": False, **block}, 8),
     ):
         compiled = compile_for(kernel, arch, constants, warps)
         check_resources(compiled, tmp_path, f"{compiled.metadata.name} sm_{arch}")
