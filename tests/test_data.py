@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from qadapter import data as qdata
+from qadapter import tokenization
 from qadapter.data import (
     PreferenceCollator,
     PromptTooLongError,
@@ -202,7 +202,7 @@ def test_implicit_prompt_strings(monkeypatch):
     implicit = {"chosen": "the sky is blue", "rejected": "the sky is bright"}
     # What both begin with is "the sky is b", in the middle of a word: like TRL, only a space is
     # given back.
-    monkeypatch.setattr(qdata, "_warned", set())
+    monkeypatch.setattr(tokenization, "_warned", set())
     with pytest.warns(UserWarning, match="common part"):
         out = tokenize_preference(implicit, TOKENIZER)
     assert decode(out["prompt_ids"] + out["chosen_ids"]) == "the sky is blue<|im_end|>"
@@ -217,7 +217,7 @@ def test_implicit_prompt_strings(monkeypatch):
 
 
 def test_merge_across_the_border_gives_identical_prompts(monkeypatch):
-    monkeypatch.setattr(qdata, "_warned", set())
+    monkeypatch.setattr(tokenization, "_warned", set())
     example = {"prompt": "the s", "chosen": "ky", "rejected": "ea is green"}
     with pytest.warns(UserWarning, match="common part is used as the prompt"):
         out = tokenize_preference(example, TOKENIZER)
