@@ -16,8 +16,8 @@ from benchmarks import harness
 from benchmarks.peers import released
 from qadapter import QAdapterModel
 from qadapter import functional as QF
+from qadapter.checkpoint import resolve_model
 from qadapter.data import PreferenceCollator, load_preference_data, prepare_dataset
-from qadapter.modeling import resolve_model
 from qadapter.trainer import eos_token_ids, pad_token_id
 
 

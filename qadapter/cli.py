@@ -79,8 +79,9 @@ class TrainArguments:
 def train(argv: Sequence[str]) -> int:
     from transformers import AutoTokenizer, HfArgumentParser
 
+    from qadapter.checkpoint import is_adapter_folder, resolve_model
     from qadapter.data import load_preference_data
-    from qadapter.modeling import QAdapterModel, is_adapter_folder, resolve_model
+    from qadapter.modeling import QAdapterModel
     from qadapter.plots import plot_training
     from qadapter.trainer import RELEASED_PRESET, QAdapterConfig, QAdapterTrainer
 
@@ -211,7 +212,8 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from qadapter.modeling import QAdapterModel, is_adapter_folder
+    from qadapter.checkpoint import is_adapter_folder
+    from qadapter.modeling import QAdapterModel
 
     if not is_adapter_folder(options.adapter):
         raise ValueError(f"--adapter: {options.adapter} is not the folder of a saved adapter")

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from qadapter import evaluation, files
+from qadapter.checkpoint import resolve_model
 from qadapter.data import load_preference_data
 from qadapter.demo_rule import follows
 from qadapter.generation import encode_prompts
-from qadapter.modeling import QAdapterModel, resolve_model
+from qadapter.modeling import QAdapterModel
 from qadapter.plots import plot_training
 from qadapter.trainer import QAdapterConfig, QAdapterTrainer
 
