@@ -134,6 +134,6 @@ def residual_bwd(
         x = _mixed(base, q_logits[rows], m, dtype)
         x = x - shift[rows, None]
         x.div_(alpha_tilde).sub_(log_sum[rows, None]).exp_().mul_(coef_p[rows, None])
-        x.scatter_add_(1, safe[rows], coef_a[rows])
+        x.scatter_add_(1, safe[rows], coef_a[rows].to(dtype))
         grad[rows] = x
     return grad

@@ -44,25 +44,26 @@ def preference_fwd(
     returns = torch.zeros_like(lengths)
     if num_seqs:
         returns = returns.index_add_(0, seq, r) * scale
-    chosen, rejected = returns[:num_pairs], returns[num_pairs:]
+    # Sequences that do not fit must not look like a result.
+    poison = torch.where(valid, 0.0, NAN).to(q.dtype)
+    chosen, rejected = returns[:num_pairs] + poison, returns[num_pairs:] + poison
     margins = chosen - rejected
 
     if denominators is None:
         pair_count, action_count = q.new_tensor(max(1, num_pairs)), counted.sum().clamp(min=1)
     else:
         pair_count, action_count = denominators.to(q.dtype).clamp(min=1).unbind()
-    poison = torch.where(valid, 0.0, NAN).to(q.dtype)
     bt_loss = F.softplus(-bt_scale * margins).sum() / pair_count + poison
     reg_loss = r.square().sum() / action_count + poison
     loss = bt_loss + reg_coef * reg_loss
-    accuracy = (margins > 0).to(q.dtype).sum() / max(1, num_pairs)
+    accuracy = (margins > 0).to(q.dtype).sum() / max(1, num_pairs) + poison
 
     d_margin = -bt_scale * torch.sigmoid(-bt_scale * margins) / pair_count
     d_return = torch.cat([d_margin, -d_margin]) * scale
-    d_r = 2.0 * reg_coef / action_count * r + poison
+    d_r = 2.0 * reg_coef / action_count * r
     if num_seqs:
         d_r = d_r + d_return[seq]
-    d_r = torch.where(has_action, d_r, 0)
+    d_r = torch.where(has_action, d_r, 0) + poison
     d_value = -gamma * d_r
     if value_next:
         # V(s_{t+1}) belongs to the reward of row t; the first row of a sequence is nobody's next.
@@ -71,8 +72,8 @@ def preference_fwd(
         loss,
         bt_loss,
         reg_loss,
-        chosen.clone(),
-        rejected.clone(),
+        chosen,
+        rejected,
         margins,
         accuracy,
         d_r,

@@ -61,7 +61,7 @@ def _check_actions(actions: Tensor, vocab: int) -> None:
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> None:
-    if cu_seqlens.device.type != "cpu":
+    if cu_seqlens.device.type != "cpu" or cu_seqlens.numel() == 0:
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != num_rows:

@@ -15,7 +15,7 @@ so V = alpha_tilde * lse((z_q + m * z_b) / alpha_tilde) - alpha_0 * lse(z_b).
 
 Masked tokens: a logit of -inf in a stream that enters with a non-zero weight has probability 0.
 With m = 0 the base does not enter the policy's logits, so a mask in the base alone does nothing. A
-row without any token left has value NaN.
+row without any token left, in the policy or in the base, is NaN.
 """
 
 import itertools
@@ -63,6 +63,7 @@ def residual_values(
         base_action = _take(base_logits, actions)
         if base_lse is None:
             base_lse = torch.logsumexp(base_logits, -1)
+            base_lse = base_lse.masked_fill(base_lse == NEG_INF, float("nan"))
         if base_logp is None:
             base_logp = base_action - base_lse
     else:
