@@ -305,6 +305,25 @@ def test_gradients_larger_than_the_cache(isa, dtype, v):
     check_backward(base, q, actions, alphas, *got[5:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_rounding_to_nearest_even(isa, dtype):
+    generator = torch.Generator().manual_seed(3)
+    coef = torch.cat(
+        [
+            1 + torch.arange(64) / 2**11,  # ties of both half types, to even from either side
+            torch.randn(200, generator=generator) * 10.0 ** torch.arange(-8, 12).repeat(10),
+            torch.tensor([0.0, 65503.9, 65504.0, 65519.9, 65520.0, 3e38, 6e-8, 2.9e-8, 3.1e-8]),
+        ]
+    )
+    q = torch.zeros(len(coef), 67, dtype=dtype)  # with these statistics exp(...) is 1 everywhere
+    actions, zeros = torch.full((len(coef),), -100), torch.zeros(len(coef))
+    grad = _cpp.residual_bwd(None, q, actions, zeros, zeros, coef, zeros, 1.0, 1.0, 1.0)
+    assert torch.equal(grad, coef.to(dtype)[:, None].expand_as(grad))
+    actions.fill_(66)
+    grad = _cpp.residual_bwd(None, q, actions, zeros, zeros, zeros, coef, 1.0, 1.0, 1.0)
+    assert torch.equal(grad[:, 66], coef.to(dtype))
+
+
 def test_zero_policy_coefficient(isa):
     base, q = logits(2, 77, torch.bfloat16)
     got = _cpp.residual_fwd(base, q, torch.tensor([3, -100]), None, None, 1.0, 1.0, 1.0)

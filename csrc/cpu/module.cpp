@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY_IMPL(qadapter_C, CompositeExplicitAutograd, library) {
 
 }  // namespace qadapter
 
-extern "C" PyMODINIT_FUNC PyInit__C_cpu(void) {
+PyMODINIT_FUNC PyInit__C_cpu(void) {
   static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cpu", nullptr, -1, nullptr,
                                           nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);

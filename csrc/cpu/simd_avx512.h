@@ -3,7 +3,7 @@
 // exp2: with i = floor(32 y), 2^y = 2^floor(y) * 2^((i mod 32)/32) * 2^r, r in [0, 1/32). An add
 // that rounds down puts i into the low mantissa bits, where vpermt2ps takes its table index from;
 // vreduceps gives r, and 0 for y = -inf, so that no NaN arises there; vscalefps multiplies by
-// 2^floor(y), with gradual underflow to 0. 2^r is a quadratic with relative error 6.5e-8 and value 1
+// 2^floor(y), with gradual underflow to 0. 2^r is a quadratic of relative error 6.5e-8, with value 1
 // at r = 0. A quintic without a table takes two instructions more, and sums come out no better.
 #pragma once
 
