@@ -324,6 +324,20 @@ def test_one_rounding_to_nearest_even(isa, dtype):
     assert torch.equal(grad[:, 66], coef.to(dtype))
 
 
+def test_exponential(isa):
+    """With these statistics the gradient is exp(q), nothing else."""
+    q = -torch.cat([torch.linspace(0, 2, 40001), torch.linspace(2, 86, 40001)])[None]
+    actions, zero, one = torch.tensor([-100]), torch.zeros(1), torch.ones(1)
+    got = _cpp.residual_bwd(None, q, actions, zero, zero, one, zero, 1.0, 1.0, 1.0)
+    want = q.double().exp()
+    error = (got / want - 1).abs()
+    assert (error <= EPS * (1.5 + 1.5 * q.abs())).all()  # 1.5 units of the result, and of y
+    assert got[0, 0] == 1
+    q = torch.tensor([[-INF, -1e4, -3e38, 0.0]])
+    got = _cpp.residual_bwd(None, q, actions, zero, zero, one, zero, 1.0, 1.0, 1.0)
+    assert got.tolist() == [[0, 0, 0, 1]]
+
+
 def test_zero_policy_coefficient(isa):
     base, q = logits(2, 77, torch.bfloat16)
     got = _cpp.residual_fwd(base, q, torch.tensor([3, -100]), None, None, 1.0, 1.0, 1.0)
