@@ -134,6 +134,12 @@ class QAdapterTrainer(Trainer):
         args = QAdapterConfig(output_dir="qadapter-output") if args is None else args
         if not isinstance(args, QAdapterConfig):
             raise ValueError(f"args: expected a QAdapterConfig, got {type(args).__name__}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"torch sees {args.n_gpu} GPUs in one process, which would be nn.DataParallel: it "
+                "cuts batches through pairs. Start one process a GPU (torchrun, accelerate launch) "
+                "or set CUDA_VISIBLE_DEVICES"
+            )
         model = _as_qadapter_model(model, peft_config)
         composition = ("alpha_0", "alpha_tilde", "center")
         if any(getattr(args, name) is not None for name in composition):
@@ -289,7 +295,11 @@ class QAdapterTrainer(Trainer):
         self._sums["eval"] = {}
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        own = {f"{prefix}_{name}": value for name, value in self._drain("eval").items()}
+        means = self._drain("eval")
+        if means:
+            # Over all pairs and actions; the Trainer's is a mean over batches.
+            means["loss"] = means["loss/bt"] + self.args.reg_coef * means["reg_loss"]
+        own = {f"{prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **own})
 
     # Files.

@@ -102,6 +102,24 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tiny_tokenizer):
         torch.testing.assert_close(adapter_state(checkpointed.model)[name], value)
 
 
+def test_evaluation_does_not_depend_on_its_batches(tmp_path, tiny_tokenizer):
+    """Five pairs in batches of 5, 2 and 1: the same means, the loss among them."""
+    whole = trainer(tmp_path, tiny_tokenizer, moved=True, per_device_eval_batch_size=5).evaluate()
+    for size in (2, 1):
+        run = trainer(tmp_path, tiny_tokenizer, moved=True, per_device_eval_batch_size=size)
+        parts = run.evaluate()
+        for key in whole:
+            if "time" not in key and "second" not in key:
+                assert parts[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-5), key
+
+
+def test_mixed_precision_trains(tmp_path, tiny_tokenizer):
+    run = trainer(tmp_path, tiny_tokenizer, bf16=True, max_steps=10, bt_scale=10.0)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert run.evaluate()["eval_rewards/margins"] > 0.05
+
+
 def test_resume_equals_the_uninterrupted_run(tmp_path, tiny_tokenizer):
     common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     whole = trainer(tmp_path / "a", tiny_tokenizer, **common)
