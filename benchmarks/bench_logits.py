@@ -71,16 +71,17 @@ def cases(
         return run
 
     def backward(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[], Any]:
-        kept: list[Any] = []
+        graph: list[tuple[Tensor, ...]] = []
+
+        def prepare() -> None:
+            q_a, value, _, logp = function(leaf)
+            graph[:] = [(q_a, value, logp)]
+            leaf.grad = None
 
         def run() -> Any:
-            if not kept:  # the graph is made once and kept
-                q_a, value, _, logp = function(leaf)
-                kept.append((q_a, value, logp))
-            leaf.grad = None
-            torch.autograd.backward(kept[0], grads, retain_graph=True)
+            torch.autograd.backward(graph.pop(), grads)
 
-        return run
+        return harness.Prepared(prepare, run)
 
     def loss(function: Callable[[], Tensor]) -> Callable[[], Any]:
         def run() -> Any:
@@ -149,6 +150,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             for who, function in functions.items():
                 timing = times[who]
                 leaf.grad = None
+                harness.prepare(function)
                 with harness.peak_memory(options.device) as peak:
                     result = function()
                 del result
@@ -166,7 +168,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                         "peak_mib": peak.mebibytes,
                     }
                 )
-            ops[op].clear()  # the graphs that backward kept
         del base, q, ops, leaf
     harness.write_json(
         "logits",

@@ -52,6 +52,22 @@ class Timing:
         )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A function with something to do before every call that is not to be timed."""
+
+    before: Callable[[], Any]
+    function: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        return self.function()
+
+
+def prepare(function: Callable[[], Any]) -> None:
+    if isinstance(function, Prepared):
+        function.before()
+
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -91,6 +107,7 @@ def interleaved(
     """
     for function in functions.values():
         for _ in range(warmup):
+            prepare(function)
             function()
     synchronize(device)
     scratch = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
@@ -101,6 +118,7 @@ def interleaved(
         started = time.perf_counter()
         for i in range(rounds):
             for name, function in functions.items():
+                prepare(function)
                 samples[name].append(_time_once(function, device, CLOCKS[clock], scratch))
             if i >= 4 and time.perf_counter() - started > seconds:
                 break
