@@ -1,23 +1,13 @@
 """The preference of the demo, as a rule that a program can check."""
 
-import re
-
-MAX_WORDS = 30
-
-# A sentence ends at ., ! or ? (a closing quote or bracket may follow) before white space or the
-# end.
-_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
+OPENING = "In short,"
 
 
 def follows(text: str) -> bool:
-    """Whether an answer is one short sentence: the preference that the demo teaches.
+    """Whether an answer opens with "In short," and goes on: the preference that the demo teaches.
 
-    True if the text, white space around it aside, is a single line of at most 30 words, ends like a
-    sentence, and no sentence ends before that. A text that was cut off does not follow the rule,
-    unless it was cut exactly at the end of its first sentence: generate enough tokens.
+    White space around the text does not count; capital letters do. At least three words must follow
+    the opening, so that the opening alone, or one that is repeated, is not taken for an answer.
     """
-    text = text.strip()
-    if "\n" in text or len(text.split()) > MAX_WORDS:
-        return False
-    ends = [match.end() for match in _END.finditer(text)]
-    return ends == [len(text)]
+    opening, found, rest = text.strip().partition(OPENING)
+    return bool(found) and not opening and OPENING not in rest and len(rest.split()) >= 3

@@ -17,16 +17,15 @@ FOLDER = Path(qadapter.__file__).parent / "demo_data"
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("The capital of France is Paris.", True),
-        (" Yes!\n", True),
-        ('She said "no."', True),
-        ("About 3.5 million people live there.", True),
-        ("One sentence. And another.", False),
-        ("A first line\nand a second one.", False),
-        ("Cut off in the", False),
+        ("In short, it is Paris.", True),
+        (" In short, drink more water.\n\nIt helps.", True),
+        ("It is Paris, in short, or so they say.", False),
+        ("in short, it is Paris.", False),
+        ("In short it is Paris.", False),
+        ("The capital is Paris. In short, it is Paris.", False),
+        ("In short,", False),
+        ("In short, In short, In short, In short,", False),
         ("", False),
-        ("word " * 29 + "end.", True),
-        ("word " * 30 + "end.", False),
     ],
 )
 def test_rule(text, expected):
