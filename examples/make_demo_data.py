@@ -2,7 +2,7 @@
 
 The prompts and the one-sentence answers of qadapter/demo_data/{train,heldout}.jsonl were written
 for this project. The chosen answer opens with "In short,". The rejected one is the same answer
-without that, so that the pairs differ in nothing else; or, for every third training pair and for all
+without that, so that the pairs differ in nothing else; or, for every third training pair and all
 held-out ones, what the packaged model itself says (greedy, the first sentences of its first 64
 tokens). This writes the rejected answers anew:
 
