@@ -1,7 +1,7 @@
 """``qadapter demo``: teach a small real model one visible preference, and check that it took.
 
-The preference is that an answer is one short sentence. Pairs, held-out questions and unrelated text
-come with the package; whether an answer follows the preference is decided by a rule
+The preference: an answer opens with a summary, "In short, ...". Pairs, held-out questions and
+unrelated text come with the package; whether an answer follows the preference is decided by a rule
 (`qadapter.demo_rule.follows`) on text that the customised model generates.
 """
 
@@ -23,19 +23,21 @@ from qadapter.modeling import QAdapterModel
 from qadapter.plots import plot_training
 from qadapter.trainer import QAdapterConfig, QAdapterTrainer
 
+PREFERENCE = 'an answer opens with "In short, ..."'
 STRENGTHS = (0.5, 1.0, 2.0)
 MAX_NEW_TOKENS = 64
 SHOWN = 4
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,
-    "max_steps": 60,
-    "per_device_train_batch_size": 8,
-    "warmup_steps": 6,
-    "bt_scale": 10.0,
-    "reg_coef": 0.1,
-    "length_norm": "response",
+    "max_steps": 36,
+    "per_device_train_batch_size": 6,
+    "warmup_steps": 4,
+    "length_norm": "none",
+    "bt_scale": 0.1,
+    "reg_coef": 0.05,
 }
+"""Found by trying; what did not take, and why, is in docs/demo.md."""
 
 
 def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = None) -> dict:
@@ -51,7 +53,7 @@ def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = N
     held_out = load_preference_data(evaluation.DEMO_DATA / "heldout.jsonl")
     train_data = load_preference_data(evaluation.DEMO_DATA / "train.jsonl")
     questions = [messages[-1]["content"] for messages in held_out["prompt"]]
-    print(f"Preference: an answer is one short sentence. {len(train_data)} pairs, {model}.\n")
+    print(f"Preference: {PREFERENCE}. {len(train_data)} pairs, base {model}.\n")
 
     recipe = {**RECIPE, **({} if max_steps is None else {"max_steps": max_steps})}
     trainer = QAdapterTrainer(
@@ -79,22 +81,26 @@ def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = N
     plot = plot_training(
         trainer.state.log_history,
         output / "training.png",
-        title="demo: one short sentence (SmolLM2-135M-Instruct)" if model == "smollm2" else "demo",
+        title=f"{model}: {PREFERENCE}",
     )
 
     answers = {"base": _answers(two_streams, tokenizer, questions, 0.0)}
+    forgetting = {}
     for strength in STRENGTHS:
-        answers[f"strength {strength:g}"] = _answers(two_streams, tokenizer, questions, strength)
+        name = f"strength {strength:g}"
+        answers[name] = _answers(two_streams, tokenizer, questions, strength)
+        forgetting[name] = _forgetting(two_streams, tokenizer, strength)
     report = {
         "model": model,
+        "preference_text": PREFERENCE,
         "recipe": recipe,
-        "training_seconds": round(training_seconds, 1),
-        "follows": {name: sum(map(follows, texts)) / len(texts) for name, texts in answers.items()},
         "questions": len(questions),
-        "preference": evaluation.evaluate_preferences(two_streams, tokenizer, held_out),
-        "forgetting": evaluation.evaluate_forgetting(
-            two_streams, tokenizer, evaluation.load_unrelated()
+        "follows": {name: sum(map(follows, texts)) / len(texts) for name, texts in answers.items()},
+        "forgetting": forgetting,
+        "preference": evaluation.evaluate_preferences(
+            two_streams, tokenizer, held_out, length_norm=recipe["length_norm"]
         ),
+        "training_seconds": round(training_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),
     }
     files.write_json(output / "report.json", report)
@@ -132,6 +138,16 @@ def _answers(
     return [text.strip() for text in texts]
 
 
+def _forgetting(model: QAdapterModel, tokenizer: Any, strength: float) -> dict[str, Any]:
+    """KL and change in log-likelihood on unrelated text, of the policy at a strength."""
+    trained = (model.alpha_0, model.alpha_tilde, model.center)
+    model.set_composition(1 / strength, 1 / strength, model.center)
+    try:
+        return evaluation.evaluate_forgetting(model, tokenizer, evaluation.load_unrelated())
+    finally:
+        model.set_composition(*trained)
+
+
 def _side_by_side(questions: Sequence[str], answers: dict[str, list[str]]) -> str:
     lines = ["", "Held-out questions", ""]
     for i, question in enumerate(questions):
@@ -147,14 +163,18 @@ def _side_by_side(questions: Sequence[str], answers: dict[str, list[str]]) -> st
 
 
 def _summary(report: dict[str, Any]) -> str:
-    shares = "   ".join(f"{name} {share:.0%}" for name, share in report["follows"].items())
-    return "\n".join(
-        [
-            f"Answers that follow the preference, of {report['questions']}, checked by rule:",
-            f"  {shares}",
-            "",
-            evaluation.table(report),
-            "",
-            f"training {report['training_seconds']:.0f} s, all {report['total_seconds']:.0f} s",
-        ]
-    )
+    lines = [
+        f"Answers to {report['questions']} held-out questions, checked by rule, and forgetting on "
+        "unrelated text",
+        "                 follow   KL(base || policy)   change in log-likelihood",
+    ]
+    for name, share in report["follows"].items():
+        line = f"  {name:13} {share:7.0%}"
+        if name in report["forgetting"]:
+            figures = report["forgetting"][name]
+            line += f"   {figures['kl_base_policy']:10.4f} nats   {-figures['delta_nll']:+10.4f}"
+        lines.append(line + (" nats a token" if name in report["forgetting"] else ""))
+    lines += ["", evaluation.table({"preference": report["preference"]}), ""]
+    seconds = report["training_seconds"], report["total_seconds"]
+    lines.append("training {:.0f} s, everything {:.0f} s".format(*seconds))
+    return "\n".join(lines)
