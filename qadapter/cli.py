@@ -246,7 +246,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--json", help="write the report there too")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a batch")
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--max-examples", type=int, help="use the first so many pairs")
+    parser.add_argument("--max-examples", type=int, help="use the first so many of each file")
     parser.add_argument("--value-at", choices=["next", "same"], help="default: as trained")
     parser.add_argument("--length-norm", choices=["response", "none"], help="default: as trained")
     parser.add_argument("--dtype", default="auto")
@@ -257,7 +257,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from qadapter.data import load_preference_data
 
     data = _head(load_preference_data(options.data, options.split), options.max_examples)
-    unrelated = evaluation.load_unrelated(options.unrelated)
+    unrelated = _head(evaluation.load_unrelated(options.unrelated), options.max_examples)
     model, tokenizer = _load(options)
     trained = {}
     if (Path(options.adapter) / "training_args.json").exists():
