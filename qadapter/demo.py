@@ -30,9 +30,9 @@ SHOWN = 4
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-3,
-    "max_steps": 36,
+    "max_steps": 26,
     "per_device_train_batch_size": 6,
-    "warmup_steps": 4,
+    "warmup_steps": 3,
     "length_norm": "none",
     "bt_scale": 0.1,
     "reg_coef": 0.05,
