@@ -18,6 +18,7 @@ from qadapter import functional as QF
 from qadapter import reference
 from qadapter.data import collate_sequences, load_preference_data, prepare_dataset
 from qadapter.modeling import QAdapterModel, TwoStreamLogits
+from qadapter.outputs import ResidualValues
 from qadapter.trainer import eos_token_ids, pad_token_id
 
 KL_CHUNK = 64
@@ -32,12 +33,14 @@ class _Forgetting:
         self.tokens, self.kl, self.base_nll, self.policy_nll = 0, 0.0, 0.0, 0.0
 
     def add(
-        self, model: QAdapterModel, logits: TwoStreamLogits, actions: Tensor, count: int
+        self,
+        model: QAdapterModel,
+        logits: TwoStreamLogits,
+        values: ResidualValues,
+        actions: Tensor,
+        count: int,
     ) -> None:
         """The first ``count`` rows of a batch."""
-        values = QF.residual_values(
-            logits.base_logits, logits.q_logits, actions, **model.composition
-        )
         scored = (actions != -100)[:count]
         self.tokens += int(scored.sum())
         self.base_nll -= float(values.base_logp[:count].double().sum())
@@ -108,7 +111,7 @@ def evaluate_preferences(
                 values._replace(q=logp, value=torch.zeros_like(logp)), actions, cu_seqlens
             )
             into.append(likelihood.margins.cpu())
-        chosen.add(model, logits, actions, int(cu_seqlens[outputs.margins.numel()]))
+        chosen.add(model, logits, values, actions, int(cu_seqlens[outputs.margins.numel()]))
     all_margins = torch.cat(margins)
     accuracy = _share_above_zero(all_margins)
     count = all_margins.numel()
@@ -142,7 +145,11 @@ def evaluate_forgetting(
     sums = _Forgetting()
     for batch in _batches(prepared, ("chosen",), batch_size, tokenizer, progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        sums.add(model, _forward(model, batch), batch["actions"], batch["actions"].numel())
+        logits, actions = _forward(model, batch), batch["actions"]
+        values = QF.residual_values(
+            logits.base_logits, logits.q_logits, actions, **model.composition
+        )
+        sums.add(model, logits, values, actions, actions.numel())
     return {"responses": len(prepared), **sums.report()}
 
 
