@@ -85,6 +85,10 @@ class QAdapterConfig(TrainingArguments):
         super().__post_init__()
         # The collator needs columns that no model signature names.
         self.remove_unused_columns = False
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = (
+                False  # it would only warn that there is nothing to pin for
+            )
         for name in ("alpha_0", "center", "gamma"):
             if getattr(self, name) is not None:
                 setattr(self, name, _checks.number(name, getattr(self, name)))
