@@ -17,8 +17,13 @@ from benchmarks.peers import released
 from qadapter import QAdapterModel
 from qadapter import functional as QF
 from qadapter.checkpoint import resolve_model
-from qadapter.data import PreferenceCollator, load_preference_data, prepare_dataset
-from qadapter.trainer import eos_token_ids, pad_token_id
+from qadapter.data import (
+    PreferenceCollator,
+    eos_token_ids,
+    load_preference_data,
+    pad_token_id,
+    prepare_dataset,
+)
 
 
 def our_step(model: QAdapterModel, batch: dict[str, Tensor]) -> Tensor:

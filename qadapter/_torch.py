@@ -22,9 +22,10 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _row_chunks(logits: Tensor) -> range:
+def _row_chunks(logits: Tensor) -> list[slice]:
     num_rows, vocab = logits.shape
-    return range(0, num_rows, max(1, CHUNK_ELEMENTS // max(1, vocab)))
+    step = max(1, CHUNK_ELEMENTS // max(1, vocab))
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
 def _mixed(base: Tensor | None, q_rows: Tensor, m: float, dtype: torch.dtype) -> Tensor:
@@ -63,8 +64,7 @@ def residual_fwd(
     shift = torch.empty(num_rows, dtype=dtype, device=q_logits.device)
     log_sum, base_shift, base_log_sum = (torch.empty_like(shift) for _ in range(3))
     need_base_sum = base_logits is not None and base_lse is None
-    for start in _row_chunks(q_logits):
-        rows = slice(start, start + _row_chunks(q_logits).step)
+    for rows in _row_chunks(q_logits):
         base = base_logits[rows] if base_logits is not None else None
         x = _mixed(base, q_logits[rows], m, dtype)
         shift[rows], log_sum[rows] = _shift_and_log_sum(x, alpha_tilde)
@@ -128,8 +128,7 @@ def residual_bwd(
     in_range = (actions >= 0) & (actions < vocab)
     safe = torch.where(in_range, actions, 0)[:, None]
     coef_a = torch.where(in_range, coef_a, 0)[:, None]
-    for start in _row_chunks(q_logits):
-        rows = slice(start, start + _row_chunks(q_logits).step)
+    for rows in _row_chunks(q_logits):
         base = base_logits[rows] if base_logits is not None else None
         x = _mixed(base, q_logits[rows], m, dtype)
         x = x - shift[rows, None]

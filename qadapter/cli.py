@@ -77,7 +77,7 @@ class TrainArguments:
 
 
 def train(argv: Sequence[str]) -> int:
-    from transformers import AutoTokenizer, HfArgumentParser
+    from transformers import HfArgumentParser
 
     from qadapter.checkpoint import is_adapter_folder, resolve_model
     from qadapter.data import load_preference_data
@@ -103,14 +103,7 @@ def train(argv: Sequence[str]) -> int:
     source = resolve_model(options.model)
     lora = None if is_adapter_folder(source) else _lora_config(options)
     model = QAdapterModel.from_pretrained(source, lora_config=lora, dtype=options.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    trainer = QAdapterTrainer(
-        model,
-        config,
-        train_dataset=dataset,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
+    trainer = QAdapterTrainer(model, config, train_dataset=dataset, eval_dataset=held_out)
     trainer.train(resume_from_checkpoint=options.resume or config.resume_from_checkpoint)
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())

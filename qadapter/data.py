@@ -242,6 +242,19 @@ def prepare_dataset(
 # ----------------------------------------------------------------------------------------- collator
 
 
+def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: the tokenizer's and those of the generation config."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """An id to pad with; it is masked everywhere, so any will do."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return pad if pad is not None else eos if eos is not None else 0
+
+
 class PreferenceCollator:
     """Collate P tokenised pairs into one batch of 2P sequences and the N state rows of the loss.
 

@@ -16,10 +16,15 @@ from tqdm.auto import tqdm
 
 from qadapter import functional as QF
 from qadapter import reference
-from qadapter.data import collate_sequences, load_preference_data, prepare_dataset
+from qadapter.data import (
+    collate_sequences,
+    eos_token_ids,
+    load_preference_data,
+    pad_token_id,
+    prepare_dataset,
+)
 from qadapter.modeling import QAdapterModel, TwoStreamLogits
 from qadapter.outputs import ResidualValues
-from qadapter.trainer import eos_token_ids, pad_token_id
 
 KL_CHUNK = 64
 DEMO_DATA = Path(__file__).parent / "demo_data"

@@ -340,7 +340,7 @@ def _load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedMod
 def _add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel:
     config = lora_config
     if config is None:
-        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, task_type="CAUSAL_LM")
+        config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
     elif not isinstance(config, LoraConfig):
         raise ValueError(f"lora_config: expected a peft.LoraConfig, got {type(config).__name__}")
     quantised = getattr(base, "quantization_method", None)
@@ -348,11 +348,10 @@ def _add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftMode
         try:
             return get_peft_model(base, config)
         except ValueError as error:
-            if lora_config is not None or "target_modules" not in str(error):
+            # PEFT knows no default modules for this architecture.
+            if config.target_modules is not None or "target_modules" not in str(error):
                 raise
-            config = LoraConfig(
-                r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
+            config.target_modules = "all-linear"
             return get_peft_model(base, config)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         what = f"quantised with {quantised}" if quantised else type(base).__name__

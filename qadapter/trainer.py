@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArgume
 
 from qadapter import _checks, files, reference
 from qadapter import functional as QF
-from qadapter.data import PreferenceCollator, prepare_dataset
+from qadapter.data import PreferenceCollator, eos_token_ids, pad_token_id, prepare_dataset
 from qadapter.modeling import QAdapterModel
 from qadapter.outputs import PreferenceLoss, ResidualValues
 
@@ -86,9 +86,8 @@ class QAdapterConfig(TrainingArguments):
         # The collator needs columns that no model signature names.
         self.remove_unused_columns = False
         if not torch.cuda.is_available():
-            self.dataloader_pin_memory = (
-                False  # it would only warn that there is nothing to pin for
-            )
+            # It would only warn that there is nothing to pin for.
+            self.dataloader_pin_memory = False
         for name in ("alpha_0", "center", "gamma"):
             if getattr(self, name) is not None:
                 setattr(self, name, _checks.number(name, getattr(self, name)))
@@ -372,19 +371,6 @@ def _as_qadapter_model(model: Any, peft_config: LoraConfig | None) -> QAdapterMo
         "model: expected a QAdapterModel, a peft or transformers model, a name or a folder, got "
         f"{type(model).__name__}"
     )
-
-
-def eos_token_ids(model: QAdapterModel, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: the tokenizer's and those of the generation config."""
-    configured = getattr(model.hf_model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """An id to pad with; it is masked everywhere, so any will do."""
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    return pad if pad is not None else eos if eos is not None else 0
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:

@@ -150,8 +150,7 @@ def test_forgetting_is_zero_before_training(files, tiny_tokenizer):
     # The same number from whole-vocabulary softmaxes, one response at a time.
     import torch
 
-    from qadapter.data import prepare_dataset
-    from qadapter.trainer import eos_token_ids
+    from qadapter.data import eos_token_ids, prepare_dataset
 
     total, count = 0.0, 0
     ids = eos_token_ids(moved, tiny_tokenizer)
