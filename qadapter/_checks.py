@@ -63,6 +63,32 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
     return str(value)
 
 
+def preference(
+    gamma: float, reg_coef: float, bt_scale: float, value_at: str, length_norm: str
+) -> tuple[float, float, float, bool, bool]:
+    return (
+        number("gamma", gamma),
+        number("reg_coef", reg_coef),
+        number("bt_scale", bt_scale),
+        choice("value_at", value_at, ("next", "same")) == "next",
+        choice("length_norm", length_norm, ("response", "none")) == "response",
+    )
+
+
+def denominators(value: Tensor | None, device: torch.device) -> None:
+    if value is not None:
+        tensor("denominators", value, 1, (torch.float32,))
+        rows("denominators", value, 2, device, "(pairs, actions)")
+
+
+def head(logit_scale: float, logit_softcap: float | None) -> tuple[float, float]:
+    """Scale and soft cap, 0 for none."""
+    scale = number("logit_scale", logit_scale)
+    if logit_softcap is None:
+        return scale, 0.0
+    return scale, number("logit_softcap", logit_softcap, above=0.0)
+
+
 def statistics(
     base_logits: Tensor | None,
     q_logits: Tensor,
@@ -81,18 +107,35 @@ def statistics(
     if base_logits is not None:
         tensor("base_logits", base_logits, 2, LOGIT_DTYPES)
         same("base_logits", base_logits, "q_logits", q_logits)
-    elif m != 0 or base_lse is None or base_logp is None:
+    else:
+        _base_may_be_missing("base_logits", base_lse, base_logp, m)
+    expected = torch.float64 if q_logits.dtype == torch.float64 else torch.float32
+    _cached(base_lse, base_logp, expected, q_logits, "q_logits")
+
+
+def _base_may_be_missing(
+    name: str, base_lse: Tensor | None, base_logp: Tensor | None, m: float
+) -> None:
+    if m != 0 or base_lse is None or base_logp is None:
         raise ValueError(
-            "base_logits: may only be None where the base enters through base_lse and base_logp "
+            f"{name}: may only be None where the base enters through base_lse and base_logp "
             f"alone, that is with alpha_0 == center and both given; got alpha_0 - center = {m:g}, "
             f"base_lse {'missing' if base_lse is None else 'given'}, "
             f"base_logp {'missing' if base_logp is None else 'given'}"
         )
+
+
+def _cached(
+    base_lse: Tensor | None,
+    base_logp: Tensor | None,
+    dtype: torch.dtype,
+    like: Tensor,
+    of: str,
+) -> None:
     for name, cached in (("base_lse", base_lse), ("base_logp", base_logp)):
         if cached is not None:
-            expected = torch.float64 if q_logits.dtype == torch.float64 else torch.float32
-            tensor(name, cached, 1, (expected,))
-            rows(name, cached, num_rows, device, "q_logits")
+            tensor(name, cached, 1, (dtype,))
+            rows(name, cached, like.shape[0], like.device, of)
 
 
 def sequences(cu_seqlens: Tensor, device: torch.device) -> None:
@@ -105,3 +148,70 @@ def sequences(cu_seqlens: Tensor, device: torch.device) -> None:
         )
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens: expected a tensor on {device}, got {cu_seqlens.device}")
+
+
+def _frozen(name: str, value: Tensor | None) -> None:
+    if value is not None and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: requires a gradient, but this operation treats the language-model head as "
+            f"frozen and has none for it; freeze it ({name}.requires_grad_(False)), pass "
+            f"{name}.detach(), or train the head through residual_values on its logits"
+        )
+
+
+def linear_statistics(
+    base_hidden: Tensor | None,
+    q_hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    bias: Tensor | None,
+    base_lse: Tensor | None,
+    base_logp: Tensor | None,
+    m: float,
+) -> None:
+    """The tensor arguments that linear_residual_values and linear_qadapter_loss share."""
+    tensor("q_hidden", q_hidden, 2, LOGIT_DTYPES)
+    tensor("weight", weight, 2, LOGIT_DTYPES)
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(
+            "weight: a DTensor (sharded by FSDP2 or tensor parallelism) has to be gathered first, "
+            "inside the forward of the module that owns it: pass weight.full_tensor()"
+        )
+    num_rows, dim = q_hidden.shape
+    device = q_hidden.device
+    if weight.shape[1] != dim or weight.shape[0] == 0 or dim == 0 or weight.device != device:
+        raise ValueError(
+            f"weight: expected [V, {dim}] on {device} with at least one row and column, to fit "
+            f"q_hidden ({_describe(q_hidden)}), got {_describe(weight)}"
+        )
+    _frozen("weight", weight)
+    if bias is not None:
+        tensor("bias", bias, 1, LOGIT_DTYPES)
+        rows("bias", bias, weight.shape[0], device, "weight")
+        _frozen("bias", bias)
+    tensor("actions", actions, 1, (torch.int64,))
+    rows("actions", actions, num_rows, device, "q_hidden")
+    if base_hidden is not None:
+        tensor("base_hidden", base_hidden, 2, LOGIT_DTYPES)
+        same("base_hidden", base_hidden, "q_hidden", q_hidden)
+    else:
+        _base_may_be_missing("base_hidden", base_lse, base_logp, m)
+    wide = torch.float64 in (q_hidden.dtype, weight.dtype)
+    _cached(base_lse, base_logp, torch.float64 if wide else torch.float32, q_hidden, "q_hidden")
+
+
+def chunk(chunk_size: int | None, memory_mib: float | None) -> tuple[int, float]:
+    """Both as numbers, 0 for not given."""
+    if chunk_size is not None and memory_mib is not None:
+        raise ValueError(
+            f"chunk_size and memory_mib: expected one of them, got {chunk_size!r} and "
+            f"{memory_mib!r}"
+        )
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
+        raise ValueError(f"chunk_size: expected a positive int (rows), got {chunk_size!r}")
+    return (
+        chunk_size or 0,
+        0.0 if memory_mib is None else number("memory_mib", memory_mib, above=0.0),
+    )

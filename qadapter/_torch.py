@@ -9,17 +9,13 @@ so that logits of 1e4 with a small alpha_tilde keep their digits.
 import torch
 from torch import Tensor
 
+from qadapter._torch_linear import linear_fwd
+from qadapter._torch_rows import NEG_INF, finish_rows, stats_dtype
 from qadapter.losses import preference_fwd
 
-__all__ = ["preference_fwd", "residual_bwd", "residual_fwd"]
+__all__ = ["linear_fwd", "preference_fwd", "residual_bwd", "residual_fwd"]
 
 CHUNK_ELEMENTS = 1 << 22
-NEG_INF = float("-inf")
-NAN = float("nan")
-
-
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _row_chunks(logits: Tensor) -> list[slice]:
@@ -56,7 +52,6 @@ def residual_fwd(
     num_rows, vocab = q_logits.shape
     dtype = stats_dtype(q_logits.dtype)
     m = alpha_0 - center
-    has_action = actions != -100
     in_range = (actions >= 0) & (actions < vocab)
     safe = torch.where(in_range, actions, 0)[:, None]
 
@@ -71,41 +66,21 @@ def residual_fwd(
         if need_base_sum and base is not None:
             base_shift[rows], base_log_sum[rows] = _shift_and_log_sum(base.to(dtype), 1.0)
 
+    base_action = None
     if base_logits is not None:
         base_action = base_logits.gather(1, safe)[:, 0].to(dtype) if num_rows else shift.clone()
-        if base_lse is None:
-            base_lse = base_shift + base_log_sum
-            logp = (base_action - base_shift) - base_log_sum
-        else:
-            base_lse = base_lse.to(dtype, copy=True)
-            logp = base_action - base_lse
-        base_logp = logp if base_logp is None else base_logp.to(dtype, copy=True)
-    else:
-        assert base_lse is not None and base_logp is not None
-        base_lse, base_logp = base_lse.to(dtype, copy=True), base_logp.to(dtype, copy=True)
-        base_action = base_logp + base_lse
-
-    value = shift + alpha_tilde * log_sum
-    if alpha_0 != 0:
-        value = value - alpha_0 * base_lse
-    q, x_action = q_action, q_action
-    if center != 0:
-        q = (q_action - center * base_action).masked_fill(q_action == NEG_INF, NEG_INF)
-    if m != 0:
-        masked = (q_action == NEG_INF) | (base_action == NEG_INF)
-        x_action = (q_action + m * base_action).masked_fill(masked, NEG_INF)
-    policy_logp = (x_action - shift) / alpha_tilde - log_sum
-
-    bad = has_action & ~in_range
-    poison = torch.where(bad | log_sum.isnan(), NAN, 0.0)
-    return (
-        torch.where(has_action, q + poison, 0),
-        value + torch.where(bad, NAN, 0.0),
-        torch.where(has_action, base_logp + torch.where(bad, NAN, 0.0), 0),
-        torch.where(has_action, policy_logp + poison, 0),
+    base_sum = (base_shift, base_log_sum) if need_base_sum else None
+    return finish_rows(
+        actions,
+        vocab,
+        q_action,
+        base_action,
+        None,
+        (shift, log_sum),
+        base_sum,
         base_lse,
-        shift,
-        log_sum,
+        base_logp,
+        (alpha_0, alpha_tilde, center),
     )
 
 

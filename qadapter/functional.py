@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qadapter import _checks, ops  # noqa: F401  (ops registers torch.ops.qadapter)
+from qadapter.functional_linear import linear_qadapter_loss, linear_residual_values
 from qadapter.outputs import PreferenceLoss, ResidualValues, Sample
 from qadapter.sampling import sample
 
@@ -16,6 +17,8 @@ __all__ = [
     "PreferenceLoss",
     "ResidualValues",
     "Sample",
+    "linear_qadapter_loss",
+    "linear_residual_values",
     "preference_loss",
     "qadapter_loss",
     "residual_values",
@@ -69,30 +72,6 @@ def residual_values(
     return ResidualValues(q, value, base_logp.detach(), policy_logp, base_lse.detach())
 
 
-def _report(outputs: tuple[Tensor, ...]) -> PreferenceLoss:
-    # Only the loss has a gradient; detached, using another field in a graph fails loudly.
-    return PreferenceLoss(outputs[0], *(field.detach() for field in outputs[1:7]))
-
-
-def _preference_arguments(
-    gamma: float, reg_coef: float, bt_scale: float, value_at: str, length_norm: str
-) -> tuple[float, float, float, bool, bool]:
-    return (
-        _checks.number("gamma", gamma),
-        _checks.number("reg_coef", reg_coef),
-        _checks.number("bt_scale", bt_scale),
-        _checks.choice("value_at", value_at, ("next", "same")) == "next",
-        _checks.choice("length_norm", length_norm, ("response", "none")) == "response",
-    )
-
-
-def _check_denominators(denominators: Tensor | None, device: torch.device) -> None:
-    if denominators is None:
-        return
-    _checks.tensor("denominators", denominators, 1, (torch.float32,))
-    _checks.rows("denominators", denominators, 2, device, "(pairs, actions)")
-
-
 def preference_loss(
     values: ResidualValues,
     actions: Tensor,
@@ -139,9 +118,9 @@ def preference_loss(
     _checks.tensor("actions", actions, 1, (torch.int64,))
     _checks.rows("actions", actions, q.shape[0], q.device, "values")
     _checks.sequences(cu_seqlens, q.device)
-    _check_denominators(denominators, q.device)
-    arguments = _preference_arguments(gamma, reg_coef, bt_scale, value_at, length_norm)
-    return _report(
+    _checks.denominators(denominators, q.device)
+    arguments = _checks.preference(gamma, reg_coef, bt_scale, value_at, length_norm)
+    return PreferenceLoss.of(
         torch.ops.qadapter.preference_fwd(q, value, actions, cu_seqlens, denominators, *arguments)
     )
 
@@ -173,9 +152,9 @@ def qadapter_loss(
     composition = _checks.composition(alpha_0, alpha_tilde, center)
     _checks.statistics(base_logits, q_logits, actions, base_lse, base_logp, alpha_0 - center)
     _checks.sequences(cu_seqlens, q_logits.device)
-    _check_denominators(denominators, q_logits.device)
-    arguments = _preference_arguments(gamma, reg_coef, bt_scale, value_at, length_norm)
-    return _report(
+    _checks.denominators(denominators, q_logits.device)
+    arguments = _checks.preference(gamma, reg_coef, bt_scale, value_at, length_norm)
+    return PreferenceLoss.of(
         torch.ops.qadapter.loss_fwd(
             base_logits,
             q_logits,

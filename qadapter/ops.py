@@ -56,7 +56,7 @@ def _check_actions(actions: Tensor, vocab: int) -> None:
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"actions[{row}] = {int(actions[row])} is not a token id: expected 0 <= id < {vocab} "
-            "(the width of q_logits), or -100 for a row without action"
+            "(the size of the vocabulary), or -100 for a row without action"
         )
 
 

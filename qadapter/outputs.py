@@ -1,5 +1,6 @@
 """The named tuples that the public functions return."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -42,6 +43,12 @@ class PreferenceLoss(NamedTuple):
     """chosen_rewards - rejected_rewards [P]."""
     accuracy: Tensor
     """Share of pairs with a margin above 0; scalar."""
+
+    @staticmethod
+    def of(outputs: Sequence[Tensor]) -> "PreferenceLoss":
+        """From what an operation returns; detached but for the loss, so that using another field
+        in a graph fails loudly."""
+        return PreferenceLoss(outputs[0], *(field.detach() for field in outputs[1:7]))
 
 
 class Sample(NamedTuple):

@@ -19,6 +19,7 @@ row without any token left, in the policy or in the base, is NaN.
 """
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,43 @@ def residual_values(
         policy_logp=torch.where(has_action, policy_logp, 0),
         base_lse=base_lse,
     )
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """[N, V] logits of a language-model head: cap(logit_scale * (hidden W^T + bias))."""
+    logits = F.linear(hidden, weight, bias) * logit_scale
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return logits
+
+
+def linear_residual_values(
+    base_hidden: Tensor | None,
+    q_hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    **kwargs: Any,
+) -> ResidualValues:
+    """`qadapter.functional.linear_residual_values`: the logits, then `residual_values`."""
+
+    def logits(hidden: Tensor) -> Tensor:
+        return head_logits(
+            hidden, weight, bias=bias, logit_scale=logit_scale, logit_softcap=logit_softcap
+        )
+
+    base = None if base_hidden is None else logits(base_hidden.detach())
+    return residual_values(base, logits(q_hidden), actions, **kwargs)
 
 
 def preference_loss(
