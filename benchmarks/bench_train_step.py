@@ -2,11 +2,13 @@
 
 python -m benchmarks.bench_train_step --data pairs.jsonl [--pairs 4 --batches 3 --threads 2]
 
-Ours: base pass without gradient, adapter pass, head on the response rows alone, fused loss,
-backward. Peak memory is what the step adds to the loaded model.
+Ours: base pass without gradient and adapter pass over a pack of the real tokens, prompts once; the
+loss from the hidden states of the response rows; backward. "cached" has the base's two floats a
+token from a cache, and no base pass. Peak memory is what the step adds to the loaded model.
 """
 
 import argparse
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +16,11 @@ from transformers import AutoTokenizer
 
 from benchmarks import harness
 from benchmarks.peers import released
-from qadapter import QAdapterModel
+from qadapter import QAdapterModel, packed_attention
 from qadapter import functional as QF
 from qadapter.checkpoint import resolve_model
 from qadapter.data import (
+    PackedPreferenceCollator,
     PreferenceCollator,
     eos_token_ids,
     load_preference_data,
@@ -26,17 +29,16 @@ from qadapter.data import (
 )
 
 
-def our_step(model: QAdapterModel, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(batch["input_ids"], batch["attention_mask"], batch["rows"])
-    loss = QF.qadapter_loss(
-        logits.base_logits,
-        logits.q_logits,
-        batch["actions"],
-        batch["cu_seqlens"],
-        **model.composition,
-    ).loss
+def our_step(model: QAdapterModel, batch: dict[str, Any]) -> Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "cu_seqlens"}
+    values = model(**inputs).values
+    loss = QF.preference_loss(values, batch["actions"], batch["cu_seqlens"]).loss
     loss.backward()
     return loss.detach()
+
+
+def to(device: str, batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def main() -> None:
@@ -66,14 +68,19 @@ def main() -> None:
             eos_token_ids=eos_token_ids(model, tokenizer),
         )
     )
-    collate = PreferenceCollator(pad_token_id(tokenizer))
+    collate, pack = PreferenceCollator(pad_token_id(tokenizer)), PackedPreferenceCollator()
+    if (reason := packed_attention.enable(model.hf_model)) is not None:
+        raise SystemExit(f"this model cannot be packed: {reason}")
     report = []
     for number in range(options.batches):
-        batch = collate(rows[number * options.pairs : (number + 1) * options.pairs])
-        batch = {name: tensor.to(options.device) for name, tensor in batch.items()}
+        part = rows[number * options.pairs : (number + 1) * options.pairs]
+        batch, packed = to(options.device, collate(part)), to(options.device, pack(part))
+        statistics = model.base_statistics(packed)
+        cached = {**packed, **{k: statistics[k] for k in ("base_lse", "base_logp")}}
         labels = released.labels_of(batch)
         ways = {
-            "ours": lambda batch=batch: our_step(model, batch),
+            "ours": lambda packed=packed: our_step(model, packed),
+            "cached": lambda cached=cached: our_step(model, cached),
             "released": lambda batch=batch, labels=labels: released.step(model, batch, labels),
         }
         peaks = {}
@@ -91,28 +98,35 @@ def main() -> None:
             {
                 "tokens": int(batch["attention_mask"].sum()),
                 "padded": batch["input_ids"].numel(),
+                "packed": packed["input_ids"].numel(),
                 "response rows": batch["rows"].numel(),
                 **{f"{name} ms": timing for name, timing in timings.items()},
                 **{f"{name} peak MiB": peak for name, peak in peaks.items()},
             }
         )
-    print(
-        harness.table(
-            ["tokens", "padded", "rows", "released s/pair", "ours s/pair", "speed-up",
-             "released MiB", "ours MiB", "memory"],
+    for way in ("ours", "cached", "released"):
+        total = {
+            "way": way,
+            "s per pair": sum(r[f"{way} ms"].median for r in report) / 1e3
+            / (options.pairs * options.batches),
+            "peak MiB": max(r[f"{way} peak MiB"] for r in report),
+        }  # fmt: skip
+        print(f"{way}: {total['s per pair']:.3f} s per pair, peak {total['peak MiB']:.0f} MiB")
+    header = ["tokens", "padded", "packed", "rows", "released s/pair", "ours", "cached",
+              "released MiB", "ours", "cached"]  # fmt: skip
+    lines = []
+    for r in report:
+        released_ms, peak = r["released ms"].median, r["released peak MiB"]
+        lines.append(
             [
-                [
-                    str(r["tokens"]), str(r["padded"]), str(r["response rows"]),
-                    f"{r['released ms'].median / 1e3 / options.pairs:.2f}",
-                    f"{r['ours ms'].median / 1e3 / options.pairs:.2f}",
-                    f"{r['released ms'].median / r['ours ms'].median:.2f}x",
-                    f"{r['released peak MiB']:.0f}", f"{r['ours peak MiB']:.0f}",
-                    f"{r['ours peak MiB'] / r['released peak MiB']:.2f}",
-                ]
-                for r in report
-            ],
+                *(str(r[name]) for name in ("tokens", "padded", "packed", "response rows")),
+                f"{released_ms / 1e3 / options.pairs:.2f}",
+                *(f"{released_ms / r[f'{way} ms'].median:.2f}x" for way in ("ours", "cached")),
+                f"{peak:.0f}",
+                *(f"{r[f'{way} peak MiB'] / peak:.2f}" for way in ("ours", "cached")),
+            ]
         )
-    )  # fmt: skip
+    print(harness.table(header, lines))
     harness.write_json(
         "train_step", options.device, report, options.json,
         model=options.model, pairs=options.pairs, max_length=options.max_length,

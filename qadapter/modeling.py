@@ -6,41 +6,39 @@ adapter stream with it on; their logits z_b and z_q are what `qadapter.functiona
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qadapter import _checks, files, generation
+from qadapter import _checks, files, generation, packed_attention, reference
+from qadapter import functional as QF
+from qadapter.activations import recompute_cheap
 from qadapter.checkpoint import (
     CONFIG_NAME,
     base_alias,
     check_same_base,
     fingerprint,
     is_adapter_folder,
-    is_adapter_name,
     model_card,
     package_version,
     read_config,
     resolve_model,
 )
+from qadapter.outputs import TwoStreamLogits, TwoStreamValues
+from qadapter.wrapping import add_lora, load_base, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
-
-class TwoStreamLogits(NamedTuple):
-    """Logits of the selected rows, [N, V] in the model's dtype; ``q_logits`` has the gradient."""
-
-    base_logits: Tensor
-    q_logits: Tensor
+KL_ROWS = 32  # whose float32 logits exist at a time
 
 
 class QAdapterModel(nn.Module):
@@ -79,7 +77,7 @@ class QAdapterModel(nn.Module):
             for module in peft_model.modules()
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         ]
-        _refuse_unsupported(peft_model)
+        refuse_unsupported(peft_model)
         self.selects_hidden_rows = self._head_is_plain()
         if not self.selects_hidden_rows:
             logger.warning(
@@ -89,6 +87,7 @@ class QAdapterModel(nn.Module):
                 type(self.hf_model).__name__,
             )
         self.eval()
+        recompute_cheap(self.hf_model, self.config.get_text_config().hidden_size)
 
     # Construction and files.
 
@@ -131,14 +130,14 @@ class QAdapterModel(nn.Module):
         if not is_adapter_folder(source):
             if base_model is not None:
                 raise ValueError(f"base_model: {source} is not an adapter, it is itself a base")
-            base = _load_base(source, dtype, from_pretrained_kwargs)
+            base = load_base(source, dtype, from_pretrained_kwargs)
             return cls.from_base(base, lora_config=lora_config, **composition)
 
         if lora_config is not None:
             raise ValueError(f"lora_config: {source} is a saved adapter and has its own")
         saved = read_config(source)
         base_source = resolve_model(base_model if base_model is not None else saved["base_model"])
-        base = _load_base(base_source, dtype, from_pretrained_kwargs)
+        base = load_base(base_source, dtype, from_pretrained_kwargs)
         check_same_base(saved["base_fingerprint"], fingerprint(base), source, base_source)
         peft_model = PeftModel.from_pretrained(base, source, is_trainable=True)
         return cls(peft_model, **{**{name: saved[name] for name in given}, **composition})
@@ -148,7 +147,7 @@ class QAdapterModel(nn.Module):
         cls, base: PreTrainedModel, *, lora_config: LoraConfig | None = None, **composition: float
     ) -> "QAdapterModel":
         """A new adapter on a model in memory (LoRA layers are put into it in place)."""
-        return cls(_add_lora(base, lora_config), **composition)
+        return cls(add_lora(base, lora_config), **composition)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a plain PEFT LoRA (safetensors), ``qadapter_config.json`` and a model card.
@@ -240,8 +239,16 @@ class QAdapterModel(nn.Module):
         attention_mask: Tensor | None = None,
         rows: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> TwoStreamLogits:
-        """Logits of both streams at the selected positions.
+        *,
+        actions: Tensor | None = None,
+        base_lse: Tensor | None = None,
+        base_logp: Tensor | None = None,
+        base_hidden: Tensor | None = None,
+        kl_rows: Tensor | None = None,
+        use_logits: bool = False,
+        **packing: Any,
+    ) -> Any:
+        """Both streams at the selected positions: their logits, or what a loss needs of them.
 
         Args:
             input_ids: int64 [B, T].
@@ -249,26 +256,120 @@ class QAdapterModel(nn.Module):
             rows: int64 [N], indices into the B*T flattened positions; None takes all of them. Only
                 these positions reach the language-model head.
             position_ids: int64 [B, T].
+            actions: int64 [N]; given, the result is `TwoStreamValues`, and where the head is a
+                plain linear layer no logits are made (`QF.linear_residual_values`).
+            base_lse, base_logp, base_hidden: float32 [N], [N] and [N, D], known results of the base
+                stream in these rows. Given all that the composition needs (the first two where
+                alpha_0 == center; the first and the third else), the base does not run.
+            kl_rows: int64 [K], indices into the N rows, at which KL is computed exactly.
+            use_logits: take the logits of both streams also where that could be avoided.
+            **packing: of a packed batch, see `qadapter.packed_attention`.
 
         Returns:
-            `TwoStreamLogits` of [N, V].
+            `TwoStreamLogits` of [N, V]; with ``actions``, `TwoStreamValues`.
         """
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
         arguments = {name: value for name, value in given.items() if value is not None}
+        if actions is None or use_logits or not self.selects_hidden_rows:
+            with torch.no_grad(), self.adapter_off():
+                base_logits = self._stream_logits(input_ids, rows, arguments)
+            logits = TwoStreamLogits(base_logits, self._stream_logits(input_ids, rows, arguments))
+            if actions is None:
+                return logits
+            values = QF.residual_values(*logits, actions, **self.composition)
+            if kl_rows is None:
+                return TwoStreamValues(values, None)
+            with torch.no_grad():
+                base_logits, q_logits = logits
+                parts = kl_rows.split(KL_ROWS)
+                kl = self._kl((base_logits[at], q_logits[at]) for at in parts)
+            return TwoStreamValues(values, kl)
+
+        m_is_zero = self.alpha_0 == self.center
+        known = base_lse is not None and (
+            base_logp is not None if m_is_zero else base_hidden is not None
+        )
+        if not known:
+            base_hidden = self._base_hidden(input_ids, rows, arguments)
+        q_hidden = self._stream_hidden(input_ids, rows, arguments)
+        head = self.hf_model.get_output_embeddings()
+        values = QF.linear_residual_values(
+            base_hidden,
+            q_hidden,
+            head.weight,
+            actions,
+            bias=head.bias,
+            base_lse=base_lse,
+            base_logp=base_logp,
+            **self.composition,
+        )
+        if base_hidden is None or kl_rows is None:
+            return TwoStreamValues(values, None)
+        with torch.no_grad():
+            parts = kl_rows.split(KL_ROWS)
+            kl = self._kl((head(base_hidden[at]), head(q_hidden[at])) for at in parts)
+        return TwoStreamValues(values, kl)
+
+    @torch.no_grad()
+    def base_statistics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What a training step needs of the base: base_lse, base_logp float32 [N] (base_logp is 0
+        in rows without action), base_hidden [N, D], for a collated batch on the model's device."""
+        names = ("attention_mask", "position_ids", *packed_attention.ARGUMENTS)
+        arguments = {name: batch[name] for name in names if batch.get(name) is not None}
+        head = self.hf_model.get_output_embeddings()
+        if not self.selects_hidden_rows:
+            raise ValueError(
+                f"{type(self.hf_model).__name__} does more to its logits than one head on the last "
+                "hidden state; its base cannot be cached"
+            )
+        hidden = self._base_hidden(batch["input_ids"], batch["rows"], arguments)
+        nothing = torch.zeros(hidden.shape[0], device=hidden.device)
+        # One stream alone: with alpha_0 = center = 0 the value is its logsumexp.
+        values = QF.linear_residual_values(
+            None,
+            hidden,
+            head.weight,
+            batch["actions"],
+            bias=head.bias,
+            alpha_0=0.0,
+            center=0.0,
+            base_lse=nothing,
+            base_logp=nothing,
+        )
+        return {
+            "base_lse": values.value,
+            "base_logp": values.policy_logp,
+            "base_hidden": hidden,
+        }
+
+    def _kl(self, logits: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        parts = [
+            reference.kl_base_policy(base.float(), q.float(), **self.composition)
+            for base, q in logits
+        ]
+        return torch.cat(parts)
+
+    def _base_hidden(
+        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
+    ) -> Tensor:
         with torch.no_grad(), self.adapter_off():
-            base_logits = self._stream_logits(input_ids, rows, arguments)
-        return TwoStreamLogits(base_logits, self._stream_logits(input_ids, rows, arguments))
+            return self._stream_hidden(input_ids, rows, arguments)
+
+    def _stream_hidden(
+        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
+    ) -> Tensor:
+        hidden = packed_attention.trunk(self.hf_model, input_ids, arguments).flatten(0, 1)
+        return hidden if rows is None else hidden[rows]
 
     def _stream_logits(
-        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Tensor]
+        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
     ) -> Tensor:
         model = self.hf_model
-        if not self.selects_hidden_rows:
-            logits = model(input_ids=input_ids, use_cache=False, **arguments).logits.flatten(0, 1)
-            return logits if rows is None else logits[rows]
-        hidden = model.base_model(input_ids=input_ids, use_cache=False, **arguments)[0]
-        hidden = hidden.flatten(0, 1)
-        return model.get_output_embeddings()(hidden if rows is None else hidden[rows])
+        if self.selects_hidden_rows:
+            return model.get_output_embeddings()(self._stream_hidden(input_ids, rows, arguments))
+        arguments = packed_attention.arguments_for(model, input_ids, arguments)
+        logits = model(**arguments).logits.flatten(0, 1)
+        return logits if rows is None else logits[rows]
 
     def _head_is_plain(self) -> bool:
         """Whether logits are exactly head(last hidden state): tried, not read off the config."""
@@ -276,6 +377,8 @@ class QAdapterModel(nn.Module):
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or model.base_model is model:
             return False
+        if head.weight.ndim != 2 or not head.weight.is_floating_point():
+            return False  # quantised
         vocab = model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(1, 5, device=self.device).clamp(max=vocab - 1)[None]
         was_training = model.training
@@ -330,71 +433,3 @@ class QAdapterModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.hf_model.gradient_checkpointing_disable()
         self.hf_model.disable_input_require_grads()
-
-
-def _load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
-    return model.eval()
-
-
-def _add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel:
-    config = lora_config
-    if config is None:
-        config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
-    elif not isinstance(config, LoraConfig):
-        raise ValueError(f"lora_config: expected a peft.LoraConfig, got {type(config).__name__}")
-    quantised = getattr(base, "quantization_method", None)
-    try:
-        try:
-            return get_peft_model(base, config)
-        except ValueError as error:
-            # PEFT knows no default modules for this architecture.
-            if config.target_modules is not None or "target_modules" not in str(error):
-                raise
-            config.target_modules = "all-linear"
-            return get_peft_model(base, config)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        what = f"quantised with {quantised}" if quantised else type(base).__name__
-        raise ValueError(f"PEFT cannot put this LoRA on the base ({what}): {error}") from error
-
-
-def _refuse_unsupported(peft_model: PeftModel) -> None:
-    model: Any = peft_model.get_base_model()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__}: expected a decoder-only causal LM with a language-model head"
-        )
-    if len(peft_model.active_adapters) != 1:
-        raise ValueError(
-            f"expected one active adapter, got {len(peft_model.active_adapters)}: "
-            f"{', '.join(peft_model.active_adapters)}"
-        )
-    if peft_model.peft_config[peft_model.active_adapter].is_prompt_learning:
-        raise ValueError("prompt-learning adapters change the sequence: expected a LoRA")
-    if any(m.merged for m in peft_model.modules() if isinstance(m, BaseTunerLayer)):
-        raise ValueError(
-            "the adapter is merged into the base weights, so there is no base stream left; "
-            "unmerge it first (peft_model.unmerge_adapter())"
-        )
-    trained = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not is_adapter_name(name)
-    ]
-    if trained:
-        raise ValueError(
-            f"{len(trained)} base weights require gradients ({trained[0]}, ...): the base must "
-            "stay frozen, freeze them or leave the training to the LoRA"
-        )
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, AuxiliaryTrainingWrapper | BaseTunerLayer) and _tied(model):
-        raise ValueError(
-            "the adapter trains the input embedding, which is tied to the language-model head: the "
-            "head would change with it only in part; untie them or take the embedding out of "
-            "modules_to_save, target_modules and trainable_token_indices"
-        )
-
-
-def _tied(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))

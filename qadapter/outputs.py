@@ -58,3 +58,18 @@ class Sample(NamedTuple):
     """int64 [B]."""
     logprobs: Tensor
     """float32 [B]: log-probability of each token under the filtered policy it was drawn from."""
+
+
+class TwoStreamLogits(NamedTuple):
+    """Logits of the selected rows, [N, V] in the model's dtype; ``q_logits`` has the gradient."""
+
+    base_logits: Tensor
+    q_logits: Tensor
+
+
+class TwoStreamValues(NamedTuple):
+    """`QF.residual_values` of the selected rows, and what else was asked for."""
+
+    values: ResidualValues
+    kl: Tensor | None
+    """KL(base || policy) in nats at ``kl_rows``, float32; None where the base did not run."""

@@ -1,9 +1,10 @@
 """QAdapterTrainer on transformers.Trainer, QAdapterConfig on TrainingArguments.
 
 Everything but the loss is the Trainer's: data loading, accumulation, checkpoints, resume, progress
-bar, distribution. A step runs both streams, takes the logits of the response rows alone, and calls
-`qadapter.functional`. Sums are divided by the totals of the whole accumulated batch, so gradient
-accumulation gives the gradient of the unaccumulated run also where responses differ in length.
+bar, distribution. A step runs both streams over the real tokens of a micro-batch, packed, and goes
+from the hidden states of the response rows to the loss without ever making logits. Sums are divided
+by the totals of the whole accumulated batch, so gradient accumulation gives the gradient of the
+unaccumulated run also where responses differ in length.
 """
 
 import logging
@@ -19,9 +20,15 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
-from qadapter import _checks, files, reference
+from qadapter import _checks, files, packed_attention
 from qadapter import functional as QF
-from qadapter.data import PreferenceCollator, eos_token_ids, pad_token_id, prepare_dataset
+from qadapter.data import (
+    PackedPreferenceCollator,
+    PreferenceCollator,
+    eos_token_ids,
+    pad_token_id,
+    prepare_dataset,
+)
 from qadapter.modeling import QAdapterModel
 from qadapter.outputs import PreferenceLoss, ResidualValues
 
@@ -76,6 +83,14 @@ class QAdapterConfig(TrainingArguments):
     drop_long_prompts: bool = field(
         default=False,
         metadata={"help": "Drop pairs whose prompt fills max_length (else an error)."},
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "One row of real tokens and prompts computed once, where the model can."},
+    )
+    use_logits: bool = field(
+        default=False,
+        metadata={"help": "Make the logits of both streams, to cross-check the default."},
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise."}
@@ -167,7 +182,7 @@ class QAdapterTrainer(Trainer):
             )
 
         if data_collator is None:
-            data_collator = PreferenceCollator(pad_token_id(processing_class))
+            data_collator = _collator(model, args, processing_class)
         self._sums: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
         super().__init__(
             model=model,
@@ -201,14 +216,17 @@ class QAdapterTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         own: QAdapterModel = self.accelerator.unwrap_model(self.model)
-        logits = model(inputs["input_ids"], inputs["attention_mask"], inputs["rows"])
-        values = QF.residual_values(
-            logits.base_logits, logits.q_logits, inputs["actions"], **own.composition
+        mode = "train" if model.training else "eval"
+        actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
+        forward = {k: v for k, v in inputs.items() if k not in ("cu_seqlens", "denominators")}
+        rows = _spread(actions.shape[0], KL_ROWS if mode == "train" else None)
+        values, kl = model(
+            **forward, kl_rows=rows.to(actions.device), use_logits=self.args.use_logits
         )
         outputs = QF.preference_loss(
             values,
-            inputs["actions"],
-            inputs["cu_seqlens"],
+            actions,
+            cu_seqlens,
             gamma=own.gamma,
             reg_coef=self.args.reg_coef,
             bt_scale=self.args.bt_scale,
@@ -217,18 +235,7 @@ class QAdapterTrainer(Trainer):
             denominators=inputs.get("denominators"),
         )
         with torch.no_grad():
-            rows = _spread(logits.q_logits.shape[0], KL_ROWS if model.training else None)
-            kl = torch.cat(
-                [
-                    reference.kl_base_policy(
-                        logits.base_logits[part].float(),
-                        logits.q_logits[part].float(),
-                        **own.composition,
-                    )
-                    for part in rows.to(logits.q_logits.device).split(KL_ROWS)
-                ]
-            )
-            self._record("train" if model.training else "eval", inputs, values, outputs, kl)
+            self._record(mode, inputs, values, outputs, kl)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def prediction_step(
@@ -250,7 +257,7 @@ class QAdapterTrainer(Trainer):
         inputs: dict[str, Any],
         values: ResidualValues,
         outputs: PreferenceLoss,
-        kl: Tensor,
+        kl: Tensor | None,
     ) -> None:
         actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
         has_action = actions != -100
@@ -273,8 +280,9 @@ class QAdapterTrainer(Trainer):
             "reg_loss": (outputs.reg_loss * per_action, tokens),
             "q/mean": (values.q.sum(), tokens),
             "value/mean": (torch.where(has_action, values.value, 0).sum(), tokens),
-            "kl": (kl.sum(), torch.tensor(float(kl.numel()), device=kl.device)),
         }
+        if kl is not None:
+            sums["kl"] = (kl.sum(), torch.tensor(float(kl.numel()), device=kl.device))
         for name, (total, count) in sums.items():
             pair = torch.stack([total.detach().double(), count.double()])
             self._sums[mode].setdefault(name, []).append(pair)
@@ -354,6 +362,15 @@ class QAdapterTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: `QAdapterModel.save_pretrained` writes the card, which fits the method."""
+
+
+def _collator(model: QAdapterModel, args: QAdapterConfig, tokenizer: Any) -> Any:
+    if args.packing:
+        reason = packed_attention.enable(model.hf_model)
+        if reason is None:
+            return PackedPreferenceCollator()
+        logger.warning("Batches are padded instead of packed: %s", reason)
+    return PreferenceCollator(pad_token_id(tokenizer))
 
 
 def _as_qadapter_model(model: Any, peft_config: LoraConfig | None) -> QAdapterModel:
