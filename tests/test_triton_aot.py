@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from qadapter.kernels import preference  # noqa: E402
+from qadapter.kernels import linear_chunk, linear_finish, preference  # noqa: E402
 from qadapter.kernels.residual_bwd import residual_bwd_kernel  # noqa: E402
 from qadapter.kernels.residual_finish import residual_fwd_merge_kernel  # noqa: E402
 from qadapter.kernels.residual_fwd import residual_fwd_kernel  # noqa: E402
@@ -36,12 +36,17 @@ INTEGERS = {
     "num_pairs": "i32",
     "num_sequences": "i32",
     "steps": "i32",
+    "weight_stride": "i64",
+    "first_row": "i32",
+    "stride": "i32",
+    "dim": "i32",
 }
 POINTERS = {"actions_ptr": "*i64", "cu_ptr": "*i32", "counts_ptr": "*i32"}
-LOGITS = ("base_ptr", "q_ptr", "grad_ptr")
+LOGITS = ("base_ptr", "q_ptr", "grad_ptr", "p_ptr", "weight_ptr")
 
 
-def compile_for(kernel, arch, constants, warps, logits="fp32"):
+def compile_for(kernel, arch, constants, warps, logits="fp32", *, aligned=(), stages=3):
+    """`aligned`: arguments that are divisible by 16, as the launcher would find out."""
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -53,8 +58,9 @@ def compile_for(kernel, arch, constants, warps, logits="fp32"):
         else:
             signature[name] = INTEGERS.get(name, "fp32")
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=indices, attrs={})
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=indices, attrs=hints)
+    options = {"num_warps": warps, "enable_fp_fusion": True, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -160,3 +166,88 @@ def test_small_kernels(arch, tmp_path):
     ):
         compiled = compile_for(kernel, arch, constants, warps)
         check_resources(compiled, tmp_path, f"{compiled.metadata.name} sm_{arch}")
+
+
+def linear_rows(arch, dtype, sign, write, *, bias=False, capped=False, sums=True, vocab=128256):
+    rows, warps = linear_chunk.chunk_tile(vocab)
+    constants = {
+        "SIGN": sign,
+        "HAS_BIAS": bias,
+        "CAPPED": capped,
+        "SUM_BASE": sums,
+        "WRITE": write,
+        "P_PER_FLOAT": 1 if dtype == "fp32" else 2,
+        "VEC": linear_chunk.VEC,
+        "ROWS": rows,
+    }
+    kernel = linear_chunk.linear_rows_kernel
+    return compile_for(kernel, arch, constants, warps, dtype, aligned=["bias_ptr"], stages=1)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", VECTORS)
+def test_linear_rows(dtype, arch, tmp_path):
+    for sign, bias, capped, sums, vocab in (
+        (0, False, False, False, 128256),
+        (0, True, False, False, 128256),
+        (1, False, False, True, 128256),
+        (-1, True, True, True, 128256),
+        (-1, True, True, True, 200),
+    ):
+        if dtype == "fp16" and not capped:
+            continue
+        compiled = linear_rows(
+            arch, dtype, sign, True, bias=bias, capped=capped, sums=sums, vocab=vocab
+        )
+        title = f"linear rows sm_{arch} {dtype} sign {sign} bias {bias} capped {capped} V {vocab}"
+        registers = check_resources(compiled, tmp_path, title)
+        assert registers <= 64, title  # 1024 threads on a multiprocessor
+        # Whole tiles and the last one, twice, two vectors each: z, zb where it enters, the bias.
+        assert wide_accesses(compiled, "ld") == 8 * (1 + (sign != 0) + bias), title
+        stores = r"st\.global\S*\.v4\.b32" if dtype == "fp32" else r"st\.global\S*\.v2\.b32"
+        # p overwrites its own row: in 16 bits no store may follow loads without a barrier between.
+        events = re.findall(
+            rf"ld\.global\S*\.v4|{stores}|bar(?:rier)?\.\S*sync", compiled.asm["ptx"]
+        )
+        order = "".join(event[0] for event in events)  # l, s or b
+        assert order.count("s") == 4, title
+        assert ("ls" in order) == (dtype == "fp32"), f"{title}: {order}"
+        assert "b" in order[: order.index("s")], title
+        if dtype == "bf16":
+            assert "cvt.rn.bf16" in compiled.asm["ptx"], "rounds to nearest"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_linear_statistics(arch, tmp_path):
+    """Both passes over a row's statistics, with and without writing p, are the same arithmetic.
+
+    Equal streams cancel exactly for that reason; the instructions of the first loop are compared.
+    """
+    loops = []
+    for write in (False, True):
+        compiled = linear_rows(arch, "bf16", 0, write)
+        check_resources(compiled, tmp_path, f"linear rows sm_{arch} write {write}")
+        ptx = compiled.asm["ptx"]
+        first = ptx[: ptx.index("bar.sync")]  # up to the merge of the lanes
+        loops.append(
+            re.findall(r"^\s(?:@\S+ )?((?:add|sub|mul|fma|ex2|max)\S*)", first, re.MULTILINE)
+        )
+    assert loops[0] == loops[1]
+    assert sum("ex2" in name for name in loops[0]) >= 20
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", VECTORS)
+def test_linear_ends(dtype, arch, tmp_path):
+    constants = {"HAS_BIAS": True, "CAPPED": True, "BLOCK": linear_finish.DOT_BLOCK}
+    aligned = ("q_ptr", "base_ptr", "weight_ptr", "q_stride", "base_stride", "weight_stride", "dim")
+    kernel = linear_finish.action_logits_kernel
+    compiled = compile_for(kernel, arch, constants, 4, dtype, aligned=aligned)
+    check_resources(compiled, tmp_path, f"action logits sm_{arch} {dtype}")
+    assert wide_accesses(compiled, "ld") >= 3
+    if dtype == "fp32":
+        names = ("HAS_BASE", "HAS_LSE", "HAS_LOGP", "SUBTRACT_LSE", "CENTERED")
+        constants = {"BLOCK": linear_finish.FINISH_BLOCK}
+        constants.update(dict.fromkeys(names, True), HAS_LSE=False, HAS_LOGP=False)
+        compiled = compile_for(linear_finish.linear_finish_kernel, arch, constants, 4)
+        check_resources(compiled, tmp_path, f"linear finish sm_{arch}")
