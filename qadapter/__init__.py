@@ -13,10 +13,11 @@ from qadapter.backends import backends, use_backend
 from qadapter.outputs import PreferenceLoss, ResidualValues, Sample
 
 if TYPE_CHECKING:
+    from qadapter.config import QAdapterConfig
     from qadapter.modeling import QAdapterModel
     from qadapter.modules import QAdapterLoss
     from qadapter.packaged import packaged_model
-    from qadapter.trainer import QAdapterConfig, QAdapterTrainer
+    from qadapter.trainer import QAdapterTrainer
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "QAdapterConfig": "qadapter.trainer",
+    "QAdapterConfig": "qadapter.config",
     "QAdapterLoss": "qadapter.modules",
     "QAdapterModel": "qadapter.modeling",
     "QAdapterTrainer": "qadapter.trainer",

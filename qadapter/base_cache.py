@@ -36,6 +36,7 @@ from qadapter.data import FLAG_COLUMNS, TOKEN_COLUMNS
 
 __all__ = [
     "BaseCache",
+    "CachedCollator",
     "example_key",
     "hidden_mib",
     "identity",
@@ -251,6 +252,20 @@ class BaseCache:
         if self.with_hidden:
             values["base_hidden"] = shard.hidden(part, checksum)
         return values, rows
+
+
+class CachedCollator:
+    """A collator whose batches carry the base's values, where all their pairs are cached."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], cache: BaseCache) -> None:
+        self.collate = collate
+        self.cache = cache
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        batch = self.collate(features)
+        if all(example_key(feature) in self.cache for feature in features):
+            batch.update(self.cache.batch(features))
+        return batch
 
 
 class _Shard:

@@ -1,4 +1,4 @@
-"""QAdapterTrainer on transformers.Trainer, QAdapterConfig on TrainingArguments.
+"""QAdapterTrainer on transformers.Trainer.
 
 Everything but the loss is the Trainer's: data loading, accumulation, checkpoints, resume, progress
 bar, distribution. A step runs both streams over the real tokens of a micro-batch, packed, and goes
@@ -11,17 +11,18 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
-from qadapter import _checks, files, packed_attention
+from qadapter import base_cache, files, packed_attention
 from qadapter import functional as QF
+from qadapter.base_cache import BaseCache, CachedCollator
+from qadapter.config import RELEASED_PRESET, QAdapterConfig
 from qadapter.data import (
     PackedPreferenceCollator,
     PreferenceCollator,
@@ -32,88 +33,12 @@ from qadapter.data import (
 from qadapter.modeling import QAdapterModel
 from qadapter.outputs import PreferenceLoss, ResidualValues
 
+__all__ = ["RELEASED_PRESET", "QAdapterConfig", "QAdapterTrainer", "last_complete_checkpoint"]
+
 logger = logging.getLogger(__name__)
 
 KL_ROWS = 32
 """Rows of a training batch whose exact KL(base || policy) is logged; evaluation takes all rows."""
-
-RELEASED_PRESET: dict[str, Any] = {
-    "alpha_0": 0.01,
-    "alpha_tilde": 1.0,
-    "center": 0.0,
-    "gamma": 1.0,
-    "reg_coef": 0.1,
-    "bt_scale": 1.0,
-    "value_at": "same",
-}
-"""The released research code's settings, with this package's masks and length normalisation."""
-
-
-@dataclass
-class QAdapterConfig(TrainingArguments):
-    """transformers.TrainingArguments plus the loss and the data. See `qadapter.functional`.
-
-    ``alpha_0``, ``alpha_tilde``, ``center`` and ``gamma`` belong to the model; None keeps what the
-    model has (1 for a new one), a number is written into the model and saved with it.
-    """
-
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
-    alpha_0: float | None = field(
-        default=None, metadata={"help": "Weight of log pi_base in the policy."}
-    )
-    alpha_tilde: float | None = field(
-        default=None, metadata={"help": "Entropy weight (temperature) of the policy."}
-    )
-    center: float | None = field(
-        default=None, metadata={"help": "1: Q = z_q - z_b, a true residual; 0: Q = z_q."}
-    )
-    gamma: float | None = field(default=None, metadata={"help": "Discount."})
-    reg_coef: float = field(default=0.1, metadata={"help": "Weight of the mean squared reward."})
-    bt_scale: float = field(default=1.0, metadata={"help": "Inverse temperature of Bradley-Terry."})
-    value_at: str = field(
-        default="next", metadata={"help": "next: r = Q - gamma V(s'); same: V(s), as released."}
-    )
-    length_norm: str = field(
-        default="response", metadata={"help": "response: mean of r over the response; none: sum."}
-    )
-    max_length: int = field(
-        default=1024, metadata={"help": "Prompt and response are cut to so many tokens."}
-    )
-    drop_long_prompts: bool = field(
-        default=False,
-        metadata={"help": "Drop pairs whose prompt fills max_length (else an error)."},
-    )
-    packing: bool = field(
-        default=True,
-        metadata={"help": "One row of real tokens and prompts computed once, where the model can."},
-    )
-    use_logits: bool = field(
-        default=False,
-        metadata={"help": "Make the logits of both streams, to cross-check the default."},
-    )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # The collator needs columns that no model signature names.
-        self.remove_unused_columns = False
-        if not torch.cuda.is_available():
-            # It would only warn that there is nothing to pin for.
-            self.dataloader_pin_memory = False
-        for name in ("alpha_0", "center", "gamma"):
-            if getattr(self, name) is not None:
-                setattr(self, name, _checks.number(name, getattr(self, name)))
-        if self.alpha_tilde is not None:
-            self.alpha_tilde = _checks.number("alpha_tilde", self.alpha_tilde, above=0.0)
-        _checks.number("reg_coef", self.reg_coef)
-        _checks.number("bt_scale", self.bt_scale, above=0.0)
-        _checks.choice("value_at", self.value_at, ("next", "same"))
-        _checks.choice("length_norm", self.length_norm, ("response", "none"))
-        if self.max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
 
 
 class QAdapterTrainer(Trainer):
@@ -181,6 +106,12 @@ class QAdapterTrainer(Trainer):
                 desc=f"Tokenizing {what} pairs",
             )
 
+        if args.precompute_base and (args.use_logits or not model.selects_hidden_rows):
+            raise ValueError(
+                "precompute_base: expected a model whose logits are one plain head on the last "
+                "hidden state, and use_logits=False; got "
+                + ("use_logits=True" if args.use_logits else type(model.hf_model).__name__)
+            )
         if data_collator is None:
             data_collator = _collator(model, args, processing_class)
         self._sums: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
@@ -194,6 +125,55 @@ class QAdapterTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
+
+    # Data.
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's, with the base's values in its batches where they are cached."""
+        if not self.args.precompute_base or self.train_dataset is None:
+            return super().get_train_dataloader()
+        cache = self._precomputed_base()
+        plain, self.data_collator = self.data_collator, CachedCollator(self.data_collator, cache)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+    def _precomputed_base(self) -> BaseCache:
+        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        directory = self.args.base_cache_dir or Path(str(self.args.output_dir)) / "base-cache"
+        made_with = base_cache.identity(
+            own, self.processing_class, self.args.max_length, autocast=dtype
+        )
+        with_hidden = own.alpha_0 != own.center and self._hidden_states_fit(own)
+        with self.accelerator.main_process_first():
+            cache = BaseCache.open(directory, made_with, with_hidden)
+            if self.accelerator.is_main_process:
+                with torch.autocast(own.device.type, dtype, enabled=dtype is not None):
+                    computed, reused = base_cache.precompute(
+                        own,
+                        self.train_dataset,
+                        cache,
+                        self.data_collator,
+                        progress=not self.args.disable_tqdm,
+                    )
+                logger.info("base cache %s: %d computed, %d there", directory, computed, reused)
+        cache.reload()
+        return cache
+
+    def _hidden_states_fit(self, own: QAdapterModel) -> bool:
+        dim = own.config.get_text_config().hidden_size
+        needed = base_cache.hidden_mib(self.train_dataset, dim, own.hf_model.dtype.itemsize)
+        fits = needed <= self.args.base_hidden_mib
+        if not fits:
+            logger.warning(
+                "alpha_0 != center: the base's hidden states would take %.0f MiB on disk, above "
+                "base_hidden_mib=%g, so that every step runs the base; its logsumexp is cached",
+                needed,
+                self.args.base_hidden_mib,
+            )
+        return fits
 
     # The loss.
 
