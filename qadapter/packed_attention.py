@@ -18,6 +18,7 @@ is the function the model had; it then tries, on random tokens, that results are
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -39,6 +40,14 @@ ARGUMENTS = (
     "packed_groups",
 )
 """The keyword arguments of a packed forward: flash-attention's four, and two of ours."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Lengths of every group, as an object: torch.compile guards the contents of lists of ints, and
+    would compile anew for every batch."""
+
+    lengths: tuple[tuple[int, ...], ...]
 
 
 def layout(groups: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -73,7 +82,7 @@ def layout(groups: Sequence[Sequence[int]]) -> dict[str, Any]:
         "cu_seq_lens_k": torch.tensor([0, *accumulate(keys)], dtype=torch.int32),
         "max_length_q": max(queries, default=0),
         "max_length_k": max(keys, default=0),
-        "packed_groups": [list(group) for group in groups],
+        "packed_groups": Groups(tuple(tuple(group) for group in groups)),
     }
     if len(key_index) != len(positions):
         arguments["packed_key_index"] = torch.tensor(key_index, dtype=torch.int64)
@@ -130,25 +139,33 @@ def _sequences(
             )
 
 
-def _sdpa(
-    original: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
+# One graph break a layer: traced, the loop would be compiled for these lengths alone.
+@torch.compiler.disable
+def _sdpa_packed(
+    original: str, module: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, **kw: Any
+) -> Tensor:
     function = ALL_ATTENTION_FUNCTIONS[original]
-    groups = kwargs.pop("packed_groups", None)
-    kwargs.pop("packed_key_index", None)
-    if groups is None:
-        return function(module, query, key, value, mask, **kwargs)
-    window = kwargs.get("sliding_window")
+    window = kw.get("sliding_window")
     outputs = []
-    for q, k, v in _sequences(groups, query, key, value):
+    for q, k, v in _sequences(groups.lengths, query, key, value):
         num_queries, num_keys = q.shape[2], k.shape[2]
         if num_queries == 0:
             continue
-        own_mask = None
+        mask = None
         if num_queries < num_keys or (window is not None and num_keys > window):
-            own_mask = _causal_mask(num_queries, num_keys, window, q.device)[None, None]
-        outputs.append(function(module, q, k, v, own_mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+            mask = _causal_mask(num_queries, num_keys, window, q.device)[None, None]
+        outputs.append(function(module, q, k, v, mask, **kw)[0])
+    return torch.cat(outputs, dim=1)
+
+
+def _sdpa(
+    original: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    groups = kwargs.pop("packed_groups", None)
+    if groups is None:
+        return ALL_ATTENTION_FUNCTIONS[original](module, query, key, value, mask, **kwargs)
+    kept = {k: v for k, v in kwargs.items() if k not in ARGUMENTS}
+    return _sdpa_packed(original, module, query, key, value, groups, **kept), None
 
 
 def _register(original: str) -> str:

@@ -104,7 +104,7 @@ def test_a_cache_of_another_base_is_refused(tmp_path, tiny_tokenizer):
 
 
 def test_a_base_that_cannot_be_cached_is_refused(tmp_path, tiny_tokenizer):
-    with pytest.raises(ValueError, match="precompute_base: .*got Gemma2"):
+    with pytest.raises(ValueError, match=r"precompute_base: .*got Gemma2"):
         trainer(tmp_path, tiny_tokenizer, model=make_model("gemma2"), precompute_base=True)
     with pytest.raises(ValueError, match="use_logits"):
         trainer(tmp_path, tiny_tokenizer, precompute_base=True, use_logits=True)
