@@ -15,7 +15,7 @@ from qadapter.outputs import PreferenceLoss, ResidualValues, Sample
 if TYPE_CHECKING:
     from qadapter.config import QAdapterConfig
     from qadapter.modeling import QAdapterModel
-    from qadapter.modules import QAdapterLoss
+    from qadapter.modules import QAdapterLinearLoss, QAdapterLoss
     from qadapter.packaged import packaged_model
     from qadapter.trainer import QAdapterTrainer
 
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PreferenceLoss",
     "QAdapterConfig",
+    "QAdapterLinearLoss",
     "QAdapterLoss",
     "QAdapterModel",
     "QAdapterTrainer",
@@ -38,6 +39,7 @@ __all__ = [
 
 _LAZY = {
     "QAdapterConfig": "qadapter.config",
+    "QAdapterLinearLoss": "qadapter.modules",
     "QAdapterLoss": "qadapter.modules",
     "QAdapterModel": "qadapter.modeling",
     "QAdapterTrainer": "qadapter.trainer",

@@ -1,5 +1,7 @@
 """nn.Module wrappers for code that composes modules rather than functions."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from qadapter import functional as QF
@@ -61,5 +63,62 @@ class QAdapterLoss(nn.Module):
             length_norm=self.length_norm,
             base_lse=base_lse,
             base_logp=base_logp,
+            denominators=denominators,
+        )
+
+
+class QAdapterLinearLoss(QAdapterLoss):
+    """`qadapter.functional.linear_qadapter_loss` with its hyper-parameters held as attributes.
+
+    Called with (base_hidden, q_hidden, weight, actions, cu_seqlens); see the function for shapes.
+    """
+
+    def __init__(
+        self,
+        *,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        chunk_size: int | None = None,
+        memory_mib: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
+        self.chunk_size, self.memory_mib = chunk_size, memory_mib
+
+    def forward(  # type: ignore[override]
+        self,
+        base_hidden: Tensor | None,
+        q_hidden: Tensor,
+        weight: Tensor,
+        actions: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        bias: Tensor | None = None,
+        base_lse: Tensor | None = None,
+        base_logp: Tensor | None = None,
+        denominators: Tensor | None = None,
+    ) -> PreferenceLoss:
+        return QF.linear_qadapter_loss(
+            base_hidden,
+            q_hidden,
+            weight,
+            actions,
+            cu_seqlens,
+            bias=bias,
+            alpha_0=self.alpha_0,
+            alpha_tilde=self.alpha_tilde,
+            center=self.center,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            base_lse=base_lse,
+            base_logp=base_logp,
+            chunk_size=self.chunk_size,
+            memory_mib=self.memory_mib,
+            gamma=self.gamma,
+            reg_coef=self.reg_coef,
+            bt_scale=self.bt_scale,
+            value_at=self.value_at,
+            length_norm=self.length_norm,
             denominators=denominators,
         )

@@ -8,8 +8,8 @@ import torch
 from torch.library import opcheck
 
 import qadapter
+from qadapter import QAdapterLinearLoss, reference
 from qadapter import functional as QF
-from qadapter import reference
 
 LIVE = [info for info in qadapter.backends() if info.available]
 BACKENDS = [
@@ -317,9 +317,10 @@ def test_schemas_fakes_and_autograd(device):
 def test_compiles_without_graph_breaks(device, dtype):
     base, adapter, weight, actions = to(device, case(8, 65, 16, dtype))
     ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    module = QAdapterLinearLoss(alpha_0=0.7, logit_softcap=9.0)
 
     def step(hidden):
-        return QF.linear_qadapter_loss(base, hidden * 1.5, weight, actions, ends, alpha_0=0.7).loss
+        return module(base, hidden * 1.5, weight, actions, ends).loss
 
     eager_hidden, compiled_hidden = (adapter.clone().requires_grad_() for _ in range(2))
     eager, compiled = step(eager_hidden), torch.compile(step, fullgraph=True)(compiled_hidden)
