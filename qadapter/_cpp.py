@@ -153,3 +153,40 @@ def preference_fwd(
         value_next,
         length_mean,
     )
+
+
+def linear_fwd(
+    base_hidden: Tensor | None,
+    q_hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    bias: Tensor | None,
+    base_lse: Tensor | None,
+    base_logp: Tensor | None,
+    alpha_0: float,
+    alpha_tilde: float,
+    center: float,
+    logit_scale: float,
+    logit_softcap: float,
+    chunk_size: int,
+    need_grad: bool,
+) -> tuple[Tensor, ...]:
+    # -1: the best of this CPU, its bfloat16 dot products included
+    isa = _isa() if os.environ.get("QADAPTER_CPU_CAPABILITY") else -1
+    return _ops().linear_fwd(
+        base_hidden,
+        q_hidden,
+        weight,
+        actions,
+        None if bias is None else bias.float().contiguous(),
+        base_lse,
+        base_logp,
+        alpha_0,
+        alpha_tilde,
+        center,
+        logit_scale,
+        logit_softcap,
+        chunk_size,
+        need_grad,
+        isa,
+    )

@@ -54,7 +54,7 @@ def linear_residual_values(
         weight: [V, D], the head, in the dtype of the hidden states or another one (then products
             are taken in float32). It must not require a gradient.
         actions: int64 [N], token ids; -100 marks a row without action.
-        bias: [V]; entries of -inf are masked tokens.
+        bias: [V]; entries of -inf are masked tokens (a soft cap makes them finite: -logit_softcap).
         alpha_0, alpha_tilde, center: see `residual_values`.
         logit_scale, logit_softcap: what the model does to its logits.
         base_lse, base_logp: float32 [N], known logsumexp and log-probability of the base. With

@@ -45,4 +45,18 @@ inline Isa choose_isa(int64_t wanted) {
   return static_cast<Isa>(static_cast<int>(wanted));
 }
 
+// Whether vdpbf16ps (AVX512_BF16) may be used: the CPU has it, and no set was asked for.
+inline bool choose_bf16_dot(int64_t wanted) {
+#if QADAPTER_X86
+  static const bool has = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+  }();
+  return wanted < 0 && has && detect_isa() == Isa::avx512;
+#else
+  (void)wanted;
+  return false;
+#endif
+}
+
 }  // namespace qadapter

@@ -38,6 +38,12 @@ struct Simd {
       const F tiny = _mm256_cmp_ps(y, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
       return _mm256_andnot_ps(tiny, _mm256_mul_ps(factor, exp2(y)));
     }
+    // value(y) without the factor, and the very sum that add_to gives
+    inline F value_and_add(F y, F& sum) const {
+      const F e = exp2(y);
+      sum = _mm256_add_ps(sum, e);
+      return _mm256_andnot_ps(_mm256_cmp_ps(y, _mm256_set1_ps(-126.0f), _CMP_LT_OQ), e);
+    }
   };
 
   static inline F zero() { return _mm256_setzero_ps(); }
@@ -114,6 +120,45 @@ struct Simd {
     put<STREAM>(p, _mm256_inserti128_si256(low, _mm256_cvtps_ph(b, kNearest), 1));
   }
   static inline void fence() { _mm_sfence(); }
+
+  // kWidth elements in order
+  static inline F load1(const float* p) { return _mm256_loadu_ps(p); }
+  static inline F load1(const BF16* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  static inline F load1(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline void store1(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static inline F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static inline F with_sign_of(F a, F sign) {  // a >= 0
+    return _mm256_or_ps(a, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
+  }
+  // yes where a < b, no elsewhere and where either is NaN
+  static inline F pick_less(F a, F b, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
+  // kWidth vectors as the rows of a matrix, turned into its columns
+  static inline void transpose(F r[8]) {
+    F t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int c = 0; c < 4; ++c) {
+      t[c] = _mm256_permute2f128_ps(r[c], r[4 + c], 0x20);
+      t[4 + c] = _mm256_permute2f128_ps(r[c], r[4 + c], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+  }
 };
 
 }  // namespace avx2

@@ -53,6 +53,13 @@ struct Simd {
       split(y, scale, poly);
       return _mm512_mul_ps(scale, poly);
     }
+    // value(y), and the very sum that add_to gives
+    inline F value_and_add(F y, F& sum) const {
+      F scale, poly;
+      split(y, scale, poly);
+      sum = _mm512_fmadd_ps(scale, poly, sum);
+      return _mm512_mul_ps(scale, poly);
+    }
   };
 
   static inline F zero() { return _mm512_setzero_ps(); }
@@ -120,6 +127,56 @@ struct Simd {
     put<STREAM>(p, _mm512_inserti64x4(low, _mm512_cvtps_ph(b, kNearest), 1));
   }
   static inline void fence() { _mm_sfence(); }
+
+  // kWidth elements in order
+  static inline F load1(const float* p) { return _mm512_loadu_ps(p); }
+  static inline F load1(const BF16* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+  static inline F load1(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static inline void store1(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static inline F abs(F a) { return _mm512_abs_ps(a); }
+  static inline F with_sign_of(F a, F sign) {  // a >= 0
+    return _mm512_or_ps(a, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
+  }
+  // yes where a < b, no elsewhere and where either is NaN
+  static inline F pick_less(F a, F b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+  }
+  // kWidth vectors as the rows of a matrix, turned into its columns
+  static inline void transpose(F r[16]) {
+    F t[16];
+    for (int i = 0; i < 16; i += 2) {  // pairs within 128-bit lanes
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // r[i + c]: column 4 * lane + c of rows i .. i + 3
+      r[i] = unpack_pairs<0>(t[i], t[i + 2]);
+      r[i + 1] = unpack_pairs<1>(t[i], t[i + 2]);
+      r[i + 2] = unpack_pairs<0>(t[i + 1], t[i + 3]);
+      r[i + 3] = unpack_pairs<1>(t[i + 1], t[i + 3]);
+    }
+    for (int c = 0; c < 4; ++c) {  // gather the lanes of rows 0-3, 4-7, 8-11, 12-15
+      const F a = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
+      const F b = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
+      const F d = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
+      const F e = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+      t[c] = _mm512_shuffle_f32x4(a, b, 0x88);
+      t[8 + c] = _mm512_shuffle_f32x4(a, b, 0xdd);
+      t[4 + c] = _mm512_shuffle_f32x4(d, e, 0x88);
+      t[12 + c] = _mm512_shuffle_f32x4(d, e, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+  }
+  template <int HIGH>
+  static inline F unpack_pairs(F a, F b) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(HIGH ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+  }
 };
 
 }  // namespace avx512

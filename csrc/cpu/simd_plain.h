@@ -39,6 +39,12 @@ struct Simd {
     inline F value(F y) const {
       return pick(y < set1(-126.0f), set1(0.0f), factor * exp2(y));
     }
+    // value(y) without the factor, and the very sum that add_to gives
+    inline F value_and_add(F y, F& sum) const {
+      const F e = exp2(y);
+      sum = sum + e;
+      return pick(y < set1(-126.0f), set1(0.0f), e);
+    }
   };
 
   static inline F sub(F a, F b) { return a - b; }
@@ -118,6 +124,32 @@ struct Simd {
     std::memcpy(p, &out, 16);
   }
   static inline void fence() {}
+
+  // kWidth elements in order
+  static inline F load1(const float* p) {
+    F a;
+    std::memcpy(&a, p, 16);
+    return a;
+  }
+  static inline F load1(const BF16* p) {
+    return (F)(U{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16);
+  }
+  static inline F load1(const Half* p) {
+    return from_half(U{p[0].bits, p[1].bits, p[2].bits, p[3].bits});
+  }
+  static inline void store1(float* p, F a) { std::memcpy(p, &a, 16); }
+  static inline F div(F a, F b) { return a / b; }
+  static inline F abs(F a) { return (F)(bits(a) & set1u(0x7fffffffu)); }
+  static inline F with_sign_of(F a, F sign) {  // a >= 0
+    return (F)(bits(a) | (bits(sign) & set1u(0x80000000u)));
+  }
+  // yes where a < b, no elsewhere and where either is NaN
+  static inline F pick_less(F a, F b, F yes, F no) { return pick(a < b, yes, no); }
+  // kWidth vectors as the rows of a matrix, turned into its columns
+  static inline void transpose(F r[4]) {
+    const F a = r[0], b = r[1], c = r[2], d = r[3];
+    for (int i = 0; i < 4; ++i) r[i] = F{a[i], b[i], c[i], d[i]};
+  }
 };
 
 }  // namespace plain
