@@ -1,10 +1,16 @@
 """A whole training step on real text: ours against the released way, on the same pairs and model.
 
-python -m benchmarks.bench_train_step --data pairs.jsonl [--pairs 4 --batches 3 --threads 2]
+    python -m benchmarks.bench_train_step --data pairs.jsonl [--pairs 4 --batches 3 --threads 2]
+    python -m benchmarks.bench_train_step --scaling
 
 Ours: base pass without gradient and adapter pass over a pack of the real tokens, prompts once; the
 loss from the hidden states of the response rows; backward. "cached" has the base's two floats a
 token from a cache, and no base pass. Peak memory is what the step adds to the loaded model.
+
+Floor: a pass over a token is 2 FLOPs a weight of the trunk, and the trunk is passed three times
+(base, adapter, backward to the activations; no weight but LoRA has a gradient), a row of the head
+three times. ``--scaling`` takes one pair of two equally long responses to a prompt of 16 tokens,
+without padding: what is left to gain there is the head alone.
 """
 
 import argparse
@@ -41,10 +47,80 @@ def to(device: str, batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+def measure(
+    model: QAdapterModel, pairs: list[Any], pad: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    device = options.device
+    batch, packed = PreferenceCollator(pad)(pairs), PackedPreferenceCollator()(pairs)
+    batch, packed = to(device, batch), to(device, packed)
+    statistics = model.base_statistics(packed)
+    cached = {**packed, **{k: statistics[k] for k in ("base_lse", "base_logp")}}
+    labels = released.labels_of(batch)
+    ways = {
+        "ours": lambda: our_step(model, packed),
+        "cached": lambda: our_step(model, cached),
+        "released": lambda: released.step(model, batch, labels),
+    }
+    peaks = {}
+    for name, way in ways.items():
+        way()
+        model.zero_grad(set_to_none=True)
+        with harness.peak_memory(device) as peak:
+            way()
+        peaks[name] = peak.mebibytes
+    timings = harness.interleaved(
+        ways, device=device, rounds=options.rounds, warmup=0, least=options.rounds, settle_ms=1000
+    )
+    model.zero_grad(set_to_none=True)
+    return {
+        "tokens": int(batch["attention_mask"].sum()),
+        "padded": batch["input_ids"].numel(),
+        "packed": packed["input_ids"].numel(),
+        "response rows": batch["rows"].numel(),
+        **{f"{name} ms": timing for name, timing in timings.items()},
+        **{f"{name} peak MiB": peak for name, peak in peaks.items()},
+    }
+
+
+def show(report: list[dict[str, Any]], pairs: int) -> None:
+    header = ["tokens", "padded", "packed", "rows", "released s/pair", "ours", "cached",
+              "released MiB", "ours", "cached"]  # fmt: skip
+    lines = []
+    for r in report:
+        released_ms, peak = r["released ms"].median, r["released peak MiB"]
+        lines.append(
+            [
+                *(str(r[name]) for name in ("tokens", "padded", "packed", "response rows")),
+                f"{released_ms / 1e3 / pairs:.2f}",
+                *(f"{released_ms / r[f'{way} ms'].median:.2f}x" for way in ("ours", "cached")),
+                f"{peak:.0f}",
+                *(f"{r[f'{way} peak MiB'] / peak:.2f}" for way in ("ours", "cached")),
+            ]
+        )
+    print(harness.table(header, lines), flush=True)
+
+
+def scaling(model: QAdapterModel, options: argparse.Namespace) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.config.get_text_config().vocab_size
+    report = []
+    for length in options.lengths:
+        ids = torch.randint(3, vocab, (16 + 2 * length,), generator=generator).tolist()
+        chosen, rejected = ids[16 : 16 + length], ids[16 + length :]
+        pair = {"prompt_ids": ids[:16], "chosen_ids": chosen, "rejected_ids": rejected}
+        report.append({"length": length, **measure(model, [pair], 0, options)})
+        show(report[-1:], 1)
+    harness.write_json(
+        "train_step_scaling", options.device, report, options.json, model=options.model
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", help="preference pairs, a file or a Hub id")
+    parser.add_argument("--scaling", action="store_true", help="against the length of responses")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--pairs", type=int, default=4, help="pairs in a micro-batch")
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
@@ -54,11 +130,18 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if not options.scaling and not options.data:
+        parser.error("--data or --scaling")
 
     source = resolve_model(options.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = QAdapterModel.from_pretrained(source).to(options.device)
     model.train()
+    if (reason := packed_attention.enable(model.hf_model)) is not None:
+        raise SystemExit(f"this model cannot be packed: {reason}")
+    if options.scaling:
+        scaling(model, options)
+        return
     pairs = load_preference_data(options.data).select(range(options.pairs * options.batches))
     rows = list(
         prepare_dataset(
@@ -68,65 +151,11 @@ def main() -> None:
             eos_token_ids=eos_token_ids(model, tokenizer),
         )
     )
-    collate, pack = PreferenceCollator(pad_token_id(tokenizer)), PackedPreferenceCollator()
-    if (reason := packed_attention.enable(model.hf_model)) is not None:
-        raise SystemExit(f"this model cannot be packed: {reason}")
     report = []
     for number in range(options.batches):
         part = rows[number * options.pairs : (number + 1) * options.pairs]
-        batch, packed = to(options.device, collate(part)), to(options.device, pack(part))
-        statistics = model.base_statistics(packed)
-        cached = {**packed, **{k: statistics[k] for k in ("base_lse", "base_logp")}}
-        labels = released.labels_of(batch)
-        ways = {
-            "ours": lambda packed=packed: our_step(model, packed),
-            "cached": lambda cached=cached: our_step(model, cached),
-            "released": lambda batch=batch, labels=labels: released.step(model, batch, labels),
-        }
-        peaks = {}
-        for name, way in ways.items():
-            way()
-            model.zero_grad(set_to_none=True)
-            with harness.peak_memory(options.device) as peak:
-                way()
-            peaks[name] = peak.mebibytes
-        timings = harness.interleaved(
-            ways, device=options.device, rounds=max(5, options.rounds), warmup=0
-        )
-        model.zero_grad(set_to_none=True)
-        report.append(
-            {
-                "tokens": int(batch["attention_mask"].sum()),
-                "padded": batch["input_ids"].numel(),
-                "packed": packed["input_ids"].numel(),
-                "response rows": batch["rows"].numel(),
-                **{f"{name} ms": timing for name, timing in timings.items()},
-                **{f"{name} peak MiB": peak for name, peak in peaks.items()},
-            }
-        )
-    for way in ("ours", "cached", "released"):
-        total = {
-            "way": way,
-            "s per pair": sum(r[f"{way} ms"].median for r in report) / 1e3
-            / (options.pairs * options.batches),
-            "peak MiB": max(r[f"{way} peak MiB"] for r in report),
-        }  # fmt: skip
-        print(f"{way}: {total['s per pair']:.3f} s per pair, peak {total['peak MiB']:.0f} MiB")
-    header = ["tokens", "padded", "packed", "rows", "released s/pair", "ours", "cached",
-              "released MiB", "ours", "cached"]  # fmt: skip
-    lines = []
-    for r in report:
-        released_ms, peak = r["released ms"].median, r["released peak MiB"]
-        lines.append(
-            [
-                *(str(r[name]) for name in ("tokens", "padded", "packed", "response rows")),
-                f"{released_ms / 1e3 / options.pairs:.2f}",
-                *(f"{released_ms / r[f'{way} ms'].median:.2f}x" for way in ("ours", "cached")),
-                f"{peak:.0f}",
-                *(f"{r[f'{way} peak MiB'] / peak:.2f}" for way in ("ours", "cached")),
-            ]
-        )
-    print(harness.table(header, lines))
+        report.append(measure(model, part, pad_token_id(tokenizer), options))
+    show(report, options.pairs)
     harness.write_json(
         "train_step", options.device, report, options.json,
         model=options.model, pairs=options.pairs, max_length=options.max_length,

@@ -98,11 +98,15 @@ def interleaved(
     rounds: int = 15,
     seconds: float = 60.0,
     warmup: int = 2,
+    least: int = 5,
+    settle_ms: float = float("inf"),
     clock: str = "wall",
 ) -> dict[str, Timing]:
-    """Times the functions in turns, ``rounds`` times or for ``seconds``, but at least 5 times.
+    """Times the functions in turns, ``rounds`` times or for ``seconds``, but ``least`` times.
 
-    In each turn a function runs twice and the second run counts, as in a loop that repeats it.
+    In each turn a function runs twice and the second run counts, as in a loop that repeats it. One
+    that took longer than ``settle_ms`` the time before runs once: what the first run would put in
+    order is no matter then.
     ``clock="cpu"`` counts the processor time of this process. With one thread that tells what the
     work costs however busy the machine is; with more it also counts threads that spin in a barrier.
     """
@@ -121,11 +125,12 @@ def interleaved(
             for name, function in functions.items():
                 # Once untimed: what ran before has left its own memory behind, and the first
                 # touch of pages that the system took back would be charged to this function.
-                prepare(function)
-                function()
+                if not samples[name] or samples[name][-1] < settle_ms:
+                    prepare(function)
+                    function()
                 prepare(function)
                 samples[name].append(_time_once(function, device, CLOCKS[clock], scratch))
-            if i >= 4 and time.perf_counter() - started > seconds:
+            if i + 1 >= least and time.perf_counter() - started > seconds:
                 break
     finally:
         gc.enable()
@@ -181,6 +186,16 @@ def _status_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) << 10
     raise OSError(f"/proc/self/status has no {field}")
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be had."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def _return_free_memory() -> None:
@@ -267,9 +282,13 @@ def environment(device: str) -> dict[str, Any]:
     return report
 
 
+def results_path(name: str, device: str, path: str | None) -> Path:
+    return Path(path) if path else RESULTS / f"{name}-{device}.json"
+
+
 def write_json(name: str, device: str, rows: list[dict[str, Any]], path: str | None, **more: Any):  # type: ignore[no-untyped-def]
     """Writes rows and environment; by default to benchmarks/results/<name>-<device>.json."""
-    target = Path(path) if path else RESULTS / f"{name}-{device}.json"
+    target = results_path(name, device, path)
     target.parent.mkdir(parents=True, exist_ok=True)
     record = {"benchmark": name, "environment": environment(device), **more, "rows": rows}
     target.write_text(json.dumps(record, indent=1, default=asdict) + "\n")

@@ -1,7 +1,9 @@
 """torch.compile of the very functions of `benchmarks.peers.eager`, forward and backward."""
 
 import torch
+from torch import Tensor
 
+from benchmarks.linear_problem import Peer, Problem, pair_loss
 from benchmarks.peers import eager
 
 residual_values = torch.compile(eager.residual_values)
@@ -13,3 +15,22 @@ def _loss(base, q, actions, alphas, pairs, gamma, reg_coef, bt_scale):  # type: 
 
 
 loss = torch.compile(_loss)
+
+
+def _linear(pairs, *arguments):  # type: ignore[no-untyped-def]
+    q, value = eager.linear_values(*arguments)
+    return pair_loss(q - value, pairs), q.detach(), value.detach()
+
+
+# Compiled for each shape: code for shapes that vary would only be slower.
+_compiled_linear = torch.compile(_linear, dynamic=False)
+
+
+def _call(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():  # one graph, also where only the values are wanted
+        return _compiled_linear(problem.pairs, *eager.arguments(problem))
+
+
+LINEAR = Peer(
+    "compile", loss=lambda problem: _call(problem)[0], values=lambda problem: _call(problem)[1:]
+)

@@ -1,7 +1,11 @@
 """Plain PyTorch, as the released code has Q and V: float copies, log_softmax, logsumexp."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from benchmarks.linear_problem import Peer, Problem, pair_loss
 
 
 def residual_values(
@@ -34,3 +38,71 @@ def preference_loss(
     margins = returns[:pairs] - returns[pairs:]
     bt = torch.nn.functional.softplus(-bt_scale * margins).mean()
     return bt + reg_coef * r.square().mean()
+
+
+def linear_values(
+    base_hidden: Tensor,
+    q_hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    alpha_0: float,
+    alpha_tilde: float,
+    center: float,
+    base_lse: Tensor | None,
+    base_logp: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """q and value from hidden states by way of the logits, as a careful person writes it.
+
+    Known statistics of the base save its product, or merge the two, as they do for anyone else; and
+    nothing but the logits and what logsumexp needs has [N, V] elements, unlike `residual_values`.
+    """
+    m = alpha_0 - center
+    index = actions[:, None]
+    known = base_lse is not None and base_logp is not None
+    if known and m != 0:
+        hidden = (q_hidden.float() + m * base_hidden.float()).to(weight.dtype)
+        x = (hidden @ weight.T).float()
+        # z_q[a] from the logits that are there, so that it cancels against the value exactly
+        q = x.gather(1, index)[:, 0] - alpha_0 * (base_logp + base_lse)
+    else:
+        x = z_q = (q_hidden @ weight.T).float()
+        if known:
+            base_action = base_logp + base_lse
+        else:
+            with torch.no_grad():
+                z_b = (base_hidden @ weight.T).float()
+                base_lse = torch.logsumexp(z_b, -1)
+                base_action = z_b.gather(1, index)[:, 0]
+            if m != 0:
+                x = z_q + m * z_b
+            del z_b
+        q = z_q.gather(1, index)[:, 0] - center * base_action
+    lse = torch.logsumexp(x if alpha_tilde == 1 else x / alpha_tilde, -1)
+    return q, alpha_tilde * lse - alpha_0 * base_lse
+
+
+def arguments(problem: Problem) -> tuple[Any, ...]:
+    mode = problem.mode
+    return (
+        problem.base_hidden,
+        problem.q_hidden,
+        problem.weight,
+        problem.actions,
+        mode.alpha_0,
+        mode.alpha_tilde,
+        mode.center,
+        problem.base_lse,
+        problem.base_logp,
+    )
+
+
+def _linear_loss(problem: Problem) -> Tensor:
+    q, value = linear_values(*arguments(problem))
+    return pair_loss(q - value, problem.pairs)
+
+
+LINEAR = Peer(
+    "eager",
+    loss=_linear_loss,
+    values=lambda problem: linear_values(*arguments(problem)),
+)

@@ -1,0 +1,248 @@
+"""What the linear benchmark computes: inputs, the float64 truth, errors against it.
+
+Every competitor computes the same loss from the same hidden states,
+
+    r    = q - value                        per token, the value at the same state
+    loss = mean over pairs of softplus(mean r of the rejected - mean r of the chosen)
+
+which is `preference_loss` with value_at="same", gamma=1 and no regulariser. It is the one loss that
+all of them can express: with alpha_0 = center = 1 it is DPO with the mean log-ratio, and
+r = alpha_tilde * policy_logp - alpha_0 * base_logp in general. It is also the hardest case for the
+gradient: coef_p = -coef_a in every row, so that where p_a is close to 1 nearly everything cancels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qadapter import reference
+
+BT_SCALE = 1.0
+SUM_TOKENS = 512
+# p_a of a row: how sure the policy is of the action. The last band is where gradients cancel.
+BANDS = {"<0.9": (-1.0, 0.9), "0.9-0.99": (0.9, 0.99), ">0.99": (0.99, 2.0)}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is known in advance, and so how many products of 2 N D V FLOPs are needed."""
+
+    alpha_0: float
+    alpha_tilde: float
+    center: float
+    cached: bool
+    products: int
+
+    @property
+    def m(self) -> float:
+        return self.alpha_0 - self.center
+
+
+MODES = {
+    "uncached": Mode(1.0, 1.0, 1.0, cached=False, products=3),
+    # the base's statistics are known: its head is not needed at all
+    "cached": Mode(1.0, 1.0, 1.0, cached=True, products=2),
+    # both streams enter the policy; with the base's statistics known they share one product
+    "merged": Mode(0.3, 1.0, 0.0, cached=True, products=2),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    mode: Mode
+    pairs: int
+    base_hidden: Tensor
+    q_hidden: Tensor  # the leaf whose gradient is wanted
+    weight: Tensor
+    actions: Tensor
+    cu_seqlens: Tensor
+    base_lse: Tensor | None = None
+    base_logp: Tensor | None = None
+
+    @property
+    def merged(self) -> bool:
+        return self.mode.m != 0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to compute the loss.
+
+    ``rewards`` gives r of every token (None where only the loss comes out); ``values`` gives
+    (q, value), for those that have them apart. ``reason`` says why a problem cannot be run.
+    """
+
+    name: str
+    loss: Callable[[Problem], Tensor]
+    rewards: Callable[[Problem], Tensor] | None = None
+    values: Callable[[Problem], tuple[Tensor, Tensor]] | None = None
+    reason: Callable[[Problem], str] = lambda _: ""
+    products: Callable[[Problem], int] = lambda problem: problem.mode.products
+
+
+def pair_loss(rewards: Tensor, pairs: int) -> Tensor:
+    """The loss above, for 2 * pairs sequences of one length, the chosen ones first."""
+    means = rewards.view(2 * pairs, -1).mean(1)
+    return torch.nn.functional.softplus(BT_SCALE * (means[pairs:] - means[:pairs])).mean()
+
+
+def mixed_hidden(problem: Problem) -> Tensor:
+    """What the merged product is taken of: one rounding to the dtype of the head."""
+    q, base, m = problem.q_hidden, problem.base_hidden, problem.mode.m
+    return q if m == 0 else (q.float() + m * base.float()).to(q.dtype)
+
+
+def base_logps(problem: Problem, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """log pi_base(a): what is known, or ``compute`` of the base's hidden states."""
+    if problem.base_logp is not None:
+        return problem.base_logp
+    with torch.no_grad():
+        return compute(problem.base_hidden)
+
+
+def rewards_from_logps(problem: Problem, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """r for whoever offers log-probabilities of tokens from hidden states. alpha_tilde is 1."""
+    assert problem.mode.alpha_tilde == 1.0
+    base = base_logps(problem, compute)
+    return compute(mixed_hidden(problem)) - problem.mode.alpha_0 * base
+
+
+def make_problem(
+    n: int, d: int, v: int, dtype: torch.dtype, device: str, mode: Mode, pairs: int
+) -> Problem:
+    """Hidden states that put the action anywhere between improbable and all but certain.
+
+    The head's rows have norm 1 or so, and the logits a standard deviation of 2 (log-sum-exp near
+    log V + 2). A half of the rows has p_a between 1e-4 and 0.9, a quarter each falls in the other
+    two bands: this much of W[a] is added to the state.
+    """
+    generator = torch.Generator(device=device).manual_seed(n + d + v)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(n, device=device, generator=generator) * (high - low) + low
+
+    weight = normal(v, d).div_(d**0.5).to(dtype)
+    actions = torch.randint(0, v, (n,), device=device, generator=generator)
+    odds = uniform(-9.2, 2.2)  # log p / (1 - p)
+    part = torch.arange(n, device=device) % 4
+    odds = torch.where(part == 2, uniform(2.2, 4.6), odds)
+    odds = torch.where(part == 3, uniform(4.6, 11.5), odds)
+    base = normal(n, d).mul_(2)
+    of_action = weight[actions].float()
+    # the action's part of the state makes the other logits a little wider: hence 2.2 and not 2
+    wanted = torch.tensor(float(v)).log().item() + 2.2 + odds
+    push = (wanted - (base * of_action).sum(-1)) / of_action.square().sum(-1)
+    base.addcmul_(push[:, None], of_action)
+    q = base + normal(n, d).mul_(0.1)
+    size = 1.0 / (1.0 + mode.m)  # the policy's logits are z_q + m z_b
+    lengths = torch.full((2 * pairs,), n // (2 * pairs), dtype=torch.int32, device=device)
+    start = torch.zeros(1, dtype=torch.int32, device=device)
+    return Problem(
+        mode=mode,
+        pairs=pairs,
+        base_hidden=(size * base).to(dtype),
+        q_hidden=(size * q).to(dtype).requires_grad_(),
+        weight=weight,
+        actions=actions,
+        cu_seqlens=torch.cat([start, lengths.cumsum(0, dtype=torch.int32)]),
+    )
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Float64, from the same (rounded) inputs, without any merging."""
+
+    q: Tensor
+    value: Tensor
+    base_lse: Tensor
+    base_logp: Tensor
+    p_action: Tensor
+    grad: Tensor
+
+    @property
+    def rewards(self) -> Tensor:
+        return self.q - self.value
+
+
+def _row_chunks(n: int, step: int) -> Iterator[slice]:
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def solve(problem: Problem, step: int = 128) -> Truth:
+    """The specification in float64. As dr/dh needs one row only, rows are done in chunks."""
+    weight, mode = problem.weight.double(), problem.mode
+    columns: list[tuple[Tensor, ...]] = []
+    for rows in _row_chunks(problem.q_hidden.shape[0], step):
+        hidden = problem.q_hidden.detach()[rows].double().requires_grad_()
+        values = reference.linear_residual_values(
+            problem.base_hidden[rows].double(),
+            hidden,
+            weight,
+            problem.actions[rows],
+            alpha_0=mode.alpha_0,
+            alpha_tilde=mode.alpha_tilde,
+            center=mode.center,
+        )
+        (grad,) = torch.autograd.grad((values.q - values.value).sum(), hidden)
+        columns.append(
+            (
+                values.q.detach(),
+                values.value.detach(),
+                values.base_lse.detach(),
+                values.base_logp.detach(),
+                values.policy_logp.detach().exp(),
+                grad,
+            )
+        )
+    truth = Truth(*(torch.cat(column) for column in zip(*columns, strict=True)))
+    rewards = truth.rewards.requires_grad_()
+    (of_loss,) = torch.autograd.grad(pair_loss(rewards, problem.pairs), rewards)
+    return replace(truth, grad=truth.grad * of_loss[:, None])
+
+
+def with_cache(problem: Problem, truth: Truth) -> Problem:
+    if not problem.mode.cached:
+        return problem
+    return replace(problem, base_lse=truth.base_lse.float(), base_logp=truth.base_logp.float())
+
+
+def _spread(errors: Tensor) -> dict[str, float]:
+    return {"rms": errors.square().mean().sqrt().item(), "max": errors.abs().max().item()}
+
+
+def errors(
+    truth: Truth,
+    grad: Tensor | None,
+    rewards: Tensor | None,
+    values: tuple[Tensor, Tensor] | None,
+) -> dict[str, Any]:
+    """Of dh, relative per row, by bands of p_a; of r and value, per token and on sums of tokens."""
+    report: dict[str, Any] = {}
+    if grad is not None:
+        relative = (grad.double() - truth.grad).norm(dim=-1) / truth.grad.norm(dim=-1)
+        report["dh"] = {}
+        for name, (low, high) in BANDS.items():
+            band = relative[(truth.p_action >= low) & (truth.p_action < high)]
+            if band.numel() > 0:
+                report["dh"][name] = {
+                    "rows": band.numel(),
+                    "median": band.median().item(),
+                    "max": band.max().item(),
+                }
+    columns = {} if rewards is None else {"reward": (rewards, truth.rewards)}
+    if values is not None:
+        columns["value"] = (values[1], truth.value)
+    for name, (ours, right) in columns.items():
+        error = ours.detach().double() - right
+        window = min(SUM_TOKENS, error.numel())
+        # every run of so many tokens, so that a few rows give more than one or two sums
+        sums = error.cumsum(0)
+        sums = torch.cat([sums[window - 1 : window], sums[window:] - sums[:-window]])
+        report[name] = {**_spread(error), f"sum of {window}": _spread(sums)}
+    return report

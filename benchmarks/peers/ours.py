@@ -1,0 +1,43 @@
+"""This package, by its public functions."""
+
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.linear_problem import BT_SCALE, Peer, Problem
+from qadapter import functional as QF
+
+
+def _arguments(problem: Problem) -> dict[str, Any]:
+    mode = problem.mode
+    # Known base statistics and a policy that the base does not enter: its states are not needed.
+    base = None if mode.cached and mode.m == 0 else problem.base_hidden
+    return {
+        "base_hidden": base,
+        "q_hidden": problem.q_hidden,
+        "weight": problem.weight,
+        "actions": problem.actions,
+        "base_lse": problem.base_lse,
+        "base_logp": problem.base_logp,
+        "alpha_0": mode.alpha_0,
+        "alpha_tilde": mode.alpha_tilde,
+        "center": mode.center,
+    }
+
+
+def _loss(problem: Problem) -> Tensor:
+    return QF.linear_qadapter_loss(
+        cu_seqlens=problem.cu_seqlens,
+        value_at="same",
+        reg_coef=0.0,
+        bt_scale=BT_SCALE,
+        **_arguments(problem),
+    ).loss
+
+
+def _values(problem: Problem) -> tuple[Tensor, Tensor]:
+    values = QF.linear_residual_values(**_arguments(problem))
+    return values.q, values.value
+
+
+LINEAR = Peer("qadapter", loss=_loss, values=_values)

@@ -1,0 +1,132 @@
+"""Draws docs/memory-and-time-*.png from the committed results: python -m benchmarks.plots"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+# Ours first, on top and thicker. The colours are told apart without colour vision.
+STYLES: dict[str, dict[str, Any]] = {
+    "qadapter": {"color": "#0072b2", "marker": "o", "linewidth": 2.4, "zorder": 3},
+    "compile": {"color": "#d55e00", "marker": "s"},
+    "eager": {"color": "#767676", "marker": "^"},
+    "products": {"color": "black", "linestyle": ":", "marker": ""},
+}
+LABELS = {
+    "compile": "torch.compile",
+    "eager": "eager PyTorch",
+    "products": "its three matrix products alone",
+}
+SWEEPS = {"rows": ("n", "rows (tokens of responses)"), "vocab": ("v", "vocabulary")}
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1024:.0f}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
+
+
+def _curve(rows: list[dict[str, Any]], x: str, what: str) -> tuple[list[int], list[float]]:
+    points = []
+    for row in rows:
+        value = row.get("ms", {}).get("median") if what == "ms" else row.get(what)
+        if value is not None:
+            points.append((row[x], value))
+    points.sort()
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def draw(record: dict[str, Any], sweep: str, path: Path) -> None:
+    """Time and peak memory side by side, both axes logarithmic."""
+    x, label = SWEEPS[sweep]
+    rows = [row for row in record["rows"] if row["sweep"] == sweep]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = (("ms", "milliseconds"), ("peak_mib", "MiB added at the peak"))
+    for axis, (what, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for who, style in STYLES.items():
+            xs, ys = _curve([row for row in rows if row["who"] == who], x, what)
+            if xs:
+                axis.plot(xs, ys, label=LABELS.get(who, who), markersize=5, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        ticks = sorted({row[x] for row in rows})
+        axis.set_xticks(ticks, [_thousands(tick) for tick in ticks])
+        axis.set_xlabel(label)
+        axis.set_title(title, fontsize=11)
+        axis.grid(alpha=0.3, which="both")
+    figure.axes[0].legend(frameon=False, fontsize=9, loc="upper left")
+    machine, first = record["environment"], rows[0]
+    fixed = f"V = {first['v']:,}" if sweep == "rows" else f"N = {first['n']}"
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    figure.suptitle(
+        f"Loss and gradient from hidden states, {fixed}, D = {first['d']}, {first['dtype']}\n"
+        f"{device}, torch {machine['torch']}, {machine['date'][:10]}",
+        fontsize=10,
+    )
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
+STEP_STYLES: dict[str, dict[str, Any]] = {
+    "ours": STYLES["qadapter"],
+    "cached": {"color": "#009e73", "marker": "D", "linewidth": 2.4, "zorder": 3},
+    "released": {"color": "#d55e00", "marker": "s"},
+}
+STEP_LABELS = {
+    "ours": "qadapter",
+    "cached": "qadapter, base cached",
+    "released": "released way (float32 logits)",
+}
+
+
+def draw_step(record: dict[str, Any], path: Path) -> None:
+    """A training step by the length of the responses."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    lengths = [row["length"] for row in record["rows"]]
+    panels = (("ms", "seconds"), ("peak MiB", "MiB added at the peak"))
+    for axis, (what, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for way, style in STEP_STYLES.items():
+            values = [row[f"{way} {what}"] for row in record["rows"]]
+            ys = [v["median"] / 1e3 if isinstance(v, dict) else v for v in values]
+            axis.plot(lengths, ys, label=STEP_LABELS[way], markersize=5, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xticks(lengths, [_thousands(length) for length in lengths])
+        axis.set_xlabel("tokens of each response")
+        axis.set_title(title, fontsize=11)
+        axis.grid(alpha=0.3, which="both")
+    figure.axes[0].legend(frameon=False, fontsize=9, loc="upper left")
+    machine = record["environment"]
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    figure.suptitle(
+        f"A training step on one pair, {record['model']}, no padding\n"
+        f"{device}, torch {machine['torch']}, {machine['date'][:10]}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=140)
+
+
+def main() -> None:
+    for result in sorted(RESULTS.glob("train_step_scaling-*.json")):
+        device = result.stem.removeprefix("train_step_scaling-")
+        suffix = "" if device == "cpu" else f"-{device}"
+        draw_step(json.loads(result.read_text()), ROOT / "docs" / f"step-by-length{suffix}.png")
+    for result in sorted(RESULTS.glob("linear_scaling-*.json")):
+        record = json.loads(result.read_text())
+        device = result.stem.removeprefix("linear_scaling-")
+        suffix = "" if device == "cpu" else f"-{device}"
+        for sweep in SWEEPS:
+            draw(record, sweep, ROOT / "docs" / f"memory-and-time-{sweep}{suffix}.png")
+
+
+if __name__ == "__main__":
+    main()
