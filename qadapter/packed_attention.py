@@ -28,6 +28,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qadapter import cpu_attention
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "qadapter_"
@@ -111,13 +113,6 @@ def _flash(
         return ALL_ATTENTION_FUNCTIONS[original](module, query, key, value, mask, **kwargs)
 
 
-def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys], flush right."""
-    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    mask = ones.tril(keys - queries)
-    return mask if window is None else mask & ones.triu(keys - queries - window + 1)
-
-
 def _sequences(
     groups: Sequence[Sequence[int]], query: Tensor, key: Tensor, value: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -147,13 +142,17 @@ def _sdpa_packed(
     function = ALL_ATTENTION_FUNCTIONS[original]
     window = kw.get("sliding_window")
     outputs = []
+    plain = cpu_attention.serves(query, kw)
     for q, k, v in _sequences(groups.lengths, query, key, value):
         num_queries, num_keys = q.shape[2], k.shape[2]
         if num_queries == 0:
             continue
+        if plain:
+            outputs.append(cpu_attention.attention(q, k, v, kw["scaling"], window))
+            continue
         mask = None
         if num_queries < num_keys or (window is not None and num_keys > window):
-            mask = _causal_mask(num_queries, num_keys, window, q.device)[None, None]
+            mask = cpu_attention.causal_mask(num_queries, num_keys, window, q.device)[None, None]
         outputs.append(function(module, q, k, v, mask, **kw)[0])
     return torch.cat(outputs, dim=1)
 

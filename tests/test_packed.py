@@ -148,7 +148,7 @@ def test_what_cannot_be_packed_says_why(monkeypatch):
     assert "chunked_attention" in packed_attention.enable(model)
     model = make_base()
     monkeypatch.setattr(
-        packed_attention, "_causal_mask",
+        packed_attention.cpu_attention, "causal_mask",
         lambda queries, keys, window, device: torch.ones(queries, keys, dtype=torch.bool),
     )  # fmt: skip
     assert "differ" in packed_attention.enable(model)
