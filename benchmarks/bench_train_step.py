@@ -1,6 +1,6 @@
 """A whole training step on real text: ours against the released way, on the same pairs and model.
 
-    python -m benchmarks.bench_train_step --data pairs.jsonl [--pairs 4 --batches 3 --threads 2]
+    python -m benchmarks.bench_train_step [--data pairs.jsonl --pairs 4 --batches 3 --threads 2]
     python -m benchmarks.bench_train_step --scaling
 
 Ours: base pass without gradient and adapter pass over a pack of the real tokens, prompts once; the
@@ -14,12 +14,14 @@ without padding: what is left to gain there is the head alone.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+import qadapter
 from benchmarks import harness
 from benchmarks.peers import released
 from qadapter import QAdapterModel, packed_attention
@@ -118,7 +120,11 @@ def scaling(model: QAdapterModel, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--data", help="preference pairs, a file or a Hub id")
+    parser.add_argument(
+        "--data",
+        default=str(Path(qadapter.__file__).parent / "demo_data" / "train.jsonl"),
+        help="preference pairs, a file or a Hub id; default the demo's, which are short",
+    )
     parser.add_argument("--scaling", action="store_true", help="against the length of responses")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--pairs", type=int, default=4, help="pairs in a micro-batch")
@@ -130,9 +136,6 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if not options.scaling and not options.data:
-        parser.error("--data or --scaling")
-
     source = resolve_model(options.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = QAdapterModel.from_pretrained(source).to(options.device)
