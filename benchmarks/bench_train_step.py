@@ -28,13 +28,13 @@ from qadapter import QAdapterModel, packed_attention
 from qadapter import functional as QF
 from qadapter.checkpoint import resolve_model
 from qadapter.data import (
-    PackedPreferenceCollator,
     PreferenceCollator,
     eos_token_ids,
     load_preference_data,
     pad_token_id,
     prepare_dataset,
 )
+from qadapter.packing import PackedPreferenceCollator
 
 
 def our_step(model: QAdapterModel, batch: dict[str, Any]) -> Tensor:
@@ -71,7 +71,7 @@ def measure(
             way()
         peaks[name] = peak.mebibytes
     timings = harness.interleaved(
-        ways, device=device, rounds=options.rounds, warmup=0, least=options.rounds, settle_ms=1000
+        ways, device=device, rounds=options.rounds, warmup=0, least=options.rounds
     )
     model.zero_grad(set_to_none=True)
     return {
@@ -125,6 +125,7 @@ def main() -> None:
         default=str(Path(qadapter.__file__).parent / "demo_data" / "train.jsonl"),
         help="preference pairs, a file or a Hub id; default the demo's, which are short",
     )
+    parser.add_argument("--shuffle", type=int, help="seed; default, the order of the file")
     parser.add_argument("--scaling", action="store_true", help="against the length of responses")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--pairs", type=int, default=4, help="pairs in a micro-batch")
@@ -145,7 +146,9 @@ def main() -> None:
     if options.scaling:
         scaling(model, options)
         return
-    pairs = load_preference_data(options.data).select(range(options.pairs * options.batches))
+    data = load_preference_data(options.data)
+    data = data if options.shuffle is None else data.shuffle(seed=options.shuffle)
+    pairs = data.select(range(options.pairs * options.batches))
     rows = list(
         prepare_dataset(
             pairs,
@@ -160,7 +163,7 @@ def main() -> None:
         report.append(measure(model, part, pad_token_id(tokenizer), options))
     show(report, options.pairs)
     harness.write_json(
-        "train_step", options.device, report, options.json,
+        "train_step" if options.shuffle is None else "train_step_shuffled", options.device, report, options.json,
         model=options.model, pairs=options.pairs, max_length=options.max_length,
     )  # fmt: skip
 

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "PackedPreferenceCollator",
     "PreferenceCollator",
     "PromptTooLongError",
     "collate_sequences",
@@ -297,69 +295,6 @@ class PreferenceCollator:
                     (prompt, response, bool(feature.get(f"{column}_truncated", False)))
                 )
         return collate_sequences(sequences, self.pad_token_id, self.pad_to_multiple_of)
-
-
-class PackedPreferenceCollator:
-    """Collate P tokenised pairs into one row of tokens without padding, for a packed forward.
-
-    A pair is laid out as prompt, chosen response, rejected response: the prompt is there once, and
-    both responses attend to it (`qadapter.packed_attention`). The last token of a response that
-    ended is an action but no state, so it is left out. The call gives
-
-    - ``input_ids``, ``position_ids`` int64 [1, T]; positions restart with every pair, and those of
-      the rejected response go on from the prompt's
-    - ``rows``, ``actions``, ``cu_seqlens``: as :class:`PreferenceCollator`; the state in which both
-      responses start is one position that is in ``rows`` twice
-    - the arguments of `qadapter.packed_attention.layout`, flash-attention's four among them
-
-    Args:
-        share_prompt: False lays out every response behind a prompt of its own.
-    """
-
-    def __init__(self, share_prompt: bool = True) -> None:
-        self.share_prompt = share_prompt
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        from qadapter import packed_attention
-
-        ids: list[int] = []
-        groups: list[list[int]] = []
-        rows: tuple[list[list[int]], list[list[int]]] = ([], [])
-        actions: tuple[list[list[int]], list[list[int]]] = ([], [])
-        for feature in features:
-            prompt = list(feature["prompt_ids"])
-            responses = [_response(feature, column) for column in ("chosen", "rejected")]
-            if self.share_prompt:
-                groups.append([len(prompt), *(len(states) for states, _ in responses)])
-            prompt_end = len(ids) + len(prompt) - 1
-            for number, (states, taken) in enumerate(responses):
-                if number == 0 or not self.share_prompt:
-                    prompt_end = len(ids) + len(prompt) - 1
-                    ids.extend(prompt)
-                if not self.share_prompt:
-                    groups.append([len(prompt) + len(states)])
-                rows[number].append([prompt_end, *range(len(ids), len(ids) + len(states))])
-                actions[number].append(taken)
-                ids.extend(states)
-        sequences = [*rows[0], *rows[1]]
-        ends = accumulate((len(sequence) for sequence in sequences), initial=0)
-        return {
-            "input_ids": torch.tensor([ids], dtype=torch.int64),
-            "rows": torch.tensor([r for sequence in sequences for r in sequence]),
-            "actions": torch.tensor([a for taken in (*actions[0], *actions[1]) for a in taken]),
-            "cu_seqlens": torch.tensor([*ends], dtype=torch.int32),
-            **packed_attention.layout(groups),
-        }
-
-
-def _response(feature: Mapping[str, Any], column: str) -> tuple[list[int], list[int]]:
-    """Tokens behind the prompt that are states, and the action of every row."""
-    response = list(feature[f"{column}_ids"])
-    if not feature["prompt_ids"] or not response:
-        raise ValueError(f"a pair without a token in its prompt or in '{column}_ids'")
-    if feature.get(f"{column}_truncated", False):
-        return response, [*response, IGNORE_ACTION]
-    return response[:-1], response
 
 
 def collate_sequences(

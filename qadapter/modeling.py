@@ -33,7 +33,7 @@ from qadapter.checkpoint import (
     read_config,
     resolve_model,
 )
-from qadapter.outputs import TwoStreamLogits, TwoStreamValues
+from qadapter.outputs import ResidualValues, TwoStreamLogits, TwoStreamValues
 from qadapter.wrapping import add_lora, load_base, refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -245,6 +245,8 @@ class QAdapterModel(nn.Module):
         base_logp: Tensor | None = None,
         base_hidden: Tensor | None = None,
         kl_rows: Tensor | None = None,
+        unique_rows: Tensor | None = None,
+        unique_index: Tensor | None = None,
         use_logits: bool = False,
         **packing: Any,
     ) -> Any:
@@ -262,6 +264,8 @@ class QAdapterModel(nn.Module):
                 stream in these rows. Given all that the composition needs (the first two where
                 alpha_0 == center; the first and the third else), the base does not run.
             kl_rows: int64 [K], indices into the N rows, at which KL is computed exactly.
+            unique_rows, unique_index: int64 [U] and [N], indices into the N rows of those that
+                differ in position or action, and of every row among these U: each is computed once.
             use_logits: take the logits of both streams also where that could be avoided.
             **packing: of a packed batch, see `qadapter.packed_attention`.
 
@@ -285,6 +289,12 @@ class QAdapterModel(nn.Module):
                 kl = self._kl((base_logits[at], q_logits[at]) for at in parts)
             return TwoStreamValues(values, kl)
 
+        if unique_rows is not None and unique_index is not None and rows is not None:
+            rows, actions = rows[unique_rows], actions[unique_rows]
+            base_lse, base_logp, base_hidden = (
+                x if x is None else x[unique_rows] for x in (base_lse, base_logp, base_hidden)
+            )
+            kl_rows = kl_rows if kl_rows is None else unique_index[kl_rows]
         m_is_zero = self.alpha_0 == self.center
         known = base_lse is not None and (
             base_logp is not None if m_is_zero else base_hidden is not None
@@ -303,6 +313,8 @@ class QAdapterModel(nn.Module):
             base_logp=base_logp,
             **self.composition,
         )
+        if unique_index is not None:
+            values = ResidualValues(*(value[unique_index] for value in values))
         if base_hidden is None or kl_rows is None:
             return TwoStreamValues(values, None)
         with torch.no_grad():

@@ -24,7 +24,6 @@ from qadapter import functional as QF
 from qadapter.base_cache import BaseCache, CachedCollator
 from qadapter.config import RELEASED_PRESET, QAdapterConfig
 from qadapter.data import (
-    PackedPreferenceCollator,
     PreferenceCollator,
     eos_token_ids,
     pad_token_id,
@@ -32,6 +31,7 @@ from qadapter.data import (
 )
 from qadapter.modeling import QAdapterModel
 from qadapter.outputs import PreferenceLoss, ResidualValues
+from qadapter.packing import PackedPreferenceCollator
 
 __all__ = ["RELEASED_PRESET", "QAdapterConfig", "QAdapterTrainer", "last_complete_checkpoint"]
 

@@ -10,7 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qadapter import functional as QF
 from qadapter import packed_attention
-from qadapter.data import PackedPreferenceCollator, PreferenceCollator
+from qadapter.data import PreferenceCollator
+from qadapter.packing import PackedPreferenceCollator
 
 KINDS = ["llama", "llama-tied", "qwen2", "gpt2"]
 
@@ -66,6 +67,35 @@ def test_equals_padded_batches_and_logits(kind, share_prompt):
     assert_same(ours, values_and_gradients(model, padded))
     assert_same(ours, values_and_gradients(model, padded, use_logits=True))
     assert_same(ours, values_and_gradients(model, packed, use_logits=True))
+
+
+@pytest.mark.parametrize("alpha_0", [1.0, 0.7])
+@pytest.mark.parametrize("cached", [False, True])
+def test_repeated_prompts_and_responses_are_computed_once(cached, alpha_0):
+    model = make_model(alpha_0=alpha_0)
+    assert packed_attention.enable(model.hf_model) is None
+    rows = pairs()
+    same = {name: rows[0][name] for name in ("prompt_ids", "chosen_ids", "chosen_truncated")}
+    rows[1] = {**rows[1], **same}  # another rejected response to the same question and answer
+    rows[2] = {**rows[2], "prompt_ids": rows[0]["prompt_ids"]}
+    rows[3] = {**rows[3], "rejected_ids": rows[3]["chosen_ids"]}
+    packed = PackedPreferenceCollator()(rows)
+    assert packed["input_ids"].numel() < sum(
+        len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows
+    )
+    assert len(packed["unique_rows"]) < len(packed["unique_index"]) == len(packed["rows"])
+    wanted = values_and_gradients(model, PreferenceCollator(0)(rows))
+    if cached:
+        statistics = model.base_statistics(packed)
+        names = ("base_lse", "base_logp", "base_hidden")[: 2 if alpha_0 == 1.0 else 3]
+        packed |= {name: statistics[name] for name in names}
+    assert_same(values_and_gradients(model, packed), wanted)
+    kl_rows = torch.arange(len(packed["rows"]))
+    inputs = {k: v for k, v in packed.items() if k != "cu_seqlens"}
+    inputs = {k: v for k, v in inputs.items() if not k.startswith("base")}
+    kl = model(**inputs, kl_rows=kl_rows).kl
+    on_logits = model(**inputs, kl_rows=kl_rows, use_logits=True).kl
+    torch.testing.assert_close(kl, on_logits, rtol=1e-3, atol=1e-5)
 
 
 def test_two_passes_over_a_pack_see_nothing_of_their_neighbours():
@@ -221,13 +251,22 @@ def test_collator(rows, share):
     assert torch.equal(positions[packed["rows"]], padded["rows"] % width)
     ids = packed["input_ids"][0]
     assert torch.equal(ids[packed["rows"]], padded["input_ids"].flatten()[padded["rows"]])
-    tokens = sum(
-        len(p["prompt_ids"]) * (1 if share else 2)
-        + sum(
-            len(p[f"{c}_ids"]) - (not p[f"{c}_truncated"]) for c in ("chosen", "rejected")
-        )
+    sequences = [
+        (tuple(p["prompt_ids"]), tuple(p[f"{c}_ids"][: None if p[f"{c}_truncated"] else -1]))
         for p in rows
-    )  # fmt: skip
+        for c in ("chosen", "rejected")
+    ]
+    if share:  # what is the same is there once
+        tokens = sum(len(prompt) for prompt in {prompt for prompt, _ in sequences})
+        tokens += sum(len(states) for _, states in set(sequences))
+    else:
+        tokens = sum(len(prompt) + len(states) for prompt, states in sequences)
+    if "unique_rows" in packed:
+        unique, index = packed["unique_rows"], packed["unique_index"]
+        for name in ("rows", "actions"):
+            assert torch.equal(packed[name][unique][index], packed[name])
+        places = torch.stack([packed["rows"][unique], packed["actions"][unique]], 1)
+        assert len(places.unique(dim=0)) == len(unique) < len(index)
     assert ids.numel() == tokens == packed["cu_seq_lens_q"][-1]
     keys = packed.get("packed_key_index", torch.arange(tokens))
     assert len(keys) == packed["cu_seq_lens_k"][-1]
