@@ -162,8 +162,9 @@ def main() -> None:
         part = rows[number * options.pairs : (number + 1) * options.pairs]
         report.append(measure(model, part, pad_token_id(tokenizer), options))
     show(report, options.pairs)
+    name = "train_step" if options.shuffle is None else "train_step_shuffled"
     harness.write_json(
-        "train_step" if options.shuffle is None else "train_step_shuffled", options.device, report, options.json,
+        name, options.device, report, options.json,
         model=options.model, pairs=options.pairs, max_length=options.max_length,
     )  # fmt: skip
 

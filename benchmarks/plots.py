@@ -115,7 +115,33 @@ def draw_step(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
+def draw_curves(record: dict[str, Any], path: Path) -> None:
+    """The loss of the default step and of the logits path, over the same updates."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(record["runs"]))
+    for axis, (dtype, run) in zip(axes, record["runs"].items(), strict=True):
+        updates = range(1, len(run["default"]) + 1)
+        axis.plot(updates, run["logits"], label="logits path", color="#d55e00", linewidth=3.2)
+        axis.plot(updates, run["default"], label="default", color="#0072b2", linewidth=1.4)
+        pairs = zip(run["default"], run["logits"], strict=True)
+        largest = max(abs(a - b) / b for a, b in pairs)
+        axis.set_title(f"{dtype}: largest relative difference {largest:.1e}", fontsize=11)
+        axis.set_xlabel("update")
+        axis.set_ylabel("loss")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=9)
+    machine = record["environment"]
+    figure.suptitle(
+        f"{record['model']}, LoRA, one seed; {machine['cpu']}, torch {machine['torch']}, "
+        f"{machine['date'][:10]}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=140)
+
+
 def main() -> None:
+    for result in sorted(RESULTS.glob("loss_curves-cpu.json")):
+        draw_curves(json.loads(result.read_text()), ROOT / "docs" / "curves.png")
     for result in sorted(RESULTS.glob("train_step_scaling-*.json")):
         device = result.stem.removeprefix("train_step_scaling-")
         suffix = "" if device == "cpu" else f"-{device}"

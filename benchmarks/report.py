@@ -80,7 +80,8 @@ STEP_HEADER += ["released MiB", "ours MiB", "cached MiB"]
 STEP = (
     "the released way is two full forwards of the padded batch, float32 logits at every position, "
     "its loss, backward; ours packs the real tokens, what pairs share once, and has no logits; "
-    "cached: the base's two floats a token are known. Memory is what the step adds to the loaded model"
+    "cached: the base's two floats a token are known. Memory is what the step adds to the loaded "
+    "model"
 )
 
 
@@ -92,8 +93,9 @@ def train_step(record: dict[str, Any], order: str = "as the file has them") -> s
     }
     title = (
         f"A whole training step, {record['model']}, micro-batches of {pairs} pairs of real chat, "
-        f"{order} ({_conditions(record)}): {STEP}. Over all batches {sums['released'] / sums['ours']:.2f}x "
-        f"faster, cached {sums['released'] / sums['cached']:.2f}x."
+        f"{order} ({_conditions(record)}): {STEP}. Over all batches "
+        f"{sums['released'] / sums['ours']:.2f}x faster, cached "
+        f"{sums['released'] / sums['cached']:.2f}x."
     )
     return f"{title}\n\n{harness.table(STEP_HEADER, _step_rows(record, pairs, ''))}"
 
