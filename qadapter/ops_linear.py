@@ -51,7 +51,7 @@ _LIB.define(
     tags=_TAGS,
 )
 
-BWD_BYTES = 16 << 20  # of float32 rows of W that the backward gathers at a time
+BWD_BYTES = 2 << 20  # of float32 rows of W that the backward gathers at a time
 
 
 def _optional_dense(tensor: Tensor | None) -> Tensor | None:
