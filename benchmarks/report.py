@@ -233,24 +233,37 @@ def _error_cells(error: dict[str, Any]) -> list[str]:
 
 
 def linear_accuracy(record: dict[str, Any], peers: list[str] | None = None) -> str:
-    """Errors against float64 of the largest head, ours beside eager."""
+    """Errors against float64 of each dtype's largest head, ours beside eager."""
     cases = _cases(record)
-    _, d, v, _ = max(cases, key=lambda key: key[1] * key[2])
+    largest: dict[str, int] = {}
+    for dtype, d, v, _ in cases:
+        largest[dtype] = max(largest.get(dtype, 0), d * v)
     lines = [
-        [key[0], key[3], who, *_error_cells(rows[who]["error"])]
+        [*_label(key), who, *_error_cells(rows[who]["error"])]
         for key, rows in cases.items()
-        if key[1:3] == (d, v)
+        if key[1] * key[2] == largest[key[0]]
         for who in ("qadapter", *(["eager"] if peers is None else peers))
         if "error" in rows.get(who, {})
     ]
     title = (
-        f"Errors against float64 from the same inputs, N={record['shape']['n']}, D={d}, V={v:,} "
+        f"Errors against float64 from the same inputs, N={record['shape']['n']} "
         f"({_conditions(record)}): of a row of the gradient, relative, by the policy's probability "
         "of the action (median, and the worst row of the last band); of r = q - value, root mean "
         "square per token, and the worst sum of 512 tokens. A half of the rows is in the first "
         "band, a quarter in each of the others."
     )
-    header = ["dtype", "mode", "", "p < 0.9", "0.9-0.99", "> 0.99", "worst", "r", "sum of r"]
+    header = [
+        "dtype",
+        "D x V",
+        "mode",
+        "",
+        "p < 0.9",
+        "0.9-0.99",
+        "> 0.99",
+        "worst",
+        "r",
+        "sum of r",
+    ]
     return f"{title}\n\n{harness.table(header, lines)}"
 
 
