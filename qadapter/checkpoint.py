@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
 
 from qadapter import files
@@ -79,8 +80,12 @@ def _probe(weight: Tensor) -> list[float]:
     return [round(value, 7) for value in values.tolist()]
 
 
+_ADAPTER_MARKS = (".modules_to_save.", *(f".{p}" for p in PEFT_TYPE_TO_PREFIX_MAPPING.values()))
+
+
 def is_adapter_name(name: str) -> bool:
-    return ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name
+    """Whether PEFT added the parameter, whatever the kind of the adapter."""
+    return any(mark in name for mark in _ADAPTER_MARKS)
 
 
 def check_same_base(saved: dict[str, Any], now: dict[str, Any], adapter: str, base: str) -> None:

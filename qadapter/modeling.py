@@ -34,6 +34,7 @@ from qadapter.checkpoint import (
     resolve_model,
 )
 from qadapter.outputs import ResidualValues, TwoStreamLogits, TwoStreamValues
+from qadapter.streams import Names, Streams
 from qadapter.wrapping import add_lora, load_base, refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -70,13 +71,10 @@ class QAdapterModel(nn.Module):
                 "QAdapterModel.from_pretrained makes one from a model name or folder"
             )
         self.peft_model = peft_model
+        self._others: dict[str, tuple[float, float, float]] = {}
         self.set_composition(alpha_0, alpha_tilde, center)
         self.gamma = _checks.number("gamma", gamma)
-        self._switches = [
-            module
-            for module in peft_model.modules()
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        ]
+        self._find_switches()
         refuse_unsupported(peft_model)
         self.selects_hidden_rows = self._head_is_plain()
         if not self.selects_hidden_rows:
@@ -166,7 +164,9 @@ class QAdapterModel(nn.Module):
             "base_fingerprint": fingerprint(self.hf_model),
         }
         with files.replacing_directory(directory) as temporary:
-            self.peft_model.save_pretrained(str(temporary), safe_serialization=True)
+            self.peft_model.save_pretrained(
+                str(temporary), safe_serialization=True, selected_adapters=self.adapter_names[:1]
+            )
             files.write_json(temporary / CONFIG_NAME, config)
             (temporary / "README.md").write_text(model_card(config), encoding="utf-8")
 
@@ -176,6 +176,66 @@ class QAdapterModel(nn.Module):
         source = str(directory)
         check_same_base(saved["base_fingerprint"], fingerprint(self.hf_model), source, "this model")
         self.peft_model.load_adapter(source, self.peft_model.active_adapter, is_trainable=True)
+
+    def load_adapter(self, directory: str | Path, name: str) -> None:
+        """Attach another saved adapter of the same base, for `generate` with ``adapters``.
+
+        It takes part in nothing else: training, `forward` and saving stay with the model's own.
+
+        Raises:
+            ValueError: ``directory`` is not a saved adapter, or one of another base; ``name`` is
+                taken or empty or has a dot.
+        """
+        if not is_adapter_folder(str(directory)):
+            raise ValueError(f"directory: {directory} is not the folder of a saved adapter")
+        if not name or "." in name:
+            raise ValueError(f"name: expected a name without dots, got {name!r}")
+        if name in self.adapter_names:
+            raise ValueError(f"name: there is an adapter {name!r} already")
+        saved = read_config(directory)
+        check_same_base(
+            saved["base_fingerprint"], fingerprint(self.hf_model), str(directory), "this model"
+        )
+        composition = _checks.composition(saved["alpha_0"], saved["alpha_tilde"], saved["center"])
+        try:
+            self.peft_model.load_adapter(str(directory), name, is_trainable=False)
+        except Exception:
+            if name in self.peft_model.peft_config:
+                self.peft_model.delete_adapter(name)
+            raise
+        self._others[name] = composition
+        self._find_switches()
+        self._streams.clear()
+        self.selects_hidden_rows = self._head_is_plain()
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The model's own adapter first, then those of `load_adapter`."""
+        return list(self.compositions)
+
+    @property
+    def compositions(self) -> dict[str, tuple[float, float, float]]:
+        """alpha_0, alpha_tilde and center of each adapter, as trained."""
+        own = (self.alpha_0, self.alpha_tilde, self.center)
+        return {str(self.peft_model.active_adapter): own, **self._others}
+
+    def streams(self, names: Names) -> Streams:
+        """How the streams ``names`` (None is the base) run at decoding; says so where that takes a
+        pass for each."""
+        found = self._streams.get(names)
+        if found is None or found.is_stale():
+            found = self._streams[names] = Streams(self, names)
+            if found.reason is not None and len(names) > 1:
+                logger.warning("each stream takes a forward pass of its own: %s", found.reason)
+        return found
+
+    def _find_switches(self) -> None:
+        self._switches = [
+            module
+            for module in self.peft_model.modules()
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        ]
+        self._streams: dict[Names, Streams] = {}
 
     # Properties.
 
