@@ -50,9 +50,12 @@ class TwoStreamDecoder:
         streams: which streams run.
         weights: float32 [streams, B], what each stream's logits count in each row.
         cache: a transformers cache, or None to compute everything anew at every token.
+        compile_config: transformers' CompileConfig for the steps after the prompt, or None.
     """
 
-    def __init__(self, streams: Streams, weights: Tensor, cache: Any, compiled: bool) -> None:
+    def __init__(
+        self, streams: Streams, weights: Tensor, cache: Any, compile_config: Any = None
+    ) -> None:
         self.streams, self.model = streams, streams.model
         self.weights = weights
         self.mixes = len(streams.names) > 1 or not bool((weights == 1).all())
@@ -66,18 +69,16 @@ class TwoStreamDecoder:
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         head: Any = self.model.hf_model.get_output_embeddings()
         self.head = head if self.model.selects_hidden_rows else None
-        self.compiled = compiled and self.together and cache is not None
+        self.compile_config = compile_config if self.together else None
 
     def __call__(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """c [B, V], of the model's dtype, or float32 where two heads' logits are composed."""
         positions_or_none = positions if self.takes_positions else None
         step = self._together if self.together else self._apart
-        if self.compiled and ids.shape[1] == 1:
-            if self.streams.compiled is None:
-                self.streams.compiled = torch.compile(
-                    TwoStreamDecoder._together, mode="reduce-overhead" if ids.is_cuda else None
-                )
-            return self.streams.compiled(self, ids, mask, positions_or_none)
+        if self.compile_config is not None and ids.shape[1] == 1:
+            return self.streams.compiled(TwoStreamDecoder._together, self.compile_config)(
+                self, ids, mask, positions_or_none
+            )
         return step(ids, mask, positions_or_none)
 
     def _together(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:

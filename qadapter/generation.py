@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import CompileConfig, GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from qadapter import _checks
@@ -204,7 +204,8 @@ def generate(
         **generation_kwargs: transformers' generation arguments (max_new_tokens, do_sample,
             temperature, top_k, top_p, min_p, eos_token_id, stop_strings, repetition_penalty,
             num_return_sequences, logits_processor, stopping_criteria, output_scores, ...), applied
-            to the composed logits. ``cache_implementation="static"`` compiles the step on a GPU.
+            to the composed logits. ``cache_implementation="static"`` compiles the step on a GPU, and
+            with ``compile_config`` anywhere.
 
     Returns:
         int64 [B * num_return_sequences, T + new] with finished rows padded, or `GenerateOutput`
@@ -262,15 +263,15 @@ def generate(
                 raise ValueError(f"{name}: is not supported with two streams")
         rows = input_ids.shape[0]
         cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
-        compiled = (
-            cache is not None
-            and cache.is_compileable
-            and generation_config.cache_implementation == "static"
-            and not generation_config.disable_compile
-            and (input_ids.is_cuda or generation_config.compile_config is not None)
-        )
+        compile_config = None
+        if cache is not None and generation_config.cache_implementation == "static":
+            compile_config = generation_config.compile_config
+            if compile_config is None and input_ids.is_cuda:
+                compile_config = CompileConfig()
+            if generation_config.disable_compile:
+                compile_config = None
         expanded = weights.repeat_interleave(rows // batch, 1).to(input_ids.device, torch.float32)
-        decoder = TwoStreamDecoder(streams, expanded, cache, compiled)
+        decoder = TwoStreamDecoder(streams, expanded, cache, compile_config)
         keys = row_keys(seed, batch, rows, input_ids.device)
         return decode(
             decoder,

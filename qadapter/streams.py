@@ -50,7 +50,7 @@ class Streams:
 
     def __init__(self, model: "QAdapterModel", names: Names) -> None:
         self.model, self.names = model, names
-        self.compiled: Any = None
+        self._compiled: tuple[Any, Any] = (None, None)
         self.shared_layers = 0
         self._rows = self._tokens = 0
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
@@ -81,6 +81,12 @@ class Streams:
             self._adapters != set(self.model.peft_model.peft_config)
             or _why_not(self.model, self.names) != self._refusal
         )
+
+    def compiled(self, function: Callable[..., Tensor], compile_config: Any) -> Any:
+        """``function`` by torch.compile; kept, so that the next `generate` need not compile."""
+        if self._compiled[0] != compile_config:
+            self._compiled = compile_config, torch.compile(function, **compile_config.to_dict())
+        return self._compiled[1]
 
     # One forward.
 
@@ -251,7 +257,10 @@ def _small(x: Tensor) -> bool:
     """Whether the C++ kernels for a few rows take ``x``."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    return hasattr(_cpp,'rows_linear_limit') and x.numel() <= _cpp.rows_linear_limit(x.dtype) * x.shape[-1]
+    return (
+        hasattr(_cpp, "rows_linear_limit")
+        and x.numel() <= _cpp.rows_linear_limit(x.dtype) * x.shape[-1]
+    )
 
 
 def _few_rows(module: nn.Linear) -> Callable[[Tensor], Tensor]:
