@@ -12,7 +12,7 @@ left to the sampling kernel where they come last; all other processors act on c 
 import copy
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from qadapter.sampling import philox_4x32, sample
 from qadapter.streams import Streams
-
-if TYPE_CHECKING:
-    from qadapter.modeling import QAdapterModel
 
 NEG_INF = float("-inf")
 KEEP = 0.75  # finished rows leave the batch when no more than this share of it is left
@@ -66,9 +63,11 @@ class TwoStreamDecoder:
             self.caches += [copy.deepcopy(cache) for _ in streams.names[1:]]
         parameters = inspect.signature(self.model.hf_model.forward).parameters
         self.takes_positions = "position_ids" in parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.last_only: dict[str, Any] = (
+            {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        )
         head: Any = self.model.hf_model.get_output_embeddings()
-        self.head = head if self.model.selects_hidden_rows else None
+        self.head: Any = head if self.model.selects_hidden_rows else None
         self.compile_config = compile_config if self.together else None
 
     def __call__(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
@@ -82,10 +81,11 @@ class TwoStreamDecoder:
         return step(ids, mask, positions_or_none)
 
     def _together(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        arguments = (ids, mask, positions, self.caches[0])
+        cache = self.caches[0]
         if self.head is None:
-            return self._compose(self.streams.logits(*arguments, **self.last_only))
-        return self._project(self.streams.hidden(*arguments)[:, -1])
+            logits = self.streams.logits(ids, mask, positions, cache, **self.last_only)
+            return self._compose(logits)
+        return self._project(self.streams.hidden(ids, mask, positions, cache)[:, -1])
 
     def _apart(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         given = {"attention_mask": mask, "position_ids": positions}
@@ -147,7 +147,7 @@ class TwoStreamDecoder:
 def split_processors(
     processors: LogitsProcessorList,
 ) -> tuple[LogitsProcessorList, dict[str, Any]]:
-    """The processors before the last temperature, top-k, top-p, min-p; and these for `QF.sample`."""
+    """Processors before the last temperature, top-k, top-p, min-p; and these for `QF.sample`."""
     order: list[tuple[type, str]] = [
         (TemperatureLogitsWarper, "temperature"),
         (TopKLogitsWarper, "top_k"),
@@ -252,7 +252,9 @@ def decode(
                 logits += (composed.float(),)
             processed = composed
             if len(logits_processor):
-                processed = logits_processor(seen, composed.to(torch.float32, copy=True))
+                processed = logits_processor(
+                    cast(Any, seen), cast(Any, composed.to(torch.float32, copy=True))
+                )
             if wants_scores:
                 scores += (processed.float(),)
             drawn = sample(None, processed, seed=keys, position=length - width, **filters)

@@ -4,7 +4,7 @@
            = softmax((sum_i w_i z_i + (alpha_0 - sum_i w_i center_i) z_b) / alpha_tilde)
 
     alpha_0, alpha_tilde:  as trained, or as given
-    strength s:            alpha_0 = alpha_tilde = 1 / s, that is pi ~ pi_base * exp(s sum_i w_i Q_i);
+    strength s:            alpha_0 = alpha_tilde = 1 / s: pi ~ pi_base * exp(s sum_i w_i Q_i),
                            s = 0 is the base
     adapters:              the w_i; one adapter with weight 1 if nothing is said
 
@@ -204,8 +204,8 @@ def generate(
         **generation_kwargs: transformers' generation arguments (max_new_tokens, do_sample,
             temperature, top_k, top_p, min_p, eos_token_id, stop_strings, repetition_penalty,
             num_return_sequences, logits_processor, stopping_criteria, output_scores, ...), applied
-            to the composed logits. ``cache_implementation="static"`` compiles the step on a GPU, and
-            with ``compile_config`` anywhere.
+            to the composed logits. ``cache_implementation="static"`` compiles the step on a GPU,
+            and with ``compile_config`` anywhere.
 
     Returns:
         int64 [B * num_return_sequences, T + new] with finished rows padded, or `GenerateOutput`

@@ -1,4 +1,4 @@
-"""All streams of a model in one forward: rows [stream 0; stream 1; ...], one cache, one head product.
+"""All streams of a model in one forward: rows [stream 0; stream 1; ...], one cache.
 
 The base stream and the streams of one or several LoRA adapters share every frozen weight. Instead
 of a pass each they run as row blocks of one batch: rows [i B, (i + 1) B) belong to stream i, and a
@@ -15,7 +15,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -153,7 +153,7 @@ class Streams:
     def _sliced(self, module: LoraLinear) -> Callable[..., Tensor]:
         """The layer's forward, each adapter's delta added to its rows."""
         base: Any = module.base_layer
-        mine = [(i, name) for i, name in enumerate(self.names) if name in module.lora_A]
+        mine = [(i, name) for i, name in enumerate(self.names) if name and name in module.lora_A]
         count = len(self.names)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -167,7 +167,7 @@ class Streams:
                 if _small(x) and a.bias is None and b.bias is None:
                     _cpp.lora_add_(out, x, a.weight, b.weight, float(scaling), start, stop)
                 else:
-                    part = x[start:stop].to(a.weight.dtype)
+                    part = x[start:stop].to(cast(Tensor, a.weight).dtype)
                     out[start:stop] += b(a(part)) * scaling
             return out
 
@@ -223,7 +223,7 @@ class Streams:
     def _differs(self) -> str | None:
         """One forward against one pass a stream, on random tokens: what is wrong with it."""
         model = self.model.hf_model
-        vocab = model.get_input_embeddings().weight.shape[0]
+        vocab = cast(Any, model.get_input_embeddings()).weight.shape[0]
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab, (3, 5), generator=generator).to(model.device)
         was_training = self.model.training
@@ -309,7 +309,7 @@ def _upper_layers(trunk: nn.Module, names: Names) -> list[nn.Module]:
 
     def adapted(module: nn.Module) -> bool:
         return any(
-            isinstance(m, LoraLinear) and any(name in m.lora_A for name in names)
+            isinstance(m, LoraLinear) and any(name in m.lora_A for name in names if name)
             for m in module.modules()
         )
 
