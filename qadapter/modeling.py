@@ -74,9 +74,9 @@ class QAdapterModel(nn.Module):
         self._others: dict[str, tuple[float, float, float]] = {}
         self.set_composition(alpha_0, alpha_tilde, center)
         self.gamma = _checks.number("gamma", gamma)
-        self._find_switches()
         refuse_unsupported(peft_model)
-        self.selects_hidden_rows = self._head_is_plain()
+        self._seen: set[str] = set()
+        self._see_adapters()
         if not self.selects_hidden_rows:
             logger.warning(
                 "%s does more to its logits than one language-model head on the last hidden state "
@@ -204,24 +204,25 @@ class QAdapterModel(nn.Module):
                 self.peft_model.delete_adapter(name)
             raise
         self._others[name] = composition
-        self._find_switches()
-        self._streams.clear()
-        self.selects_hidden_rows = self._head_is_plain()
 
     @property
     def adapter_names(self) -> list[str]:
-        """The model's own adapter first, then those of `load_adapter`."""
+        """The model's own adapter first, then those of `load_adapter` and of PEFT."""
         return list(self.compositions)
 
     @property
     def compositions(self) -> dict[str, tuple[float, float, float]]:
-        """alpha_0, alpha_tilde and center of each adapter, as trained."""
+        """alpha_0, alpha_tilde and center of each adapter, as trained; the model's own where PEFT
+        alone knows the adapter."""
         own = (self.alpha_0, self.alpha_tilde, self.center)
-        return {str(self.peft_model.active_adapter): own, **self._others}
+        active = str(self.peft_model.active_adapter)
+        names = [active, *(name for name in self.peft_model.peft_config if name != active)]
+        return {name: self._others.get(name, own) for name in names}
 
     def streams(self, names: Names) -> Streams:
         """How the streams ``names`` (None is the base) run at decoding; says so where that takes a
         pass for each."""
+        self._see_adapters()
         found = self._streams.get(names)
         if found is None or found.is_stale():
             found = self._streams[names] = Streams(self, names)
@@ -229,13 +230,18 @@ class QAdapterModel(nn.Module):
                 logger.warning("each stream takes a forward pass of its own: %s", found.reason)
         return found
 
-    def _find_switches(self) -> None:
+    def _see_adapters(self) -> None:
+        """Look again where PEFT's layers are if there are other adapters than before."""
+        if self._seen == set(self.peft_model.peft_config):
+            return
+        self._seen = set(self.peft_model.peft_config)
         self._switches = [
             module
             for module in self.peft_model.modules()
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         ]
         self._streams: dict[Names, Streams] = {}
+        self.selects_hidden_rows = self._head_is_plain()
 
     # Properties.
 
@@ -284,6 +290,7 @@ class QAdapterModel(nn.Module):
         PEFT's own context manager also walks every module and changes requires_grad, milliseconds
         per use; here only the flags that its layers read are set.
         """
+        self._see_adapters()
         before = [module._disable_adapters for module in self._switches]
         for module in self._switches:
             module._disable_adapters = True

@@ -55,7 +55,6 @@ class Streams:
         self._rows = self._tokens = 0
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._layers: list[nn.Module] = []
-        self._adapters = set(model.peft_model.peft_config)
         self._refusal = self.reason = _why_not(model, names)
         if self.reason is not None:
             return
@@ -76,11 +75,8 @@ class Streams:
                 self.reason = self._differs()
 
     def is_stale(self) -> bool:
-        """Whether PEFT has changed the model since: an adapter added, merged or taken out."""
-        return (
-            self._adapters != set(self.model.peft_model.peft_config)
-            or _why_not(self.model, self.names) != self._refusal
-        )
+        """Whether PEFT has changed its layers since, by merging an adapter for example."""
+        return _why_not(self.model, self.names) != self._refusal
 
     def compiled(self, function: Callable[..., Tensor], compile_config: Any) -> Any:
         """``function`` by torch.compile; kept, so that the next `generate` need not compile."""

@@ -275,6 +275,29 @@ def test_other_adapters_take_no_part_in_the_rest(two_adapters, tmp_path):
         build("qwen2", lora("qwen2")).load_adapter(tmp_path / "saved", "x")
 
 
+def test_adapters_that_peft_has_loaded():
+    """They have the composition of the model; those that come later are seen too."""
+    peft_model = get_peft_model(make_base(), lora("llama"))
+    peft_model.add_adapter("formal", lora("llama", "mlp"))
+    model = QAdapterModel(peft_model)
+    perturb(model)
+    assert model.adapter_names == ["default", "formal"]
+    weights = {"default": 0.7, "formal": 0.5}
+    got = model.generate(IDS, MASK, adapters=weights, max_new_tokens=24, **GREEDY)
+    assert torch.equal(got, stepwise(model, {None: -0.2, **weights}, 24))
+    # An adapted head cannot be one product.
+    assert model.selects_hidden_rows
+    peft_model.add_adapter("brief", lora("llama", target_modules=["lm_head", "o_proj"]))
+    perturb(model, 0.2)
+    weights = {"formal": 0.5, "brief": 0.25}
+    got = model.generate(IDS, MASK, adapters=weights, max_new_tokens=24, **GREEDY)
+    assert torch.equal(got, stepwise(model, {None: 0.25, **weights}, 24))
+    assert model.adapter_names == ["default", "formal", "brief"] and not model.selects_hidden_rows
+    peft_model.delete_adapter("brief")
+    with pytest.raises(ValueError, match="no adapter is named 'brief'"):
+        model.generate(IDS, adapters=weights, max_new_tokens=2, **GREEDY)
+
+
 def test_adapters_with_different_alphas_need_a_word(tmp_path):
     make_model(alpha_0=2.0, alpha_tilde=2.0).save_pretrained(tmp_path / "two")
     model = make_model()
