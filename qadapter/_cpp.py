@@ -79,6 +79,89 @@ def capability() -> str:
     return CAPABILITIES[_isa()]
 
 
+# The most rows for which rows_linear was measured to be faster than torch's product (oneDNN's or
+# MKL's), with bfloat16 dot products and by `capability`. CPUs with AMX were not measured.
+_ROWS_LIMITS = {
+    "avx512_bf16": {torch.bfloat16: 64, torch.float32: 32},
+    "avx512": {torch.bfloat16: 64, torch.float32: 32},
+    "avx2": {torch.bfloat16: 64, torch.float32: 32},
+    "plain": {torch.bfloat16: 16, torch.float32: 2},
+}
+
+
+@functools.cache
+def _rows() -> tuple[Any, Any, int]:
+    """The two operations on few rows, and the vector code for them.
+
+    They run hundreds of times a token, and take microseconds: what leads to them is looked up once.
+    """
+    ops = _ops()
+    # -1: the best of this CPU, its bfloat16 dot products included
+    isa = _isa() if os.environ.get("QADAPTER_CPU_CAPABILITY") else -1
+    return ops.rows_linear.default, ops.lora_add_.default, isa
+
+
+@functools.cache
+def rows_linear_limit(dtype: torch.dtype) -> int:
+    """The most rows for which `rows_linear` is the faster product; 0 where it never is."""
+    if _load() is not None:
+        return 0
+    isa = _rows()[2]
+    name = "avx512_bf16" if isa < 0 and _ops().has_bf16_dot() else capability()
+    return _ROWS_LIMITS[name].get(dtype, 0)
+
+
+def rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T (+ bias) for few rows x, as nn.functional.linear; without gradients.
+
+    Sums are float32 and rounded once. What a row gives does not depend on the other rows.
+    QADAPTER_CPU_CAPABILITY is read at the first call.
+
+    Args:
+        x: [..., K] float32 or bfloat16 on the CPU.
+        weight: [O, K] of the same dtype, unit stride in the last dimension.
+        bias: [O] of the same dtype, contiguous.
+
+    Returns:
+        [..., O], contiguous.
+
+    Raises:
+        RuntimeError: A dtype, device or shape that does not fit; the extension cannot be loaded.
+    """
+    linear, _, isa = _rows()
+    return linear(x, weight, bias, isa)
+
+
+def lora_add_(
+    out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    start: int,
+    stop: int,
+) -> None:
+    """out[start:stop] += scaling (x[start:stop] A^T) B^T in place; without gradients.
+
+    All in float32, rounded once when it is added. What a row gives does not depend on the others.
+
+    Args:
+        out: [rows, O] or [rows, T, O], float32 or bfloat16 on the CPU; changed.
+        x: [rows, K] or [rows, T, K] of out's dtype.
+        lora_a: A [r, K], float32 or bfloat16, whatever x is.
+        lora_b: B [O, r] of A's dtype.
+        scaling: The factor.
+        start: The first row that the adapter is for.
+        stop: The row behind the last one.
+
+    Raises:
+        RuntimeError: A dtype, device, shape or range that does not fit; the extension cannot be
+            loaded.
+    """
+    _, lora, isa = _rows()
+    lora(out, x, lora_a, lora_b, scaling, start, stop, isa)
+
+
 def residual_fwd(
     base_logits: Tensor | None,
     q_logits: Tensor,
@@ -189,4 +272,31 @@ def linear_fwd(
         chunk_size,
         need_grad,
         isa,
+    )
+
+
+def sample(
+    base_logits: Tensor | None,
+    q_logits: Tensor,
+    scale: Tensor,
+    base_weight: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    greedy: bool,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor]:
+    return _ops().sample(
+        base_logits,
+        q_logits,
+        scale,
+        base_weight,
+        seed,
+        position,
+        greedy,
+        top_k,
+        top_p,
+        min_p,
+        _isa(),
     )

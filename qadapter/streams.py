@@ -53,6 +53,7 @@ class Streams:
         self._compiled: tuple[Any, Any] = (None, None)
         self.shared_layers = 0
         self._rows = self._tokens = 0
+        self._few = False  # the C++ kernels for few rows serve this forward
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._layers: list[nn.Module] = []
         self._refusal = self.reason = _why_not(model, names)
@@ -63,7 +64,7 @@ class Streams:
             if isinstance(module, LoraLinear):
                 self._forwards.append((module, self._sliced(module)))
             elif type(module) is nn.Linear and "forward" not in vars(module):
-                self._forwards.append((module, _few_rows(module)))
+                self._forwards.append((module, self._linear(module)))
         if len(names) > 1:
             self._layers = _upper_layers(trunk, names)
             self.shared_layers = len(_decoder_layers(trunk)) - len(self._layers)
@@ -120,6 +121,13 @@ class Streams:
     ) -> dict[str, Any]:
         count = len(self.names)
         self._rows, self._tokens = count * input_ids.shape[0], count * input_ids.numel()
+        self._few = (
+            not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and input_ids.device.type == "cpu"
+            and self._tokens <= _cpp.rows_linear_limit(self.model.hf_model.dtype)
+            and not torch.is_autocast_enabled("cpu")
+        )
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -146,6 +154,17 @@ class Streams:
             for hook in hooks:
                 hook.remove()
 
+    def _linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        parameters = module._parameters  # module.weight is a search
+
+        def forward(x: Tensor) -> Tensor:
+            weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
+            if self._few and weight.dtype == x.dtype:
+                return _cpp.rows_linear(x, weight, bias)
+            return nn.functional.linear(x, weight, bias)
+
+        return forward
+
     def _sliced(self, module: LoraLinear) -> Callable[..., Tensor]:
         """The layer's forward, each adapter's delta added to its rows."""
         base: Any = module.base_layer
@@ -158,12 +177,14 @@ class Streams:
             if mine and x.shape[0] != self._rows and x.shape[0] != self._tokens:
                 raise _NotRows
             for i, name in mine:
-                a, b, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
+                a, b = cast(Any, module.lora_A[name]), cast(Any, module.lora_B[name])
+                scaling = module.scaling[name]
                 start, stop = i * rows, (i + 1) * rows
-                if _small(x) and a.bias is None and b.bias is None:
+                kernel = self._few and b.bias is None and out.dtype == x.dtype
+                if kernel and a.weight.dtype in (torch.float32, torch.bfloat16):
                     _cpp.lora_add_(out, x, a.weight, b.weight, float(scaling), start, stop)
                 else:
-                    part = x[start:stop].to(cast(Tensor, a.weight).dtype)
+                    part = x[start:stop].to(a.weight.dtype)
                     out[start:stop] += b(a(part)) * scaling
             return out
 
@@ -247,28 +268,6 @@ class Streams:
         if not error_size <= allowed:
             return f"a forward of all streams differs by {error_size:.2g} of the hidden states"
         return None
-
-
-def _small(x: Tensor) -> bool:
-    """Whether the C++ kernels for a few rows take ``x``."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return False
-    return (
-        hasattr(_cpp, "rows_linear_limit")
-        and x.numel() <= _cpp.rows_linear_limit(x.dtype) * x.shape[-1]
-    )
-
-
-def _few_rows(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    weight_of = module.__dict__["_parameters"]
-
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = weight_of["weight"], weight_of["bias"]
-        if _small(x) and weight.dtype == x.dtype:
-            return _cpp.rows_linear(x, weight, bias)
-        return nn.functional.linear(x, weight, bias)
-
-    return forward
 
 
 def _why_not(model: "QAdapterModel", names: Sequence[str | None]) -> str | None:

@@ -1,0 +1,106 @@
+// out[start:stop] += scaling (x[start:stop] A^T) B^T in place: one low-rank adapter, on the rows of
+// a batch that it belongs to.
+//
+// All in float32, rounded once at the end, where it is added to out. That is what a float32 adapter
+// over a bfloat16 layer gives in PEFT (its sums differ in order).
+//
+// Bytes: A and B once per 16 rows: 4 r (K + O), 37 KB for r = 8 and K = O = 576; x and out are in
+// the cache. Operations: 2 M r (K + O). Beside them, each 16 rows of B are transposed in registers
+// (64 shuffles with AVX-512, for any r up to 16), so that no sum runs across lanes. A call for one
+// or two rows is bound by its overhead. Rows do not depend on one another.
+
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "cpu/drivers.h"
+#include "cpu/rows_linear.h"
+
+namespace qadapter {
+namespace {
+
+DType lora_dtype(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "lora_add_: ", name,
+                  ": expected float32 or bfloat16, got ", name_of(type));
+  return type == ScalarType::Float ? DType::f32 : DType::bf16;
+}
+
+// Rows [start, stop) of the first dimension.
+RowView rows_between(const Tensor& t, DType dtype, int64_t start, int64_t stop, const char* name) {
+  const int64_t element = bytes_of(dtype), dims = t.dim();
+  STD_TORCH_CHECK(t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1, "lora_add_: ", name,
+                  ": expected dense rows, got stride ", t.stride(dims - 1));
+  RowView view;
+  view.inner = dims == 3 ? t.size(1) : 1;
+  view.near = dims == 3 ? t.stride(1) * element : 0;
+  view.far = t.stride(0) * element;
+  view.count = (stop - start) * view.inner;
+  view.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + start * view.far;
+  return view;
+}
+
+}  // namespace
+
+void lora_add_(Tensor out, Tensor x, Tensor lora_a, Tensor lora_b, double scaling, int64_t start,
+               int64_t stop, int64_t isa) {
+  const DType dtype = lora_dtype(x, "x"), low_rank = lora_dtype(lora_a, "lora_a");
+  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type(), "lora_add_: out: expected ",
+                  name_of(x.scalar_type()), " like x, got ", name_of(out.scalar_type()));
+  STD_TORCH_CHECK(lora_b.scalar_type() == lora_a.scalar_type(), "lora_add_: lora_b: expected ",
+                  name_of(lora_a.scalar_type()), " like lora_a, got ",
+                  name_of(lora_b.scalar_type()));
+  STD_TORCH_CHECK(out.is_cpu() && x.is_cpu() && lora_a.is_cpu() && lora_b.is_cpu(),
+                  "lora_add_: expected CPU tensors");
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK((dims == 2 || dims == 3) && out.dim() == dims && out.size(0) == x.size(0) &&
+                      (dims == 2 || out.size(1) == x.size(1)) && lora_a.dim() == 2 &&
+                      lora_a.size(1) == x.size(dims - 1) && lora_b.dim() == 2 &&
+                      lora_b.size(0) == out.size(dims - 1) && lora_b.size(1) == lora_a.size(0),
+                  "lora_add_: expected out [rows, (T,) O], x [rows, (T,) K], lora_a [r, K] and "
+                  "lora_b [O, r], got ",
+                  shape_of(out), ", ", shape_of(x), ", ", shape_of(lora_a), " and ",
+                  shape_of(lora_b));
+  STD_TORCH_CHECK(start >= 0 && start <= stop && stop <= x.size(0),
+                  "lora_add_: start, stop: expected 0 <= start <= stop <= ", x.size(0), ", got ",
+                  start, " and ", stop);
+  STD_TORCH_CHECK((lora_a.size(1) <= 1 || lora_a.stride(1) == 1) &&
+                      (lora_b.size(1) <= 1 || lora_b.stride(1) == 1),
+                  "lora_add_: lora_a, lora_b: expected dense rows");
+
+  LoraJob job;
+  job.x = rows_between(x, dtype, start, stop, "x");
+  job.out = rows_between(out, dtype, start, stop, "out");
+  job.a = static_cast<const char*>(lora_a.const_data_ptr());
+  job.b = static_cast<const char*>(lora_b.const_data_ptr());
+  job.a_stride = lora_a.stride(0);
+  job.b_stride = lora_b.stride(0);
+  job.k = lora_a.size(1);
+  job.o = lora_b.size(0);
+  job.r = lora_a.size(0);
+  job.scaling = static_cast<float>(scaling);
+  const int64_t rows = job.x.count;
+  if (rows == 0 || job.o == 0 || job.r == 0) return;
+
+  const LoraRows run = lora_for(isa, dtype, low_rank);
+  const int64_t work = std::min(rows, kLoraRows) * job.r * (job.k + job.o);
+  for_each_piece((rows + kLoraRows - 1) / kLoraRows, work, [&](int64_t piece) {
+    thread_local std::vector<float> memory;
+    const size_t floats = static_cast<size_t>(kLoraRows * lora_stride(job.r));
+    if (memory.size() < floats) memory.resize(floats);
+    const int64_t first = piece * kLoraRows;
+    run(job, first, std::min(rows, first + kLoraRows), memory.data());
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qadapter_C, library) {
+  library.def(
+      "lora_add_(Tensor(a!) out, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, int start, "
+      "int stop, int isa=-1) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qadapter_C, CPU, library) {
+  library.impl("lora_add_", TORCH_BOX(&lora_add_));
+}
+
+}  // namespace qadapter

@@ -1,0 +1,101 @@
+// What rows_linear.cpp, lora_add.cpp and their vector code share.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "cpu/tensors.h"
+#include "cpu/types.h"
+
+namespace qadapter {
+
+// The rows of a tensor [.., columns], numbered from 0: row i of the leading dimensions flattened.
+struct RowView {
+  char* data = nullptr;
+  int64_t count = 0;   // rows
+  int64_t inner = 1;   // rows i of one value of i / inner lie `near` bytes apart,
+  int64_t near = 0;    // their groups `far`
+  int64_t far = 0;
+
+  char* row(int64_t i) const {
+    return inner == 1 ? data + i * far : data + i / inner * far + i % inner * near;
+  }
+};
+
+// One product of few rows: out[i][o] = sum_k x[i][k] w[o][k] (+ bias[o]).
+struct RowsJob {
+  RowView x, out;
+  const char* w;
+  const void* bias;  // may be null; of the dtype of w
+  int64_t w_stride;  // elements
+  int64_t k;
+  int64_t o;
+};
+
+// Columns [first, end) of out, for all rows.
+using RowsColumns = void (*)(const RowsJob&, int64_t first, int64_t end);
+
+// out[i] += scaling * (x[i] A^T) B^T for the rows of x.
+struct LoraJob {
+  RowView x, out;
+  const char *a, *b;
+  int64_t a_stride, b_stride;  // elements
+  int64_t k, o, r;
+  float scaling;
+};
+
+// Rows [first, end). `memory`: kLoraRows * lora_stride(r) floats.
+using LoraRows = void (*)(const LoraJob&, int64_t first, int64_t end, float* memory);
+
+// The code for x and out of dtype x, A and B of dtype a (float32 or bfloat16); isa as elsewhere.
+LoraRows lora_for(int64_t isa, DType x, DType a);
+
+constexpr int64_t kLoraRows = 16;  // most rows of a call of LoraRows
+
+inline int64_t lora_stride(int64_t r) { return (r + 3) / 4 * 4; }  // floats of a row of x A^T
+
+// "[2, 3]", for errors.
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+inline const char* name_of(ScalarType type) {
+  return type == ScalarType::Float      ? "float32"
+         : type == ScalarType::BFloat16 ? "bfloat16"
+         : type == ScalarType::Half     ? "float16"
+         : type == ScalarType::Double   ? "float64"
+                                        : "another dtype";
+}
+
+// Whether the rows of t can be had as a RowView (of two strides, each row dense).
+inline bool view_rows(const Tensor& t, int64_t element, RowView& view) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) return false;
+  int64_t size[2] = {1, 1}, stride[2] = {0, 0}, groups = 0;  // from the innermost dimension out
+  view.count = 1;
+  for (int64_t d = dims - 2; d >= 0; --d) {
+    view.count *= sizes[d];
+    if (sizes[d] == 1) continue;
+    if (groups > 0 && strides[d] == size[groups - 1] * stride[groups - 1]) {
+      size[groups - 1] *= sizes[d];
+    } else if (groups == 2) {
+      return false;
+    } else {
+      size[groups] = sizes[d];
+      stride[groups++] = strides[d];
+    }
+  }
+  const bool two = groups == 2;
+  view.inner = two ? size[0] : 1;
+  view.near = two ? stride[0] * element : 0;
+  view.far = stride[two ? 1 : 0] * element;
+  return true;
+}
+
+}  // namespace qadapter

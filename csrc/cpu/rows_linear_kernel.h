@@ -1,0 +1,236 @@
+// The vector code of rows_linear and lora_add. Included inside a namespace that has Simd,
+// behind rows_linear_sums.h, once per instruction set.
+//
+// Every output is one vector of partial sums over k, added up at the end in one order. What a row
+// gives therefore depends neither on the tile it is in nor on the other rows.
+
+namespace {
+
+using F = Simd::F;
+
+// kStep elements of one row, as vectors that multiply() takes. Mixed dtypes keep their elements in
+// order; equal ones come in load2's order, which is the same for both and cheaper.
+template <class X, class W>
+struct Dot {
+  static constexpr int kStep = Simd::kGroup;
+  struct V {
+    F a, b;
+  };
+  template <class T>
+  static inline V load(const T* p) {
+    return {Simd::load1(p), Simd::load1(p + Simd::kWidth)};
+  }
+  static inline F multiply(F acc, V x, V w) {
+    return Simd::fma(x.b, w.b, Simd::fma(x.a, w.a, acc));
+  }
+};
+
+template <class T>
+struct Dot<T, T> {
+  static constexpr int kStep = Simd::kGroup;
+  struct V {
+    F a, b;
+  };
+  static inline V load(const T* p) {
+    V v;
+    Simd::load2(p, v.a, v.b);
+    return v;
+  }
+  static inline F multiply(F acc, V x, V w) {
+    return Simd::fma(x.b, w.b, Simd::fma(x.a, w.a, acc));
+  }
+};
+
+#ifdef QADAPTER_ROWS_BF16_DOT
+template <>
+struct Dot<BF16, BF16> {
+  static constexpr int kStep = 32;
+  using V = __m512bh;
+  static inline V load(const BF16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static inline F multiply(F acc, V x, V w) { return _mm512_dpbf16_ps(acc, x, w); }
+};
+#endif
+
+template <class D, class T>
+inline typename D::V load_padded(const T* p, int64_t n) {
+  T elements[D::kStep] = {};
+  std::memcpy(elements, p, n * sizeof(T));
+  return D::load(elements);
+}
+
+constexpr int kRowsW = 4;  // rows of W in a tile
+constexpr int kTilesAhead = 2;
+
+// What a tile fetches on its way for a later one: `step` bytes in each of its steps. To the second
+// cache: beside the rows of x the first one has no room, and too few misses under way at a time.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+// sums[c][r] = x[c] . w[r].
+template <class X, class W, int C>
+inline void tile(const X* const* x, const W* const* w, int64_t k, Ahead ahead,
+                 float (*sums)[kRowsW]) {
+  using D = Dot<X, W>;
+  F acc[C][kRowsW];
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsW; ++r) acc[c][r] = Simd::zero();
+  }
+  const int64_t whole = k / D::kStep * D::kStep;
+  for (int64_t i = 0; i < whole; i += D::kStep) {
+    typename D::V xs[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) xs[c] = D::load(x[c] + i);
+    for (int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
+    ahead.at += ahead.step;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsW; ++r) {
+      const typename D::V ws = D::load(w[r] + i);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[c][r] = D::multiply(acc[c][r], xs[c], ws);
+    }
+  }
+  if (whole < k) {
+    typename D::V xs[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) xs[c] = load_padded<D>(x[c] + whole, k - whole);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsW; ++r) {
+      const typename D::V ws = load_padded<D>(w[r] + whole, k - whole);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[c][r] = D::multiply(acc[c][r], xs[c], ws);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) add_up(acc[c], sums[c]);
+}
+
+// `count` <= kMost rows of x.
+template <class X, class W>
+struct Tiles {
+  static constexpr int kMost = Simd::kWidth == 16 ? 4 : (Simd::kWidth == 8 ? 2 : 1);
+
+  static inline void run(int64_t count, const X* const* x, const W* const* w, int64_t k,
+                         Ahead ahead, float (*sums)[kRowsW]) {
+    if constexpr (kMost >= 4) {
+      if (count == 4) return tile<X, W, 4>(x, w, k, ahead, sums);
+      if (count == 3) return tile<X, W, 3>(x, w, k, ahead, sums);
+    }
+    if constexpr (kMost >= 2) {
+      if (count == 2) return tile<X, W, 2>(x, w, k, ahead, sums);
+    }
+    tile<X, W, 1>(x, w, k, ahead, sums);
+  }
+};
+
+template <class T>
+void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
+  using All = Tiles<T, T>;
+  const T* w_data = reinterpret_cast<const T*>(job.w);
+  const T* bias = static_cast<const T*>(job.bias);
+  // A later tile's rows of W are fetched in equal parts by the tiles of all rows of x.
+  const int64_t steps = job.k / Dot<T, T>::kStep;
+  const int64_t turns = (job.x.count + All::kMost - 1) / All::kMost * steps;
+  const int64_t bytes = kRowsW * job.w_stride * static_cast<int64_t>(sizeof(T));
+  const int64_t fetched = turns > 0 ? (bytes + turns - 1) / turns : 0;
+  for (int64_t o = first; o < end; o += kRowsW) {
+    const int count = static_cast<int>(end - o < kRowsW ? end - o : kRowsW);
+    const T* w[kRowsW];
+    float offset[kRowsW] = {};
+    for (int r = 0; r < kRowsW; ++r) {
+      const int64_t row = o + (r < count ? r : count - 1);
+      w[r] = w_data + row * job.w_stride;
+      if (bias) offset[r] = widen(bias[row]);
+    }
+    // Also behind `end`: that is what this thread takes next.
+    const bool more = o + (kTilesAhead + 1) * kRowsW <= job.o;
+    Ahead ahead{reinterpret_cast<const char*>(w[0]) + kTilesAhead * bytes, more ? fetched : 0};
+    for (int64_t i = 0; i < job.x.count; i += All::kMost, ahead.at += steps * ahead.step) {
+      const int64_t rows = job.x.count - i < All::kMost ? job.x.count - i : All::kMost;
+      const T* x[All::kMost] = {};
+      float sums[All::kMost][kRowsW];
+      for (int64_t c = 0; c < rows; ++c) x[c] = reinterpret_cast<const T*>(job.x.row(i + c));
+      All::run(rows, x, w, job.k, ahead, sums);
+      for (int64_t c = 0; c < rows; ++c) {
+        T* out = reinterpret_cast<T*>(job.out.row(i + c)) + o;
+        if (bias) {
+          for (int r = 0; r < kRowsW; ++r) sums[c][r] += offset[r];
+        }
+        if (count == kRowsW) {
+          put4(sums[c], out);
+        } else {
+          for (int r = 0; r < count; ++r) narrow(sums[c][r], out + r);
+        }
+      }
+    }
+  }
+}
+
+template <class X, class W>
+void lora_rows(const LoraJob& job, int64_t first, int64_t end, float* h) {
+  using All = Tiles<X, W>;
+  constexpr int kWidth = Simd::kWidth;
+  const int64_t rows = end - first, stride = lora_stride(job.r);
+  const W* a = reinterpret_cast<const W*>(job.a);
+  for (int64_t j = 0; j < job.r; j += kRowsW) {
+    const W* w[kRowsW];
+    for (int r = 0; r < kRowsW; ++r) {
+      w[r] = a + (j + r < job.r ? j + r : job.r - 1) * job.a_stride;
+    }
+    for (int64_t i = 0; i < rows; i += All::kMost) {
+      const int64_t n = rows - i < All::kMost ? rows - i : All::kMost;
+      const X* x[All::kMost] = {};
+      float sums[All::kMost][kRowsW];
+      for (int64_t c = 0; c < n; ++c) x[c] = reinterpret_cast<const X*>(job.x.row(first + i + c));
+      All::run(n, x, w, job.k, Ahead{nullptr, 0}, sums);
+      for (int64_t c = 0; c < n; ++c) {
+        std::memcpy(h + (i + c) * stride + j, sums[c], sizeof(sums[c]));
+      }
+    }
+  }
+  // kWidth columns of out at a time: rows of B become columns, which lie across the lanes.
+  const W* b = reinterpret_cast<const W*>(job.b);
+  const int64_t last = (job.o - 1) * job.b_stride + job.r;  // elements of B
+  for (int64_t o = 0; o < job.o; o += kWidth) {
+    const int columns = static_cast<int>(job.o - o < kWidth ? job.o - o : kWidth);
+    alignas(64) float delta[kLoraRows][kWidth] = {};
+    for (int64_t j = 0; j < job.r; j += kWidth) {
+      const int64_t depth = job.r - j < kWidth ? job.r - j : kWidth;
+      F block[kWidth];
+      if ((o + kWidth - 1) * job.b_stride + j + kWidth <= last) {
+        // elements behind the row's end are read, but not used
+        for (int c = 0; c < kWidth; ++c) block[c] = Simd::load1(b + (o + c) * job.b_stride + j);
+      } else {
+        for (int c = 0; c < kWidth; ++c) {
+          W padded[kWidth] = {};
+          if (c < columns) std::memcpy(padded, b + (o + c) * job.b_stride + j, depth * sizeof(W));
+          block[c] = Simd::load1(padded);
+        }
+      }
+      Simd::transpose(block);
+      for (int64_t i = 0; i < rows; ++i) {
+        F sum = Simd::load1(delta[i]);
+        for (int64_t d = 0; d < depth; ++d) {
+          sum = Simd::fma(Simd::set1(h[i * stride + j + d]), block[d], sum);
+        }
+        Simd::store1(delta[i], sum);
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      X* out = reinterpret_cast<X*>(job.out.row(first + i)) + o;
+      const auto add = [&](int n) {  // with n known, it becomes vectors
+        for (int c = 0; c < n; ++c) narrow(widen(out[c]) + job.scaling * delta[i][c], out + c);
+      };
+      if (columns == kWidth) {
+        add(kWidth);
+      } else {
+        add(columns);
+      }
+    }
+  }
+}
+
+}  // namespace
