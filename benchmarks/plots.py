@@ -1,4 +1,4 @@
-"""Draws docs/memory-and-time-*.png from the committed results: python -m benchmarks.plots"""
+"""Draws the plots of docs/ from the committed results: python -m benchmarks.plots"""
 
 import json
 from pathlib import Path
@@ -139,7 +139,104 @@ def draw_curves(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
+DECODE_COLOURS = {
+    "two streams": "#0072b2",
+    "one stream": "#56b4e9",
+    "two adapters": "#009e73",
+    "naive": "#d55e00",
+}
+
+
+def draw_decode(record: dict[str, Any], path: Path) -> None:
+    """Time per token of everybody, one panel a batch, in the case that all ways took part in."""
+    first = record["rows"][0]
+    rows = [row for row in record["rows"] if "ms" in row]
+    rows = [row for row in rows if (row["mode"], row["lora"]) == (first["mode"], first["lora"])]
+    batches = sorted({row["batch"] for row in rows})
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axis, batch in zip(panels, batches, strict=True):
+        bars = {row["who"]: row["ms"] for row in rows if row["batch"] == batch}
+        medians = [timing["median"] for timing in bars.values()]
+        spread = [
+            [max(0.0, t["median"] - t["p20"]) for t in bars.values()],
+            [max(0.0, t["p80"] - t["median"]) for t in bars.values()],
+        ]
+        colours = [DECODE_COLOURS.get(who, "#767676") for who in bars]
+        axis.barh(list(bars), medians, xerr=spread, color=colours, ecolor="#303030", height=0.65)
+        if "base" in bars:
+            axis.axvline(bars["base"]["median"], color="black", linestyle=":", linewidth=1)
+        axis.invert_yaxis()
+        axis.set_xlabel("milliseconds a token (median, p20 to p80)")
+        axis.set_title(f"batch {batch}", fontsize=11)
+        axis.grid(alpha=0.3, axis="x")
+    machine = record["environment"]
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    figure.suptitle(
+        f"Decoding, {first['model']}, {record['dtype']}, {first['mode']}, two streams at strength "
+        f"{record['strength']}\n{device}, torch {machine['torch']}, {machine['date'][:10]}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=140)
+
+
+SAMPLE_STYLES: dict[str, tuple[str, str]] = {  # label, colour
+    "qadapter cpp": ("qadapter", "#0072b2"),
+    "qadapter triton": ("qadapter", "#0072b2"),
+    "eager": ("plain PyTorch", "#767676"),
+    "transformers": ("transformers' processors", "#d55e00"),
+    "compile": ("these compiled", "#e69f00"),
+    "FlashInfer": ("FlashInfer", "#009e73"),
+}
+
+
+def draw_sample(record: dict[str, Any], path: Path) -> None:
+    """Time of one draw by filter, two tensors of the first dtype; a panel a shape."""
+    first = record["rows"][0]
+    same = ("dtype", "streams", "logits")
+    rows = [row for row in record["rows"] if "ms" in row]
+    rows = [row for row in rows if all(row[name] == first[name] for name in same)]
+    shapes = sorted({(row["v"], row["b"]) for row in rows})
+    filters = list(dict.fromkeys(row["filters"] for row in rows))
+    present = [who for who in SAMPLE_STYLES if any(row["who"] == who for row in rows)]
+    width = 0.8 / max(1, len(present))
+    figure = Figure(figsize=(10, 2.7 * len(shapes)), layout="constrained")
+    panels = figure.subplots(len(shapes), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, (v, b) in zip(panels, shapes, strict=True):
+        part = [row for row in rows if (row["v"], row["b"]) == (v, b)]
+        for i, who in enumerate(present):
+            times = {row["filters"]: row["ms"]["median"] for row in part if row["who"] == who}
+            places = [filters.index(name) + (i + 0.5) * width - 0.4 for name in times]
+            label, colour = SAMPLE_STYLES[who]
+            axis.bar(places, list(times.values()), width, label=label, color=colour)
+        read = sum(row["ms"]["median"] * row["share_of_read"] for row in part) / len(part)
+        axis.axhline(read, color="black", linestyle=":", linewidth=1, label="a bare read")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_ylabel("milliseconds")
+        axis.set_title(f"B = {b}, V = {v:,}", fontsize=11)
+        axis.grid(alpha=0.3, axis="y")
+    panels[-1].set_xticks(range(len(filters)), filters)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
+    )
+    machine = record["environment"]
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    figure.suptitle(
+        f"A token per row from the logits of two streams, {first['dtype']}\n"
+        f"{device}, torch {machine['torch']}, {machine['date'][:10]}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=140)
+
+
 def main() -> None:
+    for name, draw_one in (("decode", draw_decode), ("sample", draw_sample)):
+        for result in sorted(RESULTS.glob(f"{name}-*.json")):
+            device = result.stem.removeprefix(f"{name}-")
+            suffix = "" if device == "cpu" else f"-{device}"
+            draw_one(json.loads(result.read_text()), ROOT / "docs" / f"{name}{suffix}.png")
     for result in sorted(RESULTS.glob("loss_curves-cpu.json")):
         draw_curves(json.loads(result.read_text()), ROOT / "docs" / "curves.png")
     for result in sorted(RESULTS.glob("train_step_scaling-*.json")):

@@ -10,16 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import harness, report_decoding
+from benchmarks.report_common import conditions, left_out
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def _conditions(record: dict[str, Any]) -> str:
-    machine = record["environment"]
-    what = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    return f"{what}, torch {machine['torch']}, {machine['date'][:10]}"
 
 
 def logits(record: dict[str, Any]) -> str:
@@ -47,7 +42,7 @@ def logits(record: dict[str, Any]) -> str:
     alpha_0, alpha_tilde, center = shape["alphas"]
     title = (
         f"Operations on logits, N={shape['n']}, V={shape['v']:,}, alpha_0={alpha_0:g}, "
-        f"alpha_tilde={alpha_tilde:g}, center={center:g} ({_conditions(record)}). The ceiling is "
+        f"alpha_tilde={alpha_tilde:g}, center={center:g} ({conditions(record)}). The ceiling is "
         f"the read and copy bandwidth measured in the same run "
         f"({record['ceilings']['read_gb_s']:.0f} and {record['ceilings']['copy_gb_s']:.0f} GB/s); "
         "the columns torch.compile and eager say how many times our time the reference takes; "
@@ -93,7 +88,7 @@ def train_step(record: dict[str, Any], order: str = "as the file has them") -> s
     }
     title = (
         f"A whole training step, {record['model']}, micro-batches of {pairs} pairs of real chat, "
-        f"{order} ({_conditions(record)}): {STEP}. Over all batches "
+        f"{order} ({conditions(record)}): {STEP}. Over all batches "
         f"{sums['released'] / sums['ours']:.2f}x faster, cached "
         f"{sums['released'] / sums['cached']:.2f}x."
     )
@@ -107,7 +102,7 @@ def train_step_shuffled(record: dict[str, Any]) -> str:
 def train_step_scaling(record: dict[str, Any]) -> str:
     title = (
         f"A training step on one pair without any padding, {record['model']}, by the length of its "
-        f"two responses ({_conditions(record)}): {STEP}."
+        f"two responses ({conditions(record)}): {STEP}."
     )
     table = harness.table(["length", *STEP_HEADER], _step_rows(record, 1, "length"))
     return f"{title}\n\n{table}"
@@ -181,7 +176,7 @@ def linear(record: dict[str, Any], small: bool = True) -> str:
     header += ["MiB", "MiB eager", "least of the peers"]
     title = (
         f"The loss and its gradient from hidden states, N={record['shape']['n']} "
-        f"({_conditions(record)}{_versions(record)}). uncached: nothing known of the base, three "
+        f"({conditions(record)}{_versions(record)}). uncached: nothing known of the base, three "
         "matrix products; cached: its statistics known; merged: known, and alpha_0=0.3, center=0; "
         'two products each. "Of products" is our time over those bare matrix products, measured in '
         "the same run; GFLOP/s counts them alone; the peers' columns say how many times our time "
@@ -193,13 +188,8 @@ def linear(record: dict[str, Any], small: bool = True) -> str:
 
 def linear_full(record: dict[str, Any]) -> str:
     """All sizes; and who is left out, and why."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for row in record["rows"]:
-        if "missing" in row:
-            modes = reasons.setdefault((row["who"], row["missing"]), [])
-            modes += [row["mode"]] * (row["mode"] not in modes)
-    left_out = "\n".join(f"- {w} ({', '.join(m)}): {why}." for (w, why), m in reasons.items())
-    return "\n\n".join([linear(record, small=False), *([left_out] if left_out else [])])
+    reasons = left_out(record["rows"], "mode")
+    return "\n\n".join([linear(record, small=False), *([reasons] if reasons else [])])
 
 
 def linear_memory(record: dict[str, Any]) -> str:
@@ -211,7 +201,7 @@ def linear_memory(record: dict[str, Any]) -> str:
     ]
     title = (
         f"MiB that a step adds at its peak, the gradient included, N={record['shape']['n']} "
-        f"({_conditions(record)})."
+        f"({conditions(record)})."
     )
     return f"{title}\n\n{harness.table(['dtype', 'D x V', 'mode', *who], lines)}"
 
@@ -247,7 +237,7 @@ def linear_accuracy(record: dict[str, Any], peers: list[str] | None = None) -> s
     ]
     title = (
         f"Errors against float64 from the same inputs, N={record['shape']['n']} "
-        f"({_conditions(record)}): of a row of the gradient, relative, by the policy's probability "
+        f"({conditions(record)}): of a row of the gradient, relative, by the policy's probability "
         "of the action (median, and the worst row of the last band); of r = q - value, root mean "
         "square per token, and the worst sum of 512 tokens. A half of the rows is in the first "
         "band, a quarter in each of the others."
@@ -282,6 +272,11 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "linear_memory": ("linear", linear_memory),
     "linear_accuracy": ("linear", linear_accuracy),
     "linear_accuracy_full": ("linear", linear_accuracy_full),
+    "decode": ("decode", report_decoding.decode),
+    "decode_full": ("decode", report_decoding.decode_full),
+    "decode_parts": ("decode", report_decoding.decode_parts),
+    "sample": ("sample", report_decoding.sample),
+    "sample_full": ("sample", report_decoding.sample_full),
 }
 
 

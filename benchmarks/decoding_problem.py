@@ -1,0 +1,194 @@
+"""What ways to decode are compared on: a model, adapters with weights, prompts; and the ways."""
+
+import copy
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StoppingCriteria
+
+import qadapter
+from benchmarks import harness
+from benchmarks.peers import naive_decode
+from benchmarks.peers.hf_sampling import warpers
+from qadapter import QAdapterModel
+from qadapter.checkpoint import resolve_model
+from qadapter.data import load_preference_data
+from qadapter.prompts import encode_prompts
+
+SHAPES: dict[str, dict[str, Any]] = {  # random weights
+    "llama-8b": {  # that of Llama-3.1-8B
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,  # for logits that are far from flat
+    },
+}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+}
+LORAS = ("all", "upper")
+WAYS = ("base", "lora", "naive", "two streams", "one stream", "two adapters")
+OURS = WAYS[3:]
+STRENGTH = 0.5
+QUESTIONS = 4  # in a prompt, for about 64 tokens
+
+
+class Clock(StoppingCriteria):
+    """Stops nothing, and notes when each token was there."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.never = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        harness.synchronize(self.never.device.type)  # generate's own loop waits here, too
+        self.times.append(time.perf_counter())
+        return self.never
+
+
+Way = Callable[[int, Clock], Tensor]  # how many new tokens -> all tokens
+
+
+def load_base(name: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    if name in SHAPES:
+        torch.manual_seed(0)
+        config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
+    model = model.eval().to(device)
+    model.generation_config.eos_token_id = None  # all sequences get equally long
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def sharing_copy(model: Any) -> Any:
+    """The same modules again, for LoRA to be put into, around the same weights."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def lora_config(model: Any, which: str) -> LoraConfig:
+    layers = model.config.num_hidden_layers
+    upper = list(range(layers // 2, layers)) if which == "upper" else None
+    return LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=["q_proj", "v_proj"],
+        layers_to_transform=upper,
+        task_type="CAUSAL_LM",
+    )
+
+
+def random_lora(peft_model: Any, seed: int) -> None:
+    """Of a size that changes the text: about 0.6 of the input's in each output."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in peft_model.named_parameters():
+        if ".lora_" in name:
+            scale = parameter.shape[1] ** -0.5 if ".lora_A." in name else 0.1
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(scale * values)
+
+
+def prompts(model: Any, name: str, batch: int) -> tuple[Tensor, Tensor]:
+    """Left-padded input_ids and attention_mask of about 64 tokens a row: the demo's held-out
+    questions in the chat template, or, where there is no tokenizer, random tokens."""
+    if name in SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(57, 65, (batch,), generator=generator)
+        ids = torch.randint(5, SHAPES[name]["vocab_size"], (batch, 64), generator=generator)
+        mask = (torch.arange(64) >= 64 - lengths[:, None]).long()
+        width = int(lengths.max())
+        return (ids * mask)[:, -width:].to(model.device), mask[:, -width:].to(model.device)
+    demo = Path(qadapter.__file__).parent / "demo_data" / "heldout.jsonl"
+    messages = load_preference_data(str(demo))["prompt"]
+    questions = [message[-1]["content"] for message in messages]
+    texts = [
+        " ".join(questions[(i + k) % len(questions)] for k in range(QUESTIONS))
+        for i in range(batch)
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    encoded = encode_prompts(tokenizer, texts, None, True, model.device)
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+class Competitors:
+    """The models of one LoRA, and the ways to decode from them."""
+
+    def __init__(self, base: Any, which: str, cache: str, chosen: list[str]) -> None:
+        self.base, self.cache, self.chosen = base, cache, chosen
+        self.peft = get_peft_model(sharing_copy(base), lora_config(base, which)).eval()
+        random_lora(self.peft, 0)
+        self.ours = self._two_streams(which, 0)
+        self.blend: QAdapterModel | None = None
+        if "two adapters" in chosen:
+            self.blend = self._two_streams(which, 0)
+            with tempfile.TemporaryDirectory() as folder:
+                self._two_streams(which, 1).save_pretrained(folder)
+                self.blend.load_adapter(folder, "second")
+
+    def _two_streams(self, which: str, seed: int) -> QAdapterModel:
+        config = lora_config(self.base, which)
+        model = QAdapterModel.from_base(sharing_copy(self.base), lora_config=config)
+        random_lora(model.peft_model, seed)
+        return model.eval()
+
+    def ways(self, ids: Tensor, mask: Tensor, mode: str) -> dict[str, Way]:
+        filters = MODES[mode]
+        arguments: dict[str, Any] = {"do_sample": bool(filters), **filters}
+        if self.cache == "static":
+            arguments["cache_implementation"] = "static"
+        by_hand = {"alpha_0": 1 / STRENGTH, "alpha_tilde": 1 / STRENGTH, "center": 1.0}
+
+        def theirs(model: Any) -> Way:
+            return lambda new, clock: model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new,
+                stopping_criteria=[clock],
+                **arguments,
+            )
+
+        def ours(model: QAdapterModel, **blend: Any) -> Way:
+            return lambda new, clock: model.generate(
+                ids, mask, max_new_tokens=new, stopping_criteria=[clock], **blend, **arguments
+            )
+
+        def naive(new: int, clock: Clock) -> Tensor:
+            chain = warpers(**filters) if filters else None
+            return naive_decode.generate(
+                self.peft, ids, mask, new=new, warpers=chain, clock=clock, **by_hand
+            )
+
+        ways: dict[str, Way] = {
+            "base": theirs(self.base),
+            "lora": theirs(self.peft),
+            "naive": naive,
+            "two streams": ours(self.ours, strength=STRENGTH),
+            "one stream": ours(self.ours, strength=1.0),
+        }
+        if self.blend is not None:
+            names = list(self.blend.adapter_names)
+            blend = {"strength": STRENGTH, "adapters": dict.fromkeys(names, 0.5)}
+            ways["two adapters"] = ours(self.blend, **blend)
+        return {name: way for name, way in ways.items() if name in self.chosen}
