@@ -1,4 +1,4 @@
-"""The command line: qadapter train | generate | eval | demo | env."""
+"""The command line: qadapter train | generate | chat | eval | demo | env."""
 
 import argparse
 import sys
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+
+from qadapter import chat, cli_generate
 
 DESCRIPTION = "Customise a frozen language model with a residual Q-function (Q-Adapter)."
 
@@ -18,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "train", add_help=False, help="train an adapter on preference pairs (train --help)"
     )
-    _add_generate(commands)
+    cli_generate.add_parser(commands)
+    chat.add_parser(commands)
     _add_eval(commands)
     _add_demo(commands)
     commands.add_parser("env", help="versions, backends, and a check of each against the reference")
@@ -28,7 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    run = {"generate": generate, "eval": evaluate, "demo": demo, "env": env}[options.command]
+    run = {
+        "generate": cli_generate.generate,
+        "chat": chat.chat,
+        "eval": evaluate,
+        "demo": demo,
+        "env": env,
+    }[options.command]
     return _reporting_errors(run, options)
 
 
@@ -143,83 +152,6 @@ def _lora_config(options: TrainArguments) -> Any:
     )
 
 
-# generate
-
-
-def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="sample from the composed policy")
-    parser.add_argument("--adapter", required=True, help="folder of a saved adapter")
-    parser.add_argument("--base-model", help="where the base is, if not where it was at training")
-    parser.add_argument(
-        "--prompt", action="append", help="a prompt; repeat for several; default, stdin"
-    )
-    parser.add_argument("--system", help="system message")
-    parser.add_argument("--no-chat", action="store_true", help="do not use the chat template")
-    parser.add_argument("--strength", type=float, help="0 is the base, 1 as trained, more is more")
-    parser.add_argument("--alpha-0", type=float, help="instead of strength")
-    parser.add_argument("--alpha-tilde", type=float, help="instead of strength")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--dtype", default="auto")
-
-
-def generate(options: argparse.Namespace) -> int:
-    import torch
-    from transformers import TextStreamer
-
-    from qadapter.generation import encode_prompts
-
-    model, tokenizer = _load(options)
-    prompts = options.prompt or [sys.stdin.read().strip()]
-    if not all(prompts):
-        raise ValueError("--prompt: expected some text, got an empty prompt")
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
-    if options.temperature > 0:
-        settings |= {"do_sample": True, "temperature": options.temperature}
-        settings |= {"top_k": options.top_k, "top_p": options.top_p}
-        settings |= {"min_p": options.min_p or None}
-    for i, prompt in enumerate(prompts):
-        if len(prompts) > 1:
-            print(("\n" if i else "") + f"> {prompt}")
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        model.generate(
-            **encode_prompts(
-                tokenizer, [prompt], options.system, not options.no_chat, model.device
-            ),
-            strength=options.strength,
-            alpha_0=options.alpha_0,
-            alpha_tilde=options.alpha_tilde,
-            streamer=streamer,
-            **settings,
-        )
-    return 0
-
-
-def _load(options: argparse.Namespace) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoTokenizer
-
-    from qadapter.checkpoint import is_adapter_folder
-    from qadapter.modeling import QAdapterModel
-
-    if not is_adapter_folder(options.adapter):
-        raise ValueError(f"--adapter: {options.adapter} is not the folder of a saved adapter")
-    model = QAdapterModel.from_pretrained(
-        options.adapter, base_model=options.base_model, dtype=options.dtype
-    )
-    if torch.cuda.is_available():
-        model.to("cuda")
-    own = (Path(options.adapter) / "tokenizer_config.json").exists()
-    source = options.adapter if own else model.config._name_or_path
-    return model, AutoTokenizer.from_pretrained(source)
-
-
 # eval
 
 
@@ -246,12 +178,13 @@ def _add_eval(commands: Any) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from qadapter import evaluation, files
+    from qadapter import cli_options, evaluation, files
     from qadapter.data import load_preference_data
 
     data = _head(load_preference_data(options.data, options.split), options.max_examples)
     unrelated = _head(evaluation.load_unrelated(options.unrelated), options.max_examples)
-    model, tokenizer = _load(options)
+    folders = {cli_options.FIRST: cli_options.checked_folder(options.adapter)}
+    model, tokenizer = cli_options.load(folders, options.base_model, options.dtype)
     trained = {}
     if (Path(options.adapter) / "training_args.json").exists():
         trained = files.read_json(Path(options.adapter) / "training_args.json")

@@ -1,6 +1,8 @@
 """Prompts: from a file or a list of messages to token ids, padded on the left."""
 
+import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +31,16 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
     """The prompts of a file, checked.
 
     .jsonl (an object or a string a line), .json (a list of them), .txt (a prompt a line, empty
-    lines skipped), .parquet. An object has ``prompt`` (text, or a list of chat messages) or
+    lines skipped), .parquet; "-" is stdin, JSON lines if the first begins with {, else text.
+    An object has ``prompt`` (text, or a list of chat messages) or
     ``messages``, and may have ``strength`` and ``seed``; its other fields are kept.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a row that does not fit, with file and line; no rows.
     """
+    if str(path) == "-":
+        return _read_stdin()
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -47,16 +52,29 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
         rows: Any = Dataset.from_parquet(str(path))
         records = [(f"{path}, row {i}", row) for i, row in enumerate(rows, start=1)]
     elif path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        records = [
-            (f"{path}, line {i}", line.strip())
-            for i, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
+        records = _lines(path.read_text(encoding="utf-8-sig"), str(path))
     else:
         records = _read_json(path)
     if not records:
         raise ValueError(f"{path}: no rows")
+    return [prompt_row(record, place) for place, record in records]
+
+
+def _lines(text: str, name: str) -> list[tuple[str, Any]]:
+    lines = enumerate(text.split("\n"), start=1)
+    return [(f"{name}, line {i}", line.strip()) for i, line in lines if line.strip()]
+
+
+def _read_stdin() -> list[PromptRow]:
+    records = _lines(sys.stdin.read(), "stdin")
+    if not records:
+        raise ValueError("stdin: no rows")
+    if records[0][1].startswith("{"):
+        for i, (place, line) in enumerate(records):
+            try:
+                records[i] = (place, json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: not valid JSON: {error.msg}") from None
     return [prompt_row(record, place) for place, record in records]
 
 
