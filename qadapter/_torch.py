@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qadapter._torch_linear import linear_fwd
 from qadapter._torch_rows import NEG_INF, finish_rows, stats_dtype
+from qadapter._torch_sample import sample
 from qadapter.losses import preference_fwd
 
-__all__ = ["linear_fwd", "preference_fwd", "residual_bwd", "residual_fwd"]
+__all__ = ["linear_fwd", "preference_fwd", "residual_bwd", "residual_fwd", "sample"]
 
 CHUNK_ELEMENTS = 1 << 22
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -41,13 +42,16 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def check(backend: BackendInfo) -> float:
-    """Largest error of loss, values and gradient against the float64 reference, on a small case."""
+    """Largest error against the float64 reference, on a small case.
+
+    Of loss, margins and gradient, and of the log-probability of a token that the sampler draws.
+    """
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(6, 1003, generator=generator) * 4
     adapter = base + torch.randn(6, 1003, generator=generator)
     actions = torch.randint(0, 1003, (6,), generator=generator)
     cu_seqlens = torch.tensor([0, 4, 6], dtype=torch.int32)
-    settings = {"alpha_0": 0.5, "alpha_tilde": 0.7, "center": 1.0}
+    settings: dict[str, Any] = {"alpha_0": 0.5, "alpha_tilde": 0.7, "center": 1.0}
 
     def outcome(function: object, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
         q_logits = adapter.to(device, dtype, copy=True).requires_grad_()
@@ -58,9 +62,15 @@ def check(backend: BackendInfo) -> float:
         assert q_logits.grad is not None
         return [x.detach().double().cpu() for x in (loss.loss, loss.margins, q_logits.grad)]
 
+    filters: dict[str, Any] = {"top_k": 200, "top_p": 0.9}
+    device = backend.devices[-1]
     expected = outcome(reference.qadapter_loss, "cpu", torch.float64)
+    logp = reference.filtered_logprobs(base.double(), adapter.double(), **settings, **filters)
     with use_backend(backend.name):
-        got = outcome(QF.qadapter_loss, backend.devices[-1], torch.float32)
+        got = outcome(QF.qadapter_loss, device, torch.float32)
+        drawn = QF.sample(base.to(device), adapter.to(device), seed=0, **settings, **filters)
+    got.append(drawn.logprobs.double().cpu())
+    expected.append(logp.gather(-1, drawn.tokens.cpu()[:, None])[:, 0])
     return max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
 
 
