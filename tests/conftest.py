@@ -15,6 +15,26 @@ WORDS = (  # noqa: SIM905
 ).split()
 
 
+@pytest.fixture(params=["avx512", "avx2", "plain"])
+def isa(request, monkeypatch):
+    """The C++ kernels' vector code; skips what this CPU does not have."""
+    from qadapter import _cpp
+
+    monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
+    if _cpp.capability() != request.param:
+        pytest.skip(f"this CPU has no {request.param}")
+    return request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors gain nothing from more, and lose much where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A word-level chat tokenizer: one id a word, <s>, </s>, <pad>, <unk>."""

@@ -12,6 +12,8 @@ import torch
 from qadapter import _cpp, reference
 from qadapter.outputs import ResidualValues
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 if not _cpp.available()[0]:
     pytest.skip(_cpp.available()[1], allow_module_level=True)
 
@@ -19,23 +21,6 @@ INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FIELDS = ("q", "value", "base_logp", "policy_logp", "base_lse")
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(params=["avx512", "avx2", "plain"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
-    if _cpp.capability() != request.param:
-        pytest.skip(f"this CPU has no {request.param}")
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from more, and lose much where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def policy_logits(base, q, alphas):

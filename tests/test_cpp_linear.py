@@ -15,6 +15,8 @@ import torch
 
 from qadapter import _cpp, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 if not _cpp.available()[0]:
     pytest.skip(_cpp.available()[1], allow_module_level=True)
 
@@ -34,15 +36,6 @@ def isa(request, monkeypatch):
     if _cpp.capability() != request.param:
         pytest.skip(f"this CPU has no {request.param}")
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from more, and lose much where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(rows, vocab, dim, hidden=F32, weight=F32, *, spread=3.0, seed=0):

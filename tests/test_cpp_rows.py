@@ -12,6 +12,8 @@ from torch.nn.functional import linear
 
 from qadapter import _cpp
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 if not _cpp.available()[0]:
     pytest.skip(_cpp.available()[1], allow_module_level=True)
 
@@ -37,14 +39,6 @@ def isa(request, monkeypatch):
 def forget():
     _cpp._rows.cache_clear()
     _cpp.rows_linear_limit.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape, dtype=F32, seed=0):

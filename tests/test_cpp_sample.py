@@ -11,6 +11,8 @@ import torch
 
 from qadapter import _cpp, _torch, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 if not _cpp.available()[0]:
     pytest.skip(_cpp.available()[1], allow_module_level=True)
 
@@ -31,23 +33,6 @@ FILTERS = [  # top_k, top_p, min_p
     (3000, 0.8, 0.02),
     (0, 0.9, 0.3),
 ]
-
-
-@pytest.fixture(params=["avx512", "avx2", "plain"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
-    if _cpp.capability() != request.param:
-        pytest.skip(f"this CPU has no {request.param}")
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from more, and lose much where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logits(shape, rows, vocab, seed=0):

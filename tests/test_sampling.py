@@ -16,6 +16,8 @@ from qadapter import _cpp, reference, use_backend
 from qadapter import functional as QF
 from qadapter.sampling import philox_4x32
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INF, NAN = float("inf"), float("nan")
 BACKENDS = [
     "torch",
@@ -27,15 +29,6 @@ BACKENDS = [
 def backend(request):
     with use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from more, and lose much where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def streams(batch=4, vocab=13, seed=0):
