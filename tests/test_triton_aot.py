@@ -22,6 +22,20 @@ from qadapter.kernels import linear_chunk, linear_finish, preference  # noqa: E4
 from qadapter.kernels.residual_bwd import residual_bwd_kernel  # noqa: E402
 from qadapter.kernels.residual_finish import residual_fwd_merge_kernel  # noqa: E402
 from qadapter.kernels.residual_fwd import residual_fwd_kernel  # noqa: E402
+from qadapter.kernels.sample import (  # noqa: E402
+    DRAW_WARPS,
+    FILTER_GROUP,
+    MOST_FILTER_GROUPS,
+    MOST_PLAIN_GROUPS,
+    PLAIN_GROUP,
+)
+from qadapter.kernels.sample_blocks import TILE, WARPS, sample_blocks_kernel  # noqa: E402
+from qadapter.kernels.sample_draw import sample_draw_kernel  # noqa: E402
+from qadapter.kernels.sample_filter import (  # noqa: E402
+    FILTER_TILE,
+    FILTER_WARPS,
+    sample_filter_kernel,
+)
 
 ARCHITECTURES = [80, 90, 100]
 VECTORS = {"fp32": 4, "bf16": 8, "fp16": 8}
@@ -40,12 +54,31 @@ INTEGERS = {
     "first_row": "i32",
     "stride": "i32",
     "dim": "i32",
+    "scale_step": "i32",
+    "base_weight_step": "i32",
+    "position_step": "i32",
+    "groups": "i32",
+    "top_k": "i32",
+    "top_p_bits": "i64",
+    "log_min_p_bits": "i64",
 }
-POINTERS = {"actions_ptr": "*i64", "cu_ptr": "*i32", "counts_ptr": "*i32"}
+POINTERS = {
+    "actions_ptr": "*i64",
+    "cu_ptr": "*i32",
+    "counts_ptr": "*i32",
+    "scale_ptr": "*fp64",
+    "base_weight_ptr": "*fp64",
+    "seed_ptr": "*i64",
+    "position_ptr": "*i64",
+    "workspace_ptr": "*i32",
+    "tokens_out": "*i64",
+}
 LOGITS = ("base_ptr", "q_ptr", "grad_ptr", "p_ptr", "weight_ptr")
 
 
-def compile_for(kernel, arch, constants, warps, logits="fp32", *, aligned=(), stages=3):
+def compile_for(
+    kernel, arch, constants, warps, logits="fp32", *, aligned=(), stages=3, fusion=True
+):
     """`aligned`: arguments that are divisible by 16, as the launcher would find out."""
     signature = {}
     for name in kernel.arg_names:
@@ -60,7 +93,7 @@ def compile_for(kernel, arch, constants, warps, logits="fp32", *, aligned=(), st
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=indices, attrs=hints)
-    options = {"num_warps": warps, "enable_fp_fusion": True, "num_stages": stages}
+    options = {"num_warps": warps, "enable_fp_fusion": fusion, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -77,8 +110,8 @@ def wide_accesses(compiled, kind):
     return len(re.findall(rf"{kind}\.global\S*\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"]))
 
 
-def check_resources(compiled, tmp_path, title):
-    """No stack and no local memory, that is no spills; prints the registers."""
+def check_resources(compiled, tmp_path, title, *, stack=0):
+    """No more stack than that and no local memory: no spills. Prints the registers."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [cuobjdump(), "--dump-resource-usage", str(cubin)]
@@ -91,7 +124,7 @@ def check_resources(compiled, tmp_path, title):
         f"\n{title}: {usage['REG']} registers, {usage['SHARED']} B shared, 128-bit ld, st {wide}",
         end="",
     )
-    assert usage["STACK"] == 0, title
+    assert usage["STACK"] <= stack, title
     assert usage["LOCAL"] == 0, title
     return usage["REG"]
 
@@ -251,3 +284,83 @@ def test_linear_ends(dtype, arch, tmp_path):
         constants.update(dict.fromkeys(names, True), HAS_LSE=False, HAS_LOGP=False)
         compiled = compile_for(linear_finish.linear_finish_kernel, arch, constants, 4)
         check_resources(compiled, tmp_path, f"linear finish sm_{arch}")
+
+
+def sampler_constants(group, *, has_base=True, **others):
+    return {"HAS_BASE": has_base, "GROUP": group, **others}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", VECTORS)
+def test_sample_blocks(dtype, arch, tmp_path):
+    for group, aligned, has_base in (
+        (PLAIN_GROUP, True, True),
+        (FILTER_GROUP, True, True),
+        (FILTER_GROUP, True, False),
+        (PLAIN_GROUP, False, True),
+    ):
+        constants = sampler_constants(group, has_base=has_base, ALIGNED=aligned, ROWS=TILE // group)
+        hints = ["vocab"] if aligned else []
+        compiled = compile_for(
+            sample_blocks_kernel, arch, constants, WARPS, dtype, aligned=hints, fusion=False
+        )
+        title = f"sample blocks sm_{arch} {dtype} group {group} aligned {aligned} base {has_base}"
+        registers = check_resources(compiled, tmp_path, title)
+        assert registers <= 64, title  # 1024 threads on a multiprocessor
+        # 16 tokens a thread and stream.
+        vectors = 16 // VECTORS[dtype] * (1 + has_base)
+        assert wide_accesses(compiled, "ld") == (vectors if aligned else 0), title
+        # x is the same in every kernel, and the same as in the other backends.
+        assert "fma.rn.f32" not in compiled.asm["ptx"], title
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sample_draw(arch, tmp_path):
+    for greedy, shared in ((False, True), (True, False)):
+        constants = sampler_constants(
+            PLAIN_GROUP, GROUPS=MOST_PLAIN_GROUPS, SHARED_SEED=shared, GREEDY=greedy
+        )
+        compiled = compile_for(
+            sample_draw_kernel, arch, constants, DRAW_WARPS, "bf16", aligned=["vocab"], fusion=False
+        )
+        check_resources(compiled, tmp_path, f"sample draw sm_{arch} greedy {greedy}")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("filters", "dtype", "greedy"),
+    [
+        ("k p min", "bf16", False),
+        ("k p", "fp32", False),
+        ("p min", "bf16", True),
+        ("k", "fp32", True),
+    ],
+)
+def test_sample_filter(filters, dtype, greedy, arch, tmp_path):
+    names = filters.split()
+    constants = sampler_constants(
+        FILTER_GROUP,
+        ALIGNED=True,
+        BY_K="k" in names,
+        BY_P="p" in names,
+        BY_MIN="min" in names,
+        GROUPS=MOST_FILTER_GROUPS,
+        ROWS=FILTER_TILE // FILTER_GROUP,
+        SHARED_SEED=False,
+        GREEDY=greedy,
+    )
+    compiled = compile_for(
+        sample_filter_kernel,
+        arch,
+        constants,
+        FILTER_WARPS,
+        dtype,
+        aligned=["vocab"],
+        fusion=False,
+    )
+    title = f"sample filter sm_{arch} {dtype} {filters}"
+    # Some compilers give up a few registers so that two programs fit on a multiprocessor.
+    check_resources(compiled, tmp_path, title, stack=48)
+    # The listed groups: the last pass, and two in the search for every pivot; both streams.
+    passes = 1 + 2 * len({"k", "p"} & set(names))
+    assert wide_accesses(compiled, "ld") >= 2 * passes, title
