@@ -1,11 +1,19 @@
-"""Builds the optional C++ extension; all else about the package is static, in pyproject.toml.
+"""Builds the two optional extensions; all else about the package is static, in pyproject.toml.
 
-The extension is compiled against LibTorch's stable ABI and CPython's limited API, so one wheel
-(cp311-abi3) serves every torch from 2.11 and every CPython from 3.11. Nothing fails without it:
+    qadapter._C_cpu     C++ kernels for the CPU
+    qadapter._C_cuda    CUDA kernels; needs nvcc, and no GPU
+
+They are compiled against LibTorch's stable ABI and CPython's limited API, so one wheel
+(cp311-abi3) serves every torch from 2.11 and every CPython from 3.11. Nothing fails without them:
 with no torch, no compiler or a failing compile the result is a pure-Python wheel, and
-`qadapter/_build_info.json` keeps the reason for `qadapter env`.
+`qadapter/_build_info.json` keeps the reasons for `qadapter env`.
 
-QADAPTER_BUILD=0 leaves the extension out; QADAPTER_BUILD=cpu makes a missing extension an error.
+QADAPTER_BUILD says what is wanted:
+
+    auto    the default: what can be built; CUDA where nvcc is found and torch is a CUDA build
+    0       neither
+    cpu     the first; its absence is an error
+    cuda    both; the absence of either is an error. torch may be a CPU build
 """
 
 import importlib.metadata
@@ -16,6 +24,7 @@ import re
 import shlex
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -33,9 +42,25 @@ except ImportError:  # only without isolation, where nobody checks build-system.
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)  # the stable ABI is complete enough from here on; also in pyproject.toml
 MODE = os.environ.get("QADAPTER_BUILD", "auto")
-SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/*.cpp"))
 # Metadata hooks run this file too, and must not pay for importing torch.
 BUILDING = bool({"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sys.argv))
+MIN_NVCC = (12, 8)  # the first that knows sm_100
+# Binaries for Ampere, Hopper and Blackwell, and PTX that a driver compiles for all others.
+CUDA_TARGETS = ("80,code=sm_80", "80,code=compute_80", "90a,code=sm_90a", "100,code=sm_100")
+# nvcc and the C++ compiler need about 1 GB a job; small machines have little more.
+os.environ.setdefault("MAX_JOBS", str(min(2, os.cpu_count() or 1)))
+
+
+def files(*patterns: str) -> list[str]:
+    return sorted(
+        path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)
+    )
+
+
+SOURCES = {
+    "cpu": files("csrc/cpu/*.cpp"),
+    "cuda": files("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+}
 
 
 def borrow_torch() -> None:
@@ -55,11 +80,11 @@ def borrow_torch() -> None:
         importlib.invalidate_caches()
 
 
-def why_not() -> str | None:
-    """The reason why the extension cannot be built here, or None."""
+def why_not_cpu() -> str | None:
+    """The reason why no extension can be built here, or None."""
     if MODE == "0":
         return "left out by QADAPTER_BUILD=0"
-    if not SOURCES:
+    if not SOURCES["cpu"]:
         return "no sources in csrc/cpu"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "free-threaded CPython has no limited API"
@@ -78,89 +103,163 @@ def why_not() -> str | None:
     return None
 
 
+def toolkit_of(nvcc: Path) -> Path | None:
+    """The CUDA folder of an nvcc, which may be a link to the real one or a script that calls it."""
+    toolkit = nvcc.resolve().parent.parent
+    if not (toolkit / "include" / "cuda_runtime.h").is_file():
+        command = [str(nvcc), "--dryrun", "-x", "cu", os.devnull]
+        try:
+            plan = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+        except (OSError, subprocess.SubprocessError):
+            return None
+        top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+        toolkit = Path(top[1].strip()).resolve() if top else toolkit
+    return toolkit if (toolkit / "bin" / "nvcc").is_file() else None
+
+
+def find_cuda() -> Path | None:
+    """The CUDA folder: CUDA_HOME or CUDA_PATH, that of the nvcc on PATH, or /usr/local/cuda."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return toolkit_of(Path(named, "bin", "nvcc"))
+    on_path = shutil.which("nvcc")
+    found = toolkit_of(Path(on_path)) if on_path else None
+    return found or toolkit_of(Path("/usr/local/cuda/bin/nvcc"))
+
+
+def why_not_cuda() -> str | None:
+    """Why the CUDA extension is left out where the other one can be built; None if it is not."""
+    if MODE == "cpu":
+        return "left out by QADAPTER_BUILD=cpu"
+    if not SOURCES["cuda"]:
+        return "no sources in csrc/cuda"
+    if not sys.platform.startswith("linux"):
+        return f"CUDA kernels are built on Linux, not on {sys.platform}"
+    cuda = find_cuda()
+    if cuda is None:
+        return "no nvcc: neither in CUDA_HOME nor on PATH nor in /usr/local/cuda"
+    if MODE == "auto":
+        import torch
+
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is not a CUDA build; QADAPTER_BUILD=cuda builds them"
+    version = subprocess.run([cuda / "bin" / "nvcc", "--version"], capture_output=True, text=True)
+    release = re.search(r"release (\d+)\.(\d+)", version.stdout)
+    if release is None:
+        return f"{cuda}/bin/nvcc does not run: {version.stderr.strip() or 'no version'}"
+    if (int(release[1]), int(release[2])) < MIN_NVCC:
+        return f"nvcc {release[1]}.{release[2]} is older than {MIN_NVCC[0]}.{MIN_NVCC[1]}"
+    return None
+
+
 def say(reason: str) -> None:
     # a warning and not a print: pip hides what a build prints, but newer ones pass warnings on
     warnings.warn(f"qadapter is built without its C++ extension: {reason}", stacklevel=2)
 
 
-def record(folder: str | Path, reason: str | None) -> None:
+def record(folder: str | Path) -> None:
+    """What was built, and else why not, for `qadapter env`."""
     path = Path(folder, "qadapter", "_build_info.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"cpu": reason or "built"}) + "\n")
+    path.write_text(json.dumps({name: why or "built" for name, why in reasons.items()}) + "\n")
 
 
-def cpu_extension() -> Extension:
-    from torch.utils.cpp_extension import CppExtension, include_paths
+def extension(name: str) -> Extension:
+    from torch.utils import cpp_extension
 
     # Neither the paths of this machine nor debug information belong in a wheel.
-    prefixes = [f"{ROOT}{os.sep}", *(f"{path}{os.sep}" for path in include_paths())]
-    unix_flags = ["-O3", "-g0", *(f"-ffile-prefix-map={prefix}=" for prefix in prefixes)]
-    return CppExtension(
-        "qadapter._C_cpu",
-        SOURCES,
+    prefixes = [f"{ROOT}{os.sep}", *(f"{path}{os.sep}" for path in cpp_extension.include_paths())]
+    maps = [f"-ffile-prefix-map={prefix}=" for prefix in prefixes]
+    # No -std: torch sets the one its headers need. No -march: the kernels choose at run time.
+    flags = {"cxx": ["/O2"] if os.name == "nt" else ["-O3", "-g0", *maps]}
+    libraries: dict[str, list[str]] = {}
+    if name == "cuda":
+        cuda = find_cuda()
+        cpp_extension.CUDA_HOME = str(cuda)  # torch's guess is wrong where nvcc is a script
+        host = [part for flag in maps for part in ("-Xcompiler", flag)]
+        targets = [f"-gencode=arch=compute_{target}" for target in CUDA_TARGETS]
+        flags["nvcc"] = ["-O3", *host, *targets]
+        # The static runtime: the extension then needs no CUDA library but the driver, loads
+        # anywhere, and takes no part in which CUDA libraries torch brings.
+        libraries = {"libraries": ["cudart_static", "rt", "dl", "pthread"]}
+        libraries["library_dirs"] = [str(cuda / "lib64"), str(cuda / "lib")]
+    return cpp_extension.CppExtension(
+        f"qadapter._C_{name}",
+        SOURCES[name],
         include_dirs=[str(ROOT / "csrc")],
-        depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.h")),
-        # No -std: torch sets the one its headers need. No -march: the kernels choose at run time.
-        extra_compile_args=["/O2"] if os.name == "nt" else unix_flags,
+        depends=files("csrc/*/*.h", "csrc/*/*.cuh"),
+        extra_compile_args=flags,
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020b000000000000"),
             ("TORCH_STABLE_ONLY", None),
         ],
         py_limited_api=True,
+        **libraries,
     )
 
 
 def drop_stale() -> None:
     """An extension that an earlier build left in the source tree must not pass for this one's."""
-    for path in ROOT.glob("qadapter/_C_cpu.*"):
-        path.unlink()
+    for name, why in reasons.items():
+        for path in ROOT.glob(f"qadapter/_C_{name}.*") if why else ():
+            path.unlink()
 
 
-if MODE not in ("auto", "0", "cpu"):
-    raise SystemExit(f"qadapter: QADAPTER_BUILD must be auto, 0 or cpu, not {MODE!r}")
-reason = why_not() if BUILDING else "not building"
-if reason is None:
+if MODE not in ("auto", "0", "cpu", "cuda"):
+    raise SystemExit(f"qadapter: QADAPTER_BUILD must be auto, 0, cpu or cuda, not {MODE!r}")
+wanted = {"cpu": ("cpu",), "cuda": ("cpu", "cuda")}.get(MODE, ())
+reasons: dict[str, str | None] = {"cpu": "not building", "cuda": "not building"}
+if BUILDING:
+    reasons["cpu"] = why_not_cpu()
+    reasons["cuda"] = reasons["cpu"] or why_not_cuda()
+    for name in wanted:
+        if reasons[name] is not None:
+            raise SystemExit(f"qadapter: QADAPTER_BUILD={MODE}, but {reasons[name]}")
+if reasons["cpu"] is None:
     from torch.utils.cpp_extension import BuildExtension
 
     # ninja may be installed beside an interpreter that was called without activating its venv
     os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
-elif MODE == "cpu" and BUILDING:
-    raise SystemExit(f"qadapter: QADAPTER_BUILD=cpu, but {reason}")
 else:
     BuildExtension = build_ext
     if BUILDING:
-        say(reason)
+        say(reasons["cpu"])
 
 
 class OptionalBuildExt(BuildExtension):
-    """Turns any failure into a pure-Python build, unless the extension was asked for."""
+    """Leaves out what fails to compile, unless it was asked for."""
 
     def run(self) -> None:
-        in_source = self.inplace
-        failure = reason
-        if self.extensions:
+        in_source, compiler = self.inplace, self.compiler
+        built = []
+        for extension in self.extensions:  # one by one: the other may still succeed
+            name = extension.name.removeprefix("qadapter._C_")
+            self.extensions, self.compiler = [extension], compiler
             try:
                 super().run()
+                built.append(extension)
             except (Exception, SystemExit) as error:
-                if MODE == "cpu":
+                if name in wanted:
                     raise
-                failure = f"compiling failed ({error}); QADAPTER_BUILD=cpu and pip -v show how"
-                say(failure)
-                self.extensions = self.distribution.ext_modules = []
-        if failure is not None and in_source:
+                reasons[name] = (
+                    f"compiling failed ({error}); QADAPTER_BUILD={name} and pip -v show how"
+                )
+                say(f"{name}: {reasons[name]}")
+        self.extensions = self.distribution.ext_modules = built
+        if in_source:
             drop_stale()
-        record(ROOT if in_source else self.build_lib, failure)
+        record(ROOT if in_source else self.build_lib)
 
 
 class BuildPy(build_py):
-    """Adds the reason for a missing extension to the package."""
+    """Adds the reasons to a package without extensions; with some, `build_ext` does that."""
 
     def run(self) -> None:
         super().run()
-        if reason is not None:
+        if reasons["cpu"] is not None:
             if self.editable_mode:
                 drop_stale()
-            record(ROOT if self.editable_mode else self.build_lib, reason)
+            record(ROOT if self.editable_mode else self.build_lib)
 
 
 class BdistWheel(bdist_wheel):
@@ -175,8 +274,9 @@ class BdistWheel(bdist_wheel):
         super().run()
 
 
+extensions = [extension(name) for name, why in reasons.items() if why is None]
 setup(
-    ext_modules=[cpu_extension()] if reason is None else [],
+    ext_modules=extensions,
     cmdclass={"build_ext": OptionalBuildExt, "build_py": BuildPy, "bdist_wheel": BdistWheel},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if reason is None else {},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {},
 )

@@ -19,10 +19,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITIES = ("plain", "avx2", "avx512")  # the extension's numbers for them
 
 
-def _build_note() -> str:
-    """Why setup.py left the extension out, where it said so."""
+def build_note(extension: str) -> str:
+    """Why setup.py left an extension out ("cpu" or "cuda"), where it said so."""
     try:
-        note = json.loads((Path(__file__).parent / "_build_info.json").read_text())["cpu"]
+        note = json.loads((Path(__file__).parent / "_build_info.json").read_text())[extension]
     except (OSError, ValueError, KeyError):
         return ""
     return "" if note == "built" else f": {note}"
@@ -36,7 +36,7 @@ def _load() -> str | None:
     except ModuleNotFoundError as error:
         if error.name != "qadapter._C_cpu":
             return f"the C++ extension cannot be loaded ({error})"
-        return f"the C++ extension is not built{_build_note()}"
+        return f"the C++ extension is not built{build_note('cpu')}"
     except Exception as error:  # built for another torch, another platform
         return f"the C++ extension cannot be loaded ({type(error).__name__}: {error})"
     return None

@@ -1,8 +1,9 @@
 """Which implementation runs, and why the others do not.
 
 ``auto`` takes, for CUDA tensors, Triton and else torch; for CPU tensors, the C++ extension and else
-torch. A backend that is asked for by name (``use_backend`` or ``QADAPTER_BACKEND``) and cannot
-serve the call is an error that says why, never a silent fallback.
+torch. It never takes the CUDA extension, whose kernels have not been timed. A backend that is asked
+for by name (``use_backend`` or ``QADAPTER_BACKEND``) and cannot serve the call is an error that says
+why, never a silent fallback.
 """
 
 import contextlib
@@ -83,6 +84,13 @@ def _cpp_state() -> tuple[bool, str, tuple[str, ...]]:
     return True, f"vector code: {_cpp.capability()}", ("cpu",)
 
 
+def _cuda_state() -> tuple[bool, str, tuple[str, ...]]:
+    from qadapter import _cuda
+
+    available, reason = _cuda.available()
+    return available, reason, ("cuda",) if available else ()
+
+
 def backends() -> list[BackendInfo]:
     """Every backend with its state, the reason for it, and the device types it serves here."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -90,18 +98,17 @@ def backends() -> list[BackendInfo]:
         BackendInfo("torch", True, f"torch {torch.__version__}", devices),
         BackendInfo("cpp", *_cpp_state()),
         BackendInfo("triton", *_triton_state()),
-        BackendInfo("cuda", False, "this version has no CUDA C++ kernels; triton serves GPUs", ()),
+        BackendInfo("cuda", *_cuda_state()),
     ]
 
 
-def _why_not(name: str, tensor: Tensor) -> str | None:
+def why_not(name: str, tensor: Tensor) -> str | None:
     """None if backend ``name`` can serve ``tensor``; else the reason."""
     device, dtype = tensor.device.type, tensor.dtype
     if name == "torch":
         return None
-    if name == "cuda":
-        return "this version has no CUDA C++ kernels; use triton"
-    available, reason, devices = _cpp_state() if name == "cpp" else _triton_state()
+    states = {"cpp": _cpp_state, "triton": _triton_state, "cuda": _cuda_state}
+    available, reason, devices = states[name]()
     if not available:
         return reason
     if device not in devices:
@@ -119,14 +126,14 @@ def _triton_functions() -> ModuleType:
 
 def implementation(tensor: Tensor) -> ModuleType:
     """The module whose residual_fwd, residual_bwd and preference_fwd serve ``tensor``."""
-    from qadapter import _cpp, _torch
+    from qadapter import _cpp, _cuda, _torch
 
     name = current_backend()
     if name == "auto":
         preferred = "triton" if tensor.device.type == "cuda" else "cpp"
-        name = preferred if _why_not(preferred, tensor) is None else "torch"
-    elif (why := _why_not(name, tensor)) is not None:
+        name = preferred if why_not(preferred, tensor) is None else "torch"
+    elif (why := why_not(name, tensor)) is not None:
         raise RuntimeError(f"backend {name!r} cannot run this call: {why}")
     if name == "triton":
         return _triton_functions()
-    return _cpp if name == "cpp" else _torch
+    return {"cpp": _cpp, "cuda": _cuda}.get(name, _torch)

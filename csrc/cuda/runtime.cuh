@@ -1,0 +1,87 @@
+// The names of device.cuh on a GPU.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#define QADAPTER_SHARED(type, name, count) __shared__ type name[count]
+
+namespace qadapter {
+namespace cuda {
+
+__device__ __forceinline__ int thread_index() { return threadIdx.x; }
+__device__ __forceinline__ int block_size() { return blockDim.x; }
+__device__ __forceinline__ int block_x() { return blockIdx.x; }
+__device__ __forceinline__ int block_y() { return blockIdx.y; }
+__device__ __forceinline__ int grid_y() { return gridDim.y; }
+
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+
+template <class V>
+__device__ __forceinline__ V lane_xor(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <class V>
+__device__ __forceinline__ V lane_up(V value, int by) {
+  return __shfl_up_sync(0xffffffffu, value, by);
+}
+template <class V>
+__device__ __forceinline__ V lane_read(V value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+template <class P>
+__device__ __forceinline__ P load_16(const P* from) {
+  static_assert(sizeof(P) == 16, "one 128-bit load");
+  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from));
+  P p;
+  memcpy(&p, &raw, 16);
+  return p;
+}
+
+template <class P>
+__device__ __forceinline__ void store_16(P* to, const P& p) {
+  uint4 raw;
+  memcpy(&raw, &p, 16);
+  *reinterpret_cast<uint4*>(to) = raw;
+}
+
+__device__ __forceinline__ float* dynamic_shared() {
+  extern __shared__ float4 qadapter_dynamic_shared[];
+  return reinterpret_cast<float*>(qadapter_dynamic_shared);
+}
+
+inline int processor_count() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// blocks_x x blocks_y blocks of `threads`, `cluster` of them along y at a time. Null, or an error.
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), int64_t blocks_x, int blocks_y, int threads, int cluster,
+                   size_t shared_bytes, void* stream, A... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  if (cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {1, static_cast<unsigned>(cluster), 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes));
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace cuda
+}  // namespace qadapter
