@@ -2,8 +2,8 @@
 
 ``auto`` takes, for CUDA tensors, Triton and else torch; for CPU tensors, the C++ extension and else
 torch. It never takes the CUDA extension, whose kernels have not been timed. A backend that is asked
-for by name (``use_backend`` or ``QADAPTER_BACKEND``) and cannot serve the call is an error that says
-why, never a silent fallback.
+for by name (``use_backend`` or ``QADAPTER_BACKEND``) and cannot serve the call is an error that
+says why, never a silent fallback.
 """
 
 import contextlib
