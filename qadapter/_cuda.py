@@ -139,3 +139,31 @@ def preference_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def linear_fwd(base_hidden: Tensor | None, q_hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return _others(q_hidden).linear_fwd(base_hidden, q_hidden, *arguments)
+
+
+def sample(
+    base_logits: Tensor | None,
+    q_logits: Tensor,
+    scale: Tensor,
+    base_weight: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    greedy: bool,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor]:
+    with _on(q_logits):
+        return _ops().sample(
+            base_logits,
+            q_logits,
+            scale,
+            base_weight,
+            seed,
+            position,
+            greedy,
+            top_k,
+            top_p,
+            min_p,
+            _stream(q_logits),
+        )

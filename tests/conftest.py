@@ -126,3 +126,21 @@ def preference_rows(count: int = 12) -> list[dict]:
             }
         )
     return rows
+
+
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda_device(request, monkeypatch):
+    """Where the CUDA C++ kernels run: compiled for a host (`cuda_host`), and on a GPU."""
+    import cuda_host
+
+    from qadapter import _cuda
+
+    if request.param == "cuda":
+        usable, reason = _cuda.available()
+        if not usable:
+            pytest.skip(reason)
+        return torch.device("cuda")
+    if (reason := cuda_host.why_not()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(_cuda, "_ops", cuda_host.load)
+    return torch.device("cpu")

@@ -18,6 +18,7 @@ TARGETS = set(cuda_compile.TARGETS)
 STREAMING = {
     "residual_fwd_kernel": (3, 0),  # two vectors at a time, and one for the rest
     "residual_bwd_kernel": (2, 2),
+    "sample_blocks_kernel": (2, 0),
 }
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qadapter._torch_sample import row_keys, uniform
+
 ROOT = Path(__file__).resolve().parents[1]
 LOG2E = math.log2(math.e)
 INF, NAN = float("inf"), float("nan")
@@ -25,7 +27,9 @@ def maths(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(library))
-    loaded.mix.restype = ctypes.c_float
+    loaded.mix.restype = loaded.value_of.restype = ctypes.c_float
+    for name in ("draw", "share", "least", "deepest"):
+        getattr(loaded, name).restype = ctypes.c_int64
     return loaded
 
 
@@ -36,6 +40,14 @@ def at(tensor):
 
 def f32(value):
     return ctypes.c_float(value)
+
+
+def f64(value):
+    return ctypes.c_double(value)
+
+
+def i64(value):
+    return ctypes.c_int64(value)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
@@ -181,3 +193,90 @@ def test_equal_streams_finish_at_zero(maths):
     for total in (1.0, 1.37, 12345.678):
         pair, ones = (123.456, total), (1.0, 1.0, 1.0)
         assert finish(maths, pair, pair, (5.0, 5.0, 5.0), 3, 10, ones)[:2] == [0.0, 0.0]
+
+
+def test_uniforms_are_those_of_the_torch_backend(maths):
+    generator = torch.Generator().manual_seed(3)
+    keys, counters = torch.randint(-(2**63), 2**63 - 1, (2, 500), generator=generator)
+    out = torch.empty(500, dtype=torch.float64)
+    maths.uniforms(at(keys), at(counters), at(out), 500)
+    assert torch.equal(out, uniform(keys, counters))
+    assert ((out >= 0) & (out < 1)).all()
+    for seed in (0, -1, 2**62 + 5):
+        rows = torch.empty(70, dtype=torch.int64)
+        maths.row_keys(i64(seed), at(rows), 70)
+        assert torch.equal(rows, row_keys(torch.tensor([seed]), 70))
+
+
+def test_keys_are_in_the_order_of_their_numbers(maths):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(5000, generator=generator) * torch.logspace(-40, 38, 5000)
+    edges = torch.tensor([INF, -INF, 0.0, -0.0, 1e-45, -1e-45, 3.4028235e38, -3.4028235e38])
+    x = torch.cat([x, edges])
+    keys, back = torch.empty(len(x), dtype=torch.int64), torch.empty_like(x)
+    maths.keys(at(x), at(keys), at(back), len(x))
+    order = x.argsort(stable=True)
+    assert ((x[order][1:] > x[order][:-1]) == (keys[order][1:] > keys[order][:-1])).all()
+    assert (back == x).all()
+    assert keys[x == -3.4028235e38].item() == 0x00800000 > keys[x == -INF].item()
+
+
+def test_composing_rounds_twice_and_masks(maths):
+    generator = torch.Generator().manual_seed(5)
+    z_q, z_b = torch.randn(2, 1000, generator=generator)
+    z_q[:3], z_b[1:4] = -INF, torch.tensor([-INF, INF, -INF])
+    z_b[4], z_q[5], z_b[6] = INF, NAN, NAN
+    out = torch.empty(1000)
+    for weight in (0.3, -0.7):
+        maths.composed(at(z_q), at(z_b), f32(weight), at(out), 1000)
+        assert (out[:4] == -INF).all() and out[4:7].isnan().all()
+        assert torch.equal(out[7:], z_q[7:] + torch.tensor(weight) * z_b[7:])
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.3, 1.0, 40.0])
+def test_masses_of_tokens(maths, scale):
+    x = torch.linspace(-30, 2, 1001)
+    x[0] = -INF
+    out = torch.empty(1001, dtype=torch.int64)
+    maths.token_masses(at(x), f32(2.0), f64(scale), at(out), 1001)
+    exact = ((x.double() - 2.0) * scale).exp() * 2**40
+    assert out[-1] == 2**40 and out[0] == 0 and (out[1:] >= out[:-1]).all()
+    # the exponent's rounding, that of its scale, one of the exponential, and the cut to an integer
+    bound = exact * (3 + 3 * (x.double() - 2.0).abs().nan_to_num(0, 0, 0) * scale) * 2.0**-24 + 1
+    assert ((out - exact).abs() <= bound).all()
+
+
+def test_thresholds_of_draws_and_shares(maths):
+    def draw(u, total):
+        return maths.draw(f64(u), i64(total))
+
+    assert [draw(u, 4) for u in (0.0, 0.24, 0.25, 0.5, 0.99)] == [0, 0, 1, 2, 3]
+    for total in (1, 2**40, 2**62 - 1):
+        assert draw(1 - 2.0**-53, total) == total - 1 or total > 2**53
+        assert 0 <= draw(1 - 2.0**-53, total) < total
+    assert [maths.share(f64(p), i64(10)) for p in (0.05, 0.1, 0.11, 0.9, 1.0)] == [1, 1, 2, 9, 10]
+
+    def ties(target, above, mass):
+        return maths.ties(i64(target), i64(above), i64(mass))
+
+    assert [ties(t, 10, 4) for t in (5, 10, 11, 14, 15)] == [1, 1, 1, 1, 2]
+    assert ties(11, 10, 0) == 2**30, "ties without mass all stay"
+
+
+def test_bounds_of_the_filters(maths):
+    def value(key):
+        return maths.value_of(i64(key))
+
+    for maximum, scale, min_p in ((3.0, 1.0, 0.1), (1e4, 0.5, 0.03), (-7.0, 20.0, 0.9)):
+        least = value(maths.least(f32(maximum), f64(scale), f64(math.log(min_p))))
+        below = torch.tensor(least).nextafter(torch.tensor(-INF)).item()
+        assert (least - maximum) * scale >= math.log(min_p) > (below - maximum) * scale
+    assert value(maths.least(f32(2.5), f64(1.0), f64(0.0))) == 2.5
+
+    for maximum, scale, top_p, total, vocab in (
+        (3.0, 1.0, 0.9, 1.5, 1000),
+        (0.0, 9.0, 0.999, 7, 9),
+    ):
+        deepest = value(maths.deepest(f32(maximum), f64(scale), f64(top_p), f64(total), vocab))
+        all_of_it = vocab * math.exp((deepest - maximum) * scale)
+        assert 0.4 * (1 - top_p) * total < all_of_it < 0.6 * (1 - top_p) * total

@@ -46,6 +46,11 @@ __device__ __forceinline__ void store_16(P* to, const P& p) {
   *reinterpret_cast<uint4*>(to) = raw;
 }
 
+// Only integers, whose sums do not depend on the order.
+__device__ __forceinline__ void shared_add(uint64_t* to, uint64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+
 __device__ __forceinline__ float* dynamic_shared() {
   extern __shared__ float4 qadapter_dynamic_shared[];
   return reinterpret_cast<float*>(qadapter_dynamic_shared);

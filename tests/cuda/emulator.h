@@ -119,6 +119,8 @@ void store_16(P* to, const P& p) {
   memcpy(to, &p, 16);
 }
 
+inline void shared_add(uint64_t* to, uint64_t value) { *to += value; }
+
 inline float* dynamic_shared() { return emulator::current->block->dynamic.data(); }
 
 inline int cluster_rank() { return emulator::current->block->rank; }

@@ -2,7 +2,9 @@
 
 #include "common/lowp.h"
 #include "common/online.h"
+#include "common/philox.h"
 #include "common/row_finish.h"
+#include "common/sampling.h"
 
 using namespace qadapter;
 
@@ -76,5 +78,42 @@ void finish(const float* numbers, int has_base, int has_lse, int has_logp, int64
   const float results[7] = {r.q,        r.value, r.base_logp, r.policy_logp,
                             r.base_lse, r.shift, r.log_sum};
   for (int i = 0; i < 7; ++i) out[i] = results[i];
+}
+}
+
+extern "C" {
+
+void uniforms(const int64_t* keys, const int64_t* counters, double* out, int n) {
+  for (int i = 0; i < n; ++i) {
+    out[i] = philox_uniform(static_cast<uint64_t>(keys[i]), static_cast<uint64_t>(counters[i]));
+  }
+}
+void row_keys(int64_t seed, int64_t* out, int n) {
+  for (int i = 0; i < n; ++i) {
+    out[i] = static_cast<int64_t>(philox_row_key(static_cast<uint64_t>(seed), i));
+  }
+}
+void keys(const float* x, int64_t* key, float* back, int n) {
+  for (int i = 0; i < n; ++i) {
+    key[i] = order_key(x[i]);
+    back[i] = key_value(static_cast<uint32_t>(key[i]));
+  }
+}
+float value_of(int64_t key) { return key_value(static_cast<uint32_t>(key)); }
+void composed(const float* z_q, const float* z_b, float weight, float* out, int n) {
+  for (int i = 0; i < n; ++i) out[i] = compose(z_q[i], z_b[i], weight);
+}
+void token_masses(const float* x, float max, double scale, int64_t* out, int n) {
+  const float scale2 = scale_in_log2(scale);
+  for (int i = 0; i < n; ++i) out[i] = static_cast<int64_t>(token_mass(x[i], max, scale2));
+}
+int64_t draw(double u, int64_t total) { return static_cast<int64_t>(draw_threshold(u, total)); }
+int64_t share(double p, int64_t total) { return static_cast<int64_t>(share_of(p, total)); }
+int ties(int64_t target, int64_t above, int64_t mass) { return ties_needed(target, above, mass); }
+int64_t least(float max, double scale, double log_min_p) {
+  return least_key(max, scale, log_min_p);
+}
+int64_t deepest(float max, double scale, double top_p, double total, int vocab) {
+  return deepest_key(max, scale_in_log2(scale), top_p, total, vocab);
 }
 }
