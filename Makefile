@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | format | typecheck | bench | clean
+# make demo | test | test-slow | cuda-sanitize | lint | format | typecheck | bench | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -20,10 +20,10 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.qadapter-installed
 BUILT := build/.extension-built
 # the folders too, so that a deleted file counts
-SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/common csrc/common/*)
+SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc/common/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format typecheck bench clean
+.PHONY: help install demo test test-slow cuda-sanitize lint format typecheck bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -74,6 +74,14 @@ test: lint
 
 test-slow: install
 	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+# Needs a GPU. The small shapes only: the tools are slow.
+cuda-sanitize: install
+	@set -e; for tool in memcheck racecheck; do \
+	    echo "== $$tool"; \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        $(PY) -m pytest -q -m gpu -k small tests/test_cuda.py tests/test_cuda_linear.py tests/test_cuda_sample.py; \
+	done
 
 lint: install
 	$(PY) -m ruff check .

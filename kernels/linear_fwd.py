@@ -25,33 +25,7 @@ from torch import Tensor
 from qadapter.kernels.common import LOG2E, label_pointer, on_device
 from qadapter.kernels.linear_chunk import ROW_PADDING, VEC, chunk_tile, linear_rows_kernel
 from qadapter.kernels.linear_finish import action_logits, finish_rows
-from qadapter.kernels.linear_head import Head
-
-BUFFER_BYTES = 1 << 30
-
-
-def rows_per_chunk(num_rows: int, stride: int, buffers: int, chunk_size: int) -> int:
-    """Rows of a chunk: multiples of 128 that share the work evenly, where nothing else is asked."""
-    if chunk_size > 0:
-        return min(chunk_size, num_rows)
-    most = BUFFER_BYTES // (4 * stride * buffers)
-    if most < 128:
-        return max(1, min(most, num_rows))
-    chunks = triton.cdiv(num_rows, most // 128 * 128)
-    return min(num_rows, triton.cdiv(triton.cdiv(num_rows, chunks), 128) * 128)
-
-
-def aligned_rows(hidden: Tensor) -> Tensor:
-    """Rows on 16-byte boundaries where D allows it: both streams then take the same product."""
-    size = hidden.element_size()
-    if hidden.data_ptr() % 16 == 0 and hidden.stride(0) * size % 16 == 0:
-        return hidden
-    return hidden.clone(memory_format=torch.contiguous_format)
-
-
-def weights_view(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    """[rows, stride]: where the kernel writes p, the upper half of each row if p has 16 bits."""
-    return buffer.view(dtype)[:, -buffer.shape[1] :]
+from qadapter.kernels.linear_head import Head, aligned_rows, rows_per_chunk, weights_view
 
 
 def linear_fwd(

@@ -1,4 +1,4 @@
-"""The language-model head of the linear operation: its products, its bias, its scalars.
+"""The language-model head of the linear operation: its products, bias and scalars; its chunks.
 
 Logits leave a product as float32 and are never rounded to 16 bits. CUDA multiplies 16-bit numbers
 into float32 (`out_dtype`, in torch since 2.8); hidden states and weights of different types, and
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 TILE_ELEMENTS = 1 << 24  # of a widened weight: 64 MiB
+BUFFER_BYTES = 1 << 30  # of float32 logits that exist at a time
 NEG_INF = float("-inf")
 
 
@@ -66,3 +67,31 @@ class Head:
             for tile in self.tiles():
                 wide.addmm_(p[:, tile].float(), weight[tile].float())
             out.copy_(wide)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def rows_per_chunk(num_rows: int, stride: int, buffers: int, chunk_size: int) -> int:
+    """Rows of a chunk: multiples of 128 that share the work evenly, where nothing else is asked."""
+    if chunk_size > 0:
+        return min(chunk_size, num_rows)
+    most = BUFFER_BYTES // (4 * stride * buffers)
+    if most < 128:
+        return max(1, min(most, num_rows))
+    chunks = _ceil_div(num_rows, most // 128 * 128)
+    return min(num_rows, _ceil_div(_ceil_div(num_rows, chunks), 128) * 128)
+
+
+def aligned_rows(hidden: Tensor) -> Tensor:
+    """Rows on 16-byte boundaries where D allows it: both streams then take the same product."""
+    size = hidden.element_size()
+    if hidden.data_ptr() % 16 == 0 and hidden.stride(0) * size % 16 == 0:
+        return hidden
+    return hidden.clone(memory_format=torch.contiguous_format)
+
+
+def weights_view(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, stride]: where the kernel writes p, the upper half of each row if p has 16 bits."""
+    return buffer.view(dtype)[:, -buffer.shape[1] :]

@@ -137,8 +137,19 @@ def preference_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return _others(q).preference_fwd(q, *arguments)
 
 
-def linear_fwd(base_hidden: Tensor | None, q_hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _others(q_hidden).linear_fwd(base_hidden, q_hidden, *arguments)
+def linear_fwd(
+    base_hidden: Tensor | None, q_hidden: Tensor, *arguments: Any, cluster: int = -1
+) -> tuple[Tensor, ...]:
+    """``cluster`` blocks per row, 0 for the kernel without clusters; -1 chooses for the GPU."""
+    from qadapter import _cuda_linear
+
+    kernel = _ops().linear_chunk
+
+    def chunk_kernel(*chunk: Any) -> None:
+        kernel(*chunk, cluster, _stream(q_hidden))
+
+    with _on(q_hidden):
+        return _cuda_linear.linear_fwd(chunk_kernel, base_hidden, q_hidden, *arguments)
 
 
 def sample(

@@ -19,6 +19,8 @@ STREAMING = {
     "residual_fwd_kernel": (3, 0),  # two vectors at a time, and one for the rest
     "residual_bwd_kernel": (2, 2),
     "sample_blocks_kernel": (2, 0),
+    "linear_cluster_kernel": (2, 1),
+    "linear_loop_kernel": (4, 1),
 }
 
 

@@ -39,6 +39,16 @@ __device__ __forceinline__ P load_16(const P* from) {
   return p;
 }
 
+// Of memory that the same kernel writes: not through the read-only path.
+template <class P>
+__device__ __forceinline__ P load_16_written(const P* from) {
+  static_assert(sizeof(P) == 16, "one 128-bit load");
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  P p;
+  memcpy(&p, &raw, 16);
+  return p;
+}
+
 template <class P>
 __device__ __forceinline__ void store_16(P* to, const P& p) {
   uint4 raw;
@@ -54,6 +64,36 @@ __device__ __forceinline__ void shared_add(uint64_t* to, uint64_t value) {
 __device__ __forceinline__ float* dynamic_shared() {
   extern __shared__ float4 qadapter_dynamic_shared[];
   return reinterpret_cast<float*>(qadapter_dynamic_shared);
+}
+
+// Blocks of a cluster, from sm_90 on; before that every block is one alone.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ int cluster_rank() {
+  return static_cast<int>(cooperative_groups::this_cluster().block_rank());
+}
+__device__ __forceinline__ int cluster_size() {
+  return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
+}
+__device__ __forceinline__ void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
+template <class V>
+__device__ __forceinline__ V* cluster_shared(V* own, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(own, rank);
+}
+#else
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ int cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_barrier() { __syncthreads(); }
+template <class V>
+__device__ __forceinline__ V* cluster_shared(V* own, int) {
+  return own;
+}
+#endif
+
+// Whether the kernel that this device would run was compiled for a target that has clusters.
+template <class K>
+bool has_clusters(K kernel) {
+  cudaFuncAttributes attributes = {};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
 inline int processor_count() {

@@ -114,6 +114,11 @@ P load_16(const P* from) {
 }
 
 template <class P>
+P load_16_written(const P* from) {
+  return load_16(from);
+}
+
+template <class P>
 void store_16(P* to, const P& p) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulator::fault("misaligned 16-byte store");
   memcpy(to, &p, 16);
@@ -129,6 +134,11 @@ inline void cluster_barrier() { emulator::wait_for(emulator::Wait::cluster); }
 template <class V>
 V* cluster_shared(V* own, int rank) {
   return static_cast<V*>(emulator::shared_of(rank, own));
+}
+
+template <class K>
+bool has_clusters(K) {
+  return true;
 }
 
 inline int processor_count() { return 132; }
