@@ -13,6 +13,11 @@ NVCC = cuda_compile.find_nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc in CUDA_HOME, on PATH or /usr/local")
 TABLE = json.loads(cuda_compile.TABLE.read_text())
 TARGETS = set(cuda_compile.TARGETS)
+# The longest to compile has its place among the slow tests.
+SOURCES = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "linear_chunk.cu" else name
+    for name in cuda_compile.SOURCES
+]
 
 # Kernels that stream rows -> at least so many 16-byte (loads, stores).
 STREAMING = {
@@ -28,7 +33,7 @@ def test_the_table_has_every_source():
     assert {key.split(": ")[0] for key in TABLE if ": " in key} == set(cuda_compile.SOURCES)
 
 
-@pytest.mark.parametrize("source", cuda_compile.SOURCES)
+@pytest.mark.parametrize("source", SOURCES)
 def test_compiles_for_all_targets_within_its_resources(source):
     found = cuda_compile.resources(source)
     expected = {k.split(": ")[1]: v for k, v in TABLE.items() if k.startswith(f"{source}: ")}
@@ -45,7 +50,7 @@ def test_compiles_for_all_targets_within_its_resources(source):
                 assert shared <= expected[kernel][target][1], title
 
 
-@pytest.mark.parametrize("source", cuda_compile.SOURCES)
+@pytest.mark.parametrize("source", SOURCES)
 def test_streaming_kernels_use_16_byte_accesses(source):
     cuobjdump = cuda_compile.find_cuobjdump()
     if cuobjdump is None:
