@@ -280,3 +280,18 @@ def test_bounds_of_the_filters(maths):
         deepest = value(maths.deepest(f32(maximum), f64(scale), f64(top_p), f64(total), vocab))
         all_of_it = vocab * math.exp((deepest - maximum) * scale)
         assert 0.4 * (1 - top_p) * total < all_of_it < 0.6 * (1 - top_p) * total
+
+
+def test_soft_cap_and_its_slope(maths):
+    generator = torch.Generator().manual_seed(6)
+    for cap in (5.0, 30.0):
+        s = torch.randn(20000, generator=generator) * torch.logspace(-6, 3, 20000)
+        s[:4] = torch.tensor([INF, -INF, 0.0, 0.25 * cap])
+        z, slope = torch.empty_like(s), torch.empty_like(s)
+        maths.capped(at(s), f32(cap), at(z), at(slope), len(s))
+        tanh = torch.tanh(s.double() / cap)
+        # cosh^-2 in place of 1 - tanh^2, which cancels in float64, too
+        exact = torch.cosh((s.double() / cap).clamp(-300, 300)).pow(-2)
+        assert ((z - cap * tanh).abs() <= 6e-7 * (cap * tanh).abs()).all()
+        size = 1 + (s.double() / cap).abs().clamp(max=60)
+        assert ((slope - exact).abs() <= 4e-7 * size * exact + 1e-37).all()

@@ -1,5 +1,6 @@
 // csrc/common as a small shared library, for test_cuda_maths.py.
 
+#include "common/head.h"
 #include "common/lowp.h"
 #include "common/online.h"
 #include "common/philox.h"
@@ -100,6 +101,12 @@ void keys(const float* x, int64_t* key, float* back, int n) {
   }
 }
 float value_of(int64_t key) { return key_value(static_cast<uint32_t>(key)); }
+void capped(const float* s, float cap, float* z, float* slope, int n) {
+  for (int i = 0; i < n; ++i) {
+    const Logit logit = head_logit<true>(s[i], 0.0f, {1.0f, cap, 1.0f / cap});
+    z[i] = logit.z, slope[i] = logit.slope;
+  }
+}
 void composed(const float* z_q, const float* z_b, float weight, float* out, int n) {
   for (int i = 0; i < n; ++i) out[i] = compose(z_q[i], z_b[i], weight);
 }
