@@ -42,7 +42,9 @@ def rows(name: str, value: Tensor, num_rows: int, device: torch.device, of: str)
 
 
 def number(name: str, value: object, *, above: float | None = None) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # Compared, not math.isfinite: torch.compile(dynamic=True) traces floats as symbols.
+    finite = isinstance(value, int | float) and -math.inf < value < math.inf
+    if isinstance(value, bool) or not finite:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if above is not None and not value > above:
         raise ValueError(f"{name}: expected a number above {above:g}, got {value!r}")

@@ -319,8 +319,10 @@ def test_schemas_fakes_and_autograd(device):
     opcheck(ops.residual_bwd.default, (base, frozen, actions, *[rows] * 4, *composition))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles_without_graph_breaks(device, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "dynamic"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, True)]
+)
+def test_compiles_without_graph_breaks(device, dtype, dynamic):
     base, adapter, actions = (x.to(device) for x in case(8, 65, dtype))
     ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     module = QAdapterLoss(alpha_0=0.7, bt_scale=3.0)
@@ -330,7 +332,7 @@ def test_compiles_without_graph_breaks(device, dtype):
 
     eager_logits, compiled_logits = (adapter.clone().requires_grad_() for _ in range(2))
     eager = step(eager_logits)
-    compiled = torch.compile(step, fullgraph=True)(compiled_logits)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)(compiled_logits)
     eager.backward()
     compiled.backward()
     torch.testing.assert_close(compiled, eager)

@@ -313,8 +313,10 @@ def test_schemas_fakes_and_autograd(device):
     opcheck(ops.linear_bwd.default, (base, weight, actions, *[rows] * 4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles_without_graph_breaks(device, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "dynamic"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, True)]
+)
+def test_compiles_without_graph_breaks(device, dtype, dynamic):
     base, adapter, weight, actions = to(device, case(8, 65, 16, dtype))
     ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     module = QAdapterLinearLoss(alpha_0=0.7, logit_softcap=9.0)
@@ -323,7 +325,8 @@ def test_compiles_without_graph_breaks(device, dtype):
         return module(base, hidden * 1.5, weight, actions, ends).loss
 
     eager_hidden, compiled_hidden = (adapter.clone().requires_grad_() for _ in range(2))
-    eager, compiled = step(eager_hidden), torch.compile(step, fullgraph=True)(compiled_hidden)
+    eager = step(eager_hidden)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)(compiled_hidden)
     eager.backward()
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
