@@ -1,4 +1,4 @@
-# make demo | test | test-slow | cuda-sanitize | lint | format | typecheck | bench | clean
+# make demo | test | test-slow | wheel-test cuda-sanitize | lint | format | typecheck | bench | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -8,10 +8,12 @@
 #   SYSTEM_SITE=1         it also sees that interpreter's packages, so that a torch that is there
 #                         (a CUDA build, say) is used instead of the pinned one
 #   PYTEST_ARGS="-k ops"  passed to pytest
+#   MATRIX_ARGS="--list"  passed to tests/install_matrix.py (wheel-test)
 
 VENV ?= .venv
 SYSTEM_SITE ?= 0
 PYTEST_ARGS ?=
+MATRIX_ARGS ?=
 # Triton is pinned here and not in constraints.txt: a CUDA build of torch pins its own.
 TRITON ?= triton==3.9.0
 
@@ -23,7 +25,7 @@ BUILT := build/.extension-built
 SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc/common/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow cuda-sanitize lint format typecheck bench clean
+.PHONY: help install demo test test-slow wheel-test cuda-sanitize lint format typecheck bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -74,6 +76,9 @@ test: lint
 
 test-slow: install
 	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+wheel-test: install
+	$(PY) tests/install_matrix.py $(MATRIX_ARGS)
 
 # Needs a GPU. The small shapes only: the tools are slow.
 cuda-sanitize: install

@@ -16,6 +16,7 @@ QADAPTER_BUILD says what is wanted:
     cuda    both; the absence of either is an error. torch may be a CPU build
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -63,21 +65,40 @@ SOURCES = {
 }
 
 
-def borrow_torch() -> None:
+def environments() -> Iterator[str]:
+    """Where torch may be installed, the likeliest place first."""
+    # pip's isolated build runs the target environment's interpreter with its site-packages hidden.
+    yield from (sys.prefix, sys.base_prefix)
+    # `python -m build` and uv make a separate environment. What is meant is the active one ...
+    yield from filter(None, map(os.environ.get, ("VIRTUAL_ENV", "CONDA_PREFIX")))
+    # ... or that of the python in `python -m build`, the process which started this one.
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # not Linux
+        return
+    caller = os.fsdecode(command[0])
+    if os.path.isabs(caller):
+        yield str(Path(caller).parent.parent)
+
+
+@functools.cache
+def borrow_torch() -> str:
     """Let an isolated build see the torch that is installed where the package will go.
 
     Listing torch in `build-system.requires` would make pip download the newest torch (gigabytes)
     into a throw-away environment on every build, although the installed one, if >= 2.11, gives the
-    same extension. pip's isolated build runs the target environment's interpreter with its
-    site-packages hidden, so they are appended here, behind the build requirements. uv and
-    `python -m build` make a separate environment instead: there this finds nothing and the build
-    is pure Python.
+    same extension. So the site-packages that have one are appended here, behind the build
+    requirements. Where there is none the build is pure Python. Returns the environment.
     """
-    if importlib.util.find_spec("torch") is None:
-        for base in {sys.prefix, sys.base_prefix}:
-            paths = {"base": base, "platbase": base}
-            site.addsitedir(sysconfig.get_path("platlib", vars=paths))
+    found = sys.prefix
+    for prefix in environments():
+        if importlib.util.find_spec("torch") is not None:
+            break
+        found = prefix
+        paths = {"base": prefix, "platbase": prefix}
+        site.addsitedir(sysconfig.get_path("platlib", vars=paths))
         importlib.invalidate_caches()
+    return found
 
 
 def why_not_cpu() -> str | None:
@@ -219,7 +240,8 @@ if reasons["cpu"] is None:
     from torch.utils.cpp_extension import BuildExtension
 
     # ninja may be installed beside an interpreter that was called without activating its venv
-    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+    scripts = sysconfig.get_path("scripts", vars={"base": borrow_torch()})
+    os.environ["PATH"] += os.pathsep + scripts
 else:
     BuildExtension = build_ext
     if BUILDING:

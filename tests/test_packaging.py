@@ -8,15 +8,19 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
-import venv
 import zipfile
 from pathlib import Path
 
+import install_matrix
+import installing
 import pytest
+import symbols
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXTENSION = next(iter(sorted(ROOT.glob("qadapter/_C_cpu.*so"))), None)
+# Without one, pytest skips what is parametrized with these.
+EXTENSIONS = sorted(ROOT.glob("qadapter/_C_*.so"))
 CAN_COMPILE = shutil.which("c++") is not None and any(ROOT.glob("csrc/cpu/*.cpp"))
 TRY_IT = """
 import torch, qadapter
@@ -40,37 +44,17 @@ def python(code: str, cwd: Path, executable: str = sys.executable, **env: str) -
     return result.stdout.strip()
 
 
-def pip(*args: str | Path, executable: str = sys.executable, **env: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", executable, *args],
-        env=os.environ | {"QADAPTER_BUILD": "auto"} | env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    output = result.stdout + result.stderr
-    if result.returncode and "No matching distribution found for setuptools" in output:
-        pytest.skip("an isolated build needs a package index")
-    assert result.returncode == 0, output
-    return output
+def pip(*args: str | Path, **env: str) -> None:
+    try:
+        installing.pip(*args, **env)
+    except installing.SkipCase as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source tree, so that building leaves nothing in the real one."""
-    copy = tmp_path_factory.mktemp("source") / "qadapter"
-    ignore = shutil.ignore_patterns(
-        ".*",
-        "build",
-        "dist",
-        "demo-output",
-        "*.egg-info",
-        "*.so",
-        "_build_info.json",
-        "__pycache__",
-    )
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
-    return copy
+    return installing.copy_source(tmp_path_factory.mktemp("source") / "qadapter")
 
 
 def build_wheel(source: Path, out: Path, *options: str, **env: str) -> zipfile.ZipFile:
@@ -155,27 +139,45 @@ def test_pure_wheel_works_without_the_extension(
     assert Path(where).is_relative_to(tmp_path)
 
 
-@pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built in place")
-def test_extension_uses_the_stable_abi_only() -> None:
-    if shutil.which("nm") is None:
-        pytest.skip("needs nm")
-    listing = subprocess.run(
-        ["nm", "-D", "-C", "--undefined-only", EXTENSION],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    symbols = [line.split(maxsplit=1)[1] for line in listing.stdout.splitlines() if line.strip()]
-    assert any("aoti_torch" in symbol for symbol in symbols), "not a torch extension at all?"
-    unstable = [s for s in symbols if re.search(r"\b(c10|at|caffe2|torch)::", s)]
-    assert not unstable, unstable
-    private = [s for s in symbols if re.match(r"U _Py", s)]
-    assert not private, private
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_extension_uses_the_stable_abi_only(extension: Path) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf (binutils)")
+    found = symbols.needs(extension)
+    assert found.torch, "not a torch extension at all?"
+    assert not found.foreign
+    assert not symbols.not_in_shim(found.torch, Path(torch.__file__).parent / "include")
+    unknown = [name for name in found.libraries if not symbols.LIBRARIES.fullmatch(name)]
+    assert not unknown
+    assert not found.search_path, "a path of this machine"
+    assert {"GLIBC", "GLIBCXX"} <= set(found.versions)
 
 
-@pytest.mark.skipif(EXTENSION is None, reason="the C++ extension is not built in place")
-def test_extension_holds_no_path_of_the_build_machine() -> None:
-    content = EXTENSION.read_bytes()
+def test_symbol_check_finds_what_is_not_stable() -> None:
+    """torch's own Python bindings use what an extension must not use."""
+    if shutil.which("readelf") is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux and readelf (binutils)")
+    library = Path(torch.__file__).parent / "lib" / "libtorch_python.so"
+    if not library.exists():
+        pytest.skip(f"no {library}")
+    foreign = symbols.needs(library).foreign
+    for pattern in (r"_ZN2at", r"_ZNK?3c10", r"_Py", r"PyFrame_"):
+        assert any(re.match(pattern, name) for name in foreign), pattern
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_torch_abi_audit_agrees(extension: Path) -> None:
+    pytest.importorskip("torch_abi_audit", reason="needs: pip install torch-abi-audit")
+    run = "import sys; from torch_abi_audit.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", run, "--check", "both", extension]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Min torch:   2.11" in result.stdout
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_extension_holds_no_path_of_the_build_machine(extension: Path) -> None:
+    content = extension.read_bytes()
     for path in {str(ROOT), sysconfig.get_path("purelib"), str(Path.home()) + os.sep}:
         assert path.encode() not in content, path
 
@@ -206,7 +208,14 @@ def test_sdist_contents_and_wheel_from_it(source: Path, tmp_path: Path) -> None:
     name = python(code, source).splitlines()[-1]
     shutil.unpack_archive(tmp_path / name, tmp_path, filter="data")
     tree = tmp_path / name.removesuffix(".tar.gz")
-    for pattern in ("csrc/cpu/*", "csrc/common/*", "tests/*.py", "qadapter/demo_data/*.jsonl"):
+    patterns = (
+        "csrc/*/*",
+        "tests/*.py",
+        "examples/*.py",
+        "docs/*.md",
+        "qadapter/demo_data/*.jsonl",
+    )
+    for pattern in patterns:
         expected = {p.relative_to(ROOT) for p in ROOT.glob(pattern) if p.is_file()}
         assert expected <= {p.relative_to(tree) for p in tree.glob(pattern)}, pattern
     assert {p.name for p in (tree / "qadapter/kernels").glob("*.py")} == {
@@ -242,63 +251,22 @@ def test_failing_compile_breaks_the_install_only_when_asked_for(
     assert wheel.filename is not None
     assert wheel.filename.endswith("-py3-none-any.whl")
     assert "compiling failed" in build_info(wheel)
-    with pytest.raises(AssertionError, match=r"broken\.cpp"):
+    with pytest.raises(installing.CaseFailed, match=r"broken\.cpp"):
         build_wheel(broken, tmp_path / "no", "--no-build-isolation", QADAPTER_BUILD="cpu")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not CAN_COMPILE, reason="needs a C++ compiler and the sources")
-@pytest.mark.parametrize("compiler", ["compiler", "no-compiler"])
-@pytest.mark.parametrize("isolation", ["isolated", "not-isolated"])
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_install_matrix(
-    kind: str, isolation: str, compiler: str, source: Path, tmp_path: Path
-) -> None:
-    """In a fresh environment that sees this one's torch (through a .pth: no gigabytes to copy)."""
-    tree = tmp_path / "tree"
-    shutil.copytree(source, tree, symlinks=True)
-    environment = tmp_path / "env"
-    venv.create(environment, with_pip=False)
-    executable = str(environment / "bin" / "python")
-    site = Path(
-        python("import sysconfig; print(sysconfig.get_path('purelib'))", tmp_path, executable)
-    )
-    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
-
-    options = ["--no-build-isolation"] if isolation == "not-isolated" else []
-    editable = ["-e"] if kind == "editable" else []
-    env = {} if compiler == "compiler" else {"PATH": str(tmp_path), "CXX": "no-such-compiler"}
-    pip("install", "--no-deps", *options, *editable, tree, executable=executable, **env)
-
-    report = TRY_IT + (
-        "import importlib.util as u, json, pathlib\n"
-        "folder = pathlib.Path(qadapter.__file__).parent\n"
-        "info = json.loads((folder / '_build_info.json').read_text())['cpu']\n"
-        "kernels = sorted(p.name for p in (folder / 'kernels').glob('*.py'))\n"
-        "extension = u.find_spec('qadapter._C_cpu')\n"
-        "if extension: import qadapter._C_cpu\n"
-        "print(json.dumps([str(folder), info, kernels, bool(extension)]))\n"
-    )
-    folder, info, kernels, extension = json.loads(python(report, tmp_path, executable))
-    assert Path(folder) == (tree if kind == "editable" else site) / "qadapter"
-    assert kernels == sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
-    assert extension == (compiler == "compiler")
-    assert info == "built" if extension else "no-such-compiler" in info
-    assert (environment / "bin" / "qadapter").exists()
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> install_matrix.Matrix:
+    return install_matrix.Matrix(tmp_path_factory.mktemp("matrix"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CAN_COMPILE, reason="needs a C++ compiler and the sources")
-def test_isolated_build_without_torch_says_how_to_get_the_extension(
-    source: Path, tmp_path: Path
-) -> None:
-    if Path(sysconfig.get_path("purelib", vars={"base": sys.base_prefix}), "torch").exists():
-        pytest.skip("the base interpreter has a torch that the build may borrow")
-    venv.create(tmp_path / "env", with_pip=False)
-    executable = str(tmp_path / "env" / "bin" / "python")
-    pip("wheel", "--no-deps", "-w", tmp_path / "out", source, executable=executable)
-    (wheel,) = (tmp_path / "out").glob("*-py3-none-any.whl")
-    assert "--no-build-isolation" in build_info(zipfile.ZipFile(wheel))
+@pytest.mark.parametrize("title", install_matrix.CASES)
+def test_install_matrix(title: str, matrix: install_matrix.Matrix) -> None:
+    outcome, why = install_matrix.run(title, matrix)
+    if outcome == "skipped":
+        pytest.skip(why)
+    assert outcome == "ok", why
 
 
 @pytest.mark.slow
