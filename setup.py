@@ -191,13 +191,16 @@ def extension(name: str) -> Extension:
     # Neither the paths of this machine nor debug information belong in a wheel.
     prefixes = [f"{ROOT}{os.sep}", *(f"{path}{os.sep}" for path in cpp_extension.include_paths())]
     maps = [f"-ffile-prefix-map={prefix}=" for prefix in prefixes]
+    # What is inline in torch's headers must stay this module's own: exported, it might give way to
+    # what another library, built from other headers, calls by the same name.
+    hidden = ["-fvisibility=hidden"]
     # No -std: torch sets the one its headers need. No -march: the kernels choose at run time.
-    flags = {"cxx": ["/O2"] if os.name == "nt" else ["-O3", "-g0", *maps]}
+    flags = {"cxx": ["/O2"] if os.name == "nt" else ["-O3", "-g0", *hidden, *maps]}
     libraries: dict[str, list[str]] = {}
     if name == "cuda":
         cuda = find_cuda()
         cpp_extension.CUDA_HOME = str(cuda)  # torch's guess is wrong where nvcc is a script
-        host = [part for flag in maps for part in ("-Xcompiler", flag)]
+        host = [part for flag in (*hidden, *maps) for part in ("-Xcompiler", flag)]
         targets = [f"-gencode=arch=compute_{target}" for target in CUDA_TARGETS]
         flags["nvcc"] = ["-O3", *host, *targets]
         # The static runtime: the extension then needs no CUDA library but the driver, loads

@@ -34,6 +34,7 @@ from installing import (
     copy_source,
     distributions,
     expect,
+    pip,
 )
 
 REPORT = """
@@ -142,6 +143,17 @@ def without_compiler(matrix: Matrix) -> dict[str, str]:
     return {"PATH": str(matrix.scratch()), "CXX": "no-such-compiler", "CUDA_HOME": "/nonexistent"}
 
 
+def note_wheel(matrix: Matrix, how: str, seconds: float, wheel: Path) -> None:
+    size = wheel.stat().st_size / 1024
+    matrix.notes.append(f"wheel, {how}: {seconds:.0f} s, {wheel.name}, {size:.0f} KiB")
+    if shutil.which("readelf"):
+        out = matrix.scratch()
+        shutil.unpack_archive(wheel, out, "zip")
+        extensions = sorted(out.glob("qadapter/*.so"))
+        symbols = ROOT / "tests" / "symbols.py"
+        matrix.notes.append(call([sys.executable, symbols, *extensions]))
+
+
 CASES: dict[str, Callable[[Matrix], None]] = {}
 
 
@@ -160,16 +172,8 @@ def build(matrix: Matrix) -> None:
     sdist, wheel = matrix.artifacts()
     seconds = time.perf_counter() - start
     expect("-cp311-abi3-" in wheel.name, wheel.name)
-    sizes = ", ".join(
-        f"{path.name} {path.stat().st_size / 1024:.0f} KiB" for path in (sdist, wheel)
-    )
-    matrix.notes.append(f"`python -m build` took {seconds:.0f} s: {sizes}")
-    if shutil.which("readelf"):
-        out = matrix.scratch()
-        shutil.unpack_archive(wheel, out, "zip")
-        extensions = sorted(out.glob("qadapter/*.so"))
-        symbols = ROOT / "tests" / "symbols.py"
-        matrix.notes.append(call([sys.executable, symbols, *extensions]))
+    matrix.notes.append(f"sdist: {sdist.stat().st_size / 1024:.0f} KiB")
+    note_wheel(matrix, "`python -m build`", seconds, wheel)
 
 
 @case("wheel, beside torch alone")
@@ -264,6 +268,23 @@ def sdist_asked_for(matrix: Matrix) -> None:
         expect("no-such-compiler" in str(error), f"the error does not say why: {error}")
     else:
         raise CaseFailed("it was installed without the extension that was asked for")
+
+
+@case("sdist, QADAPTER_BUILD=cuda: nvcc, no GPU")
+def sdist_cuda(matrix: Matrix) -> None:
+    can_compile()
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        raise SkipCase("needs nvcc")
+    environment, out = matrix.environment("torch"), matrix.scratch()
+    start = time.perf_counter()
+    command = ("wheel", "-q", "--no-deps", "-w", out, matrix.sdist())
+    pip(*command, python=environment.python, QADAPTER_BUILD="cuda")
+    (wheel,) = out.glob("*-cp311-abi3-*.whl")
+    note_wheel(matrix, "with the CUDA kernels", time.perf_counter() - start, wheel)
+    environment.install(wheel)
+    try_out(environment, environment.site)
+    available, reason = json.loads(environment.run(REPORT))["backends"]["cuda"]
+    expect(available or not re.search("not built|cannot be loaded", reason), reason)
 
 
 @case("editable, not isolated")

@@ -32,6 +32,8 @@ class Needs:
     """Functions of torch's C shim."""
     foreign: list[str]
     """Symbols that are none of torch's stable ABI, Python's limited API, libc or libstdc++."""
+    exported: list[str]
+    """Symbols that it offers to others, but those of std, which are always visible."""
     libraries: list[str]
     search_path: list[str]
     """Entries of RPATH and RUNPATH."""
@@ -45,14 +47,18 @@ def readelf(option: str, path: Path) -> list[str]:
 
 
 def needs(path: Path) -> Needs:
-    torch, foreign = [], []
+    torch, foreign, exported = [], [], []
     newest: dict[str, tuple[int, ...]] = {}
     for line in readelf("--dyn-syms", path):
         # number, value, size, type, binding, visibility, section, name@version
         fields = line.split()
-        if len(fields) < 8 or fields[6] != "UND":
+        if len(fields) < 8 or fields[6] == "Ndx":
             continue
         name, _, version = fields[7].replace("@@", "@").partition("@")
+        if fields[6] != "UND":
+            if fields[4] != "LOCAL" and "St" not in name:
+                exported.append(name)
+            continue
         family, _, number = version.partition("_")
         if SYSTEM.fullmatch(family):
             parts = tuple(int(part) for part in re.findall(r"\d+", number))
@@ -67,6 +73,7 @@ def needs(path: Path) -> Needs:
     return Needs(
         sorted(torch),
         sorted(foreign),
+        sorted(exported),
         [value for kind, value in found if kind == "NEEDED"],
         [value for kind, value in found if kind in ("RPATH", "RUNPATH")],
         {family: ".".join(map(str, parts)) for family, parts in sorted(newest.items())},
@@ -91,6 +98,7 @@ def main() -> None:
         print(f"{path.name}: {path.stat().st_size / 2**20:.2f} MiB")
         print(f"  torch shim functions  {len(found.torch)}")
         print(f"  needs at least        {versions}")
+        print(f"  exported              {len(found.exported)}")
         print(f"  libraries             {', '.join(found.libraries)}")
         print(f"  search path           {', '.join(found.search_path) or 'none'}")
         print(f"  foreign symbols       {', '.join(found.foreign) or 'none'}")

@@ -151,6 +151,9 @@ def test_extension_uses_the_stable_abi_only(extension: Path) -> None:
     assert not unknown
     assert not found.search_path, "a path of this machine"
     assert {"GLIBC", "GLIBCXX"} <= set(found.versions)
+    # Exported, they could be exchanged for another library's of the same name.
+    assert not [name for name in found.exported if re.search(r"c10|torch|qadapter", name)]
+    assert any(name.startswith("PyInit__C_") for name in found.exported)
 
 
 def test_symbol_check_finds_what_is_not_stable() -> None:
