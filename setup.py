@@ -69,16 +69,22 @@ def environments() -> Iterator[str]:
     """Where torch may be installed, the likeliest place first."""
     # pip's isolated build runs the target environment's interpreter with its site-packages hidden.
     yield from (sys.prefix, sys.base_prefix)
-    # `python -m build` and uv make a separate environment. What is meant is the active one ...
+    # `python -m build` and uv make an environment of their own. What is meant is the active one ...
     yield from filter(None, map(os.environ.get, ("VIRTUAL_ENV", "CONDA_PREFIX")))
-    # ... or that of the python in `python -m build`, the process which started this one.
+    # ... which uv hides, or the .venv that uv finds, or that of the python in `python -m build`:
+    # the process that started this one knows.
+    caller = Path(f"/proc/{os.getppid()}")
     try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+        command = os.fsdecode((caller / "cmdline").read_bytes()).split("\0")
+        variables = os.fsdecode((caller / "environ").read_bytes()).split("\0")
+        folder = (caller / "cwd").resolve()
     except OSError:  # not Linux
         return
-    caller = os.fsdecode(command[0])
-    if os.path.isabs(caller):
-        yield str(Path(caller).parent.parent)
+    if Path(command[0]).name == "uv":
+        active = dict(pair.partition("=")[::2] for pair in variables)
+        yield active.get("VIRTUAL_ENV") or str(folder / ".venv")
+    elif os.path.isabs(command[0]):
+        yield str(Path(command[0]).parent.parent)
 
 
 @functools.cache

@@ -235,6 +235,17 @@ def sdist(matrix: Matrix) -> None:
     try_out(environment, environment.site)
 
 
+@case("sdist, uv")
+def sdist_uv(matrix: Matrix) -> None:
+    can_compile()
+    if shutil.which("uv") is None:
+        raise SkipCase("needs uv")
+    environment = matrix.environment("torch")
+    command = ["uv", "pip", "install", "-q", "--no-deps", matrix.sdist()]
+    call(command, VIRTUAL_ENV=str(environment.bin.parent))
+    try_out(environment, environment.site)
+
+
 @case("sdist, no compiler on PATH")
 def sdist_no_compiler(matrix: Matrix) -> None:
     environment = matrix.environment("torch")
