@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from tqdm.auto import tqdm
-
 from qadapter import cli_options, files
 from qadapter.cli_options import Blend
 from qadapter.partial import adapter_hash, appending, check_same, json_line, read_partial
@@ -257,6 +255,8 @@ def _to_stdout(
 
         maker.answers(requests, Printer(maker.tokenizer, options.stop))
         return 0
+    from tqdm.auto import tqdm
+
     made: dict[int, dict[str, Any]] = {}
     with tqdm(total=len(requests), desc="Answering", disable=None) as progress:
         for batch in maker.batches(requests):
@@ -339,6 +339,8 @@ def _to_file(
 def _make_missing(
     maker: _Maker, requests: Sequence[Request], made: dict[int, dict[str, Any]], file: TextIO
 ) -> None:
+    from tqdm.auto import tqdm
+
     with tqdm(total=len(requests), initial=len(made), desc="Answering") as progress:
         # The batches are those of an undisturbed run, so that rounding is the same too.
         for batch in maker.batches(requests):

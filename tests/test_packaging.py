@@ -124,11 +124,12 @@ def test_packaging_names_no_registry_and_no_local_path() -> None:
 # What the package needs at run time
 
 
-def test_import_needs_nothing_but_torch(tmp_path: Path) -> None:
+def test_import_and_env_need_nothing_but_torch(tmp_path: Path) -> None:
     hidden = ["transformers", "peft", "accelerate", "datasets", "safetensors", "tqdm", "triton"]
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\n"
+    env = "from qadapter.cli import main; sys.exit(main(['env']))"
     # from the real tree, wherever the interpreter has its packages
-    python(code + TRY_IT, tmp_path, PYTHONPATH=str(ROOT))
+    python(code + TRY_IT + env, tmp_path, PYTHONPATH=str(ROOT))
 
 
 def test_pure_wheel_works_without_the_extension(
