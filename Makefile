@@ -1,4 +1,4 @@
-# make demo | test | test-slow | wheel-test cuda-sanitize | lint | format | typecheck | bench | clean
+# make demo | test | test-slow | wheel-test | cuda-sanitize | lint | format | typecheck | bench | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
