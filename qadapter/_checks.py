@@ -1,6 +1,7 @@
 """Argument checks of the public functions: what can be told without reading a tensor's values."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def rows(name: str, value: Tensor, num_rows: int, device: torch.device, of: str)
         )
 
 
-def number(name: str, value: object, *, above: float | None = None) -> float:
+def number(name: str, value: Any, *, above: float | None = None) -> float:
     # Compared, not math.isfinite: torch.compile(dynamic=True) traces floats as symbols.
     finite = isinstance(value, int | float) and -math.inf < value < math.inf
     if isinstance(value, bool) or not finite:
