@@ -8,11 +8,13 @@
 #   SYSTEM_SITE=1         it also sees that interpreter's packages, so that a torch that is there
 #                         (a CUDA build, say) is used instead of the pinned one
 #   PYTEST_ARGS="-k ops"  passed to pytest
+#   WORKERS=2             processes that test runs in; 0 for this one
 #   MATRIX_ARGS="--list"  passed to tests/install_matrix.py (wheel-test)
 
 VENV ?= .venv
 SYSTEM_SITE ?= 0
 PYTEST_ARGS ?=
+WORKERS ?= 2
 MATRIX_ARGS ?=
 # Triton is pinned here and not in constraints.txt: a CUDA build of torch pins its own.
 TRITON ?= triton==3.9.0
@@ -72,7 +74,7 @@ demo: install
 	$(VENV)/bin/qadapter demo --output demo-output
 
 test: lint
-	$(PY) -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: install
 	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
