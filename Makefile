@@ -101,10 +101,10 @@ format: install
 typecheck: install
 	$(PY) -m mypy
 
+# BENCH=cpu takes everything, in hours; BENCH_ARGS="--resume" goes on with a run that was cut off
+BENCH ?= cpu-quick
 bench: install
-	@set -e; for file in benchmarks/bench_*.py; do \
-	    echo "== $$file"; $(PY) -m benchmarks.$$(basename $$file .py); \
-	done
+	$(PY) -m benchmarks $(BENCH) $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist demo-output *.egg-info qadapter/_C_*.so qadapter/_build_info.json

@@ -24,7 +24,6 @@ takes beyond its parts is "rest": the loop in Python.
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks import harness
+from benchmarks import harness, recording
 from benchmarks.decoding_problem import (
     LORAS,
     MODES,
@@ -56,6 +55,11 @@ DEFAULTS: dict[str, tuple[str, list[int], int, int]] = {  # model, batches, new 
     "quick": ("tiny", [1, 2], 8, 1),
 }
 CASE = ("model", "batch", "mode", "lora")
+CANNOT = {
+    "base": "is the base alone: it knows nothing of the preference",
+    "lora": "is the adapter alone: it cannot be blended with the base",
+    "naive": "has no seed per row; each stream takes a forward of its own",
+}
 LESS = ("base", "naive", "two streams")  # what runs in the cases that are no headline
 
 
@@ -187,53 +191,45 @@ def all_cases(options: argparse.Namespace) -> list[tuple[str, str, int, list[str
     return cases
 
 
-def earlier(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """With --append, what the results hold already: rows and parts."""
-    path = harness.results_path("decode", options.device, options.json)
-    if not options.append or not path.is_file():
-        return [], []
-    record = json.loads(path.read_text())
-    return record["rows"], record["parts"]
-
-
-def run(options: argparse.Namespace) -> None:
-    (rows, pieces), started = earlier(options), time.perf_counter()
+def run(options: argparse.Namespace) -> recording.Recording:
+    recorded = recording.Recording(
+        "decode",
+        options,
+        CASE,
+        new_tokens=options.new_tokens,
+        strength=STRENGTH,
+        modes=MODES,
+        cache=options.cache,
+        dtype="bf16",
+        cannot=CANNOT,
+    )
     base = load_base(options.model, options.device)
     made: dict[str, Competitors] = {}
+    ways_of = {}
     for which, mode, batch, chosen in all_cases(options):
+        case = dict(zip(CASE, (options.model, batch, mode, which), strict=True))
+        ways_of[tuple(case.values())] = chosen
+    for case in recorded.todo([dict(zip(CASE, key, strict=True)) for key in ways_of]):
+        _, batch, mode, which = case.values()
+        chosen = ways_of[tuple(case.values())]
         if which not in made:
-            made = {which: Competitors(base, which, options.cache, chosen)}
+            made = {which: Competitors(base, which, options.cache, options.ways)}
         ids, mask = prompts(base, options.model, batch)
         ways = made[which].ways(ids, mask, mode)
         ways = {name: way for name, way in ways.items() if name in chosen}
         rounds = options.rounds if chosen == options.ways else max(1, options.rounds - 1)
-        done = run_case(ways, ids, rounds, options)
-        case = dict(zip(CASE, (options.model, batch, mode, which), strict=True))
-        rows = [row for row in rows if any(row[name] != case[name] for name in CASE)]
-        rows += [
-            {**case, "rounds": rounds, "prompt_tokens": mask.sum(1).tolist(), **row} for row in done
-        ]
-        minutes = (time.perf_counter() - started) / 60
-        print(f"\n{options.model} B={batch} {mode}, LoRA: {which} ({minutes:.1f} min so far)")
-        print(show(done), flush=True)
+        rows = run_case(ways, ids, rounds, options)
+        text = show(rows)
+        pieces = recorded.more.get("parts", [])
         if "two streams" in chosen:
-            taken = with_rest(parts(made[which], mask, mode, options), done)
+            taken = with_rest(parts(made[which], mask, mode, options), rows)
             pieces = [p for p in pieces if any(p[name] != case[name] for name in CASE)]
             pieces.append({**case, **taken})
-            print(show_parts(taken), flush=True)
-        harness.write_json(  # after every case: a run that is cut off keeps what it has
-            "decode",
-            options.device,
-            rows,
-            options.json,
-            parts=pieces,
-            new_tokens=options.new_tokens,
-            strength=STRENGTH,
-            modes=MODES,
-            cache=options.cache,
-            dtype="bf16",
-            minutes=minutes,
-        )
+            text = f"{text}\n{show_parts(taken)}"
+        recorded.more["parts"] = pieces
+        lengths = {"rounds": rounds, "prompt_tokens": mask.sum(1).tolist()}
+        recorded.put(case, [{**lengths, **row} for row in rows], text)
+    return recorded
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -264,8 +260,6 @@ def show_parts(pieces: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny model: does everything run?")
     parser.add_argument("--model", help=f"smollm2, a folder or a Hub id, or {', '.join(SHAPES)}")
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B")
     parser.add_argument("--new-tokens", type=int, help="at least 2")
@@ -274,10 +268,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every way in every case")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--cache", choices=("dynamic", "static"), help="static on a GPU")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--append", action="store_true", help="keep the results of other cases")
-    parser.add_argument("--json", help="default: benchmarks/results/decode-<device>.json")
+    recording.shared_options(parser, "decode")
     options = parser.parse_args(arguments)
     defaults = DEFAULTS["quick" if options.quick else options.device]
     for name, value in zip(("model", "batch_sizes", "new_tokens", "rounds"), defaults, strict=True):
@@ -287,8 +279,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--new-tokens: expected at least 2, got {options.new_tokens}")
     if options.cache is None:
         options.cache = "static" if options.device == "cuda" else "dynamic"
-    if options.quick and options.json is None:
-        options.json = "/dev/null"
+    recording.finish_options(options)
     return options
 
 

@@ -1,36 +1,33 @@
 """The loss from hidden states, whose logits need not exist, against everyone who has such a thing.
 
     python -m benchmarks.bench_linear [--device cpu|cuda] [--quick] [--json PATH]
-    python -m benchmarks.bench_linear --scaling
 
 One case is a dtype, a size of hidden state and vocabulary, and a mode (`linear_problem.MODES`). In
 a case all competitors take turns in one process, forward and backward of the same loss. Beside them
 runs the yardstick, "products": the two or three matrix products of this mode and nothing else, bare
 torch.mm of all rows at once into memory that is there already (on a GPU with float32 logits).
-GFLOP/s counts 2 N D V for each of those products, whatever a competitor does beyond them. Memory is
-what a step adds at its peak, the gradient of the hidden states included.
+GFLOP/s counts 2 N D V for each of those products, whatever a competitor does beyond them; "of
+ceiling" is that over the GEMM ceiling of the run. Memory is what a step adds at its peak, the
+gradient of the hidden states included.
 
 Errors are against float64 from the same inputs, without any merging: of the gradient relative per
 row, of r = q - value and value absolute, per token and on sums of 512 tokens.
 
 The peers that are not installed, or cannot do a case, are listed with the reason. To have them all:
-pip install --no-deps liger-kernel cut-cross-entropy trl
+pip install --no-deps liger-kernel cut-cross-entropy trl quack-kernels
 """
 
 import argparse
 import gc
 import itertools
-import json
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 import qadapter
-from benchmarks import harness
+from benchmarks import harness, recording
 from benchmarks.linear_problem import (
     MODES,
     Peer,
@@ -41,7 +38,7 @@ from benchmarks.linear_problem import (
     solve,
     with_cache,
 )
-from benchmarks.peers import cce, compiled, eager, liger, ours, torch_lce, trl_chunked
+from benchmarks.peers import cce, compiled, eager, liger, ours, quack, torch_lce, trl_chunked
 from qadapter.backends import implementation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,8 +63,10 @@ PEERS = {
         trl_chunked.LINEAR,
         cce.LINEAR,
         cce.EXACT,
+        quack.LINEAR,
     )
 }
+CANNOT = {peer.name: peer.cannot for peer in PEERS.values() if peer.cannot}
 YARDSTICK = "products"
 
 
@@ -165,7 +164,10 @@ def run_case(
         least=options.least,
         settle_ms=SETTLE_MS,
         clock=options.clock,
+        cold=problem.weight.nbytes < harness.COLD * harness.cache_bytes(),
     )
+    dtype = str(problem.weight.dtype).removeprefix("torch.")
+    ceiling = recording.ceilings(options).gemm_tflop_s.get(dtype)
     n, d, v = *problem.q_hidden.shape, problem.weight.shape[0]
     products = problem.mode.products
     rows = []
@@ -176,7 +178,8 @@ def run_case(
                 "who": name,
                 "ms": timing,
                 "products": taken,
-                "gflop_s": 2 * n * d * v * products / timing.median / 1e6,
+                "gflop_s": (gflop_s := 2 * n * d * v * products / timing.median / 1e6),
+                **({"share_of_ceiling": gflop_s / 1e3 / ceiling} if ceiling else {}),
                 "times_products": timing.median / times[YARDSTICK].median,
                 "times_ours": timing.median / times[OURS.name].median,
                 # steadier where other work runs on the machine
@@ -191,99 +194,43 @@ def run_case(
 CASE = ("dtype", "d", "v", "mode")
 
 
-def earlier_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """With --append, what the results hold already."""
-    path = harness.results_path("linear", options.device, options.json)
-    if not options.append or not path.is_file():
-        return []
-    return json.loads(path.read_text())["rows"]
-
-
-def run(options: argparse.Namespace) -> None:
-    rows, started = earlier_rows(options), time.perf_counter()
-    for dtype, (d, v) in itertools.product(options.dtype, options.size):
-        solved: dict[tuple[float, ...], Truth] = {}
-        for mode_name in options.mode:
-            mode = MODES[mode_name]
-            problem = make_problem(
-                options.n, d, v, DTYPES[dtype], options.device, mode, options.pairs
-            )
-            alphas = (mode.alpha_0, mode.alpha_tilde, mode.center)
-            if alphas not in solved:
-                solved[alphas] = solve(problem)
-            truth = solved[alphas]
-            problem = with_cache(problem, truth)
-            done = run_case(options.peers, problem, truth, options)
-            case = (dtype, d, v, mode_name)
-            rows = [row for row in rows if tuple(row[name] for name in CASE) != case]
-            rows += [{**dict(zip(CASE, case, strict=True)), **row} for row in done]
-            minutes = (time.perf_counter() - started) / 60
-            print(f"\n{dtype} D={d} V={v} {mode_name} ({minutes:.1f} min so far)")
-            print(show(done), flush=True)
-            harness.write_json(  # after every case: a run of all of them is long
-                "linear",
-                options.device,
-                rows,
-                options.json,
-                clock=options.clock,
-                shape={"n": options.n, "pairs": options.pairs},
-                modes=MODES,
-                versions=versions(options),
-                minutes=minutes,
-            )
-            del problem, truth
-
-
-def versions(options: argparse.Namespace) -> dict[str, str]:
-    """Of the peers, and which backend ours was."""
+def backend_of(options: argparse.Namespace) -> str:
+    """Which of ours runs."""
     like = torch.empty(0, dtype=DTYPES[options.dtype[0]], device=options.device)
-    found = {"backend": implementation(like).__name__.removeprefix("qadapter._")}
-    for package in ("liger-kernel", "trl", "cut-cross-entropy", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return implementation(like).__name__.removeprefix("qadapter._")
 
 
-SWEEPS = {"rows": [128, 256, 512, 1024, 2048, 4096, 8192], "vocab": [2**i for i in range(15, 19)]}
-SCALING_PEERS = [OURS.name, "eager", "compile"]
-
-
-def scaling(options: argparse.Namespace) -> None:
-    """Time and memory against rows (V = 49152) and against the vocabulary (N = 512)."""
-    d = 32 if options.quick else 576
-    points = [("rows", n, 49152) for n in SWEEPS["rows"]]
-    points += [("vocab", 512, v) for v in SWEEPS["vocab"]]
-    if options.quick:
-        points = [("rows", n, 512) for n in (64, 128)] + [("vocab", 64, v) for v in (512, 1024)]
-    rows: list[dict[str, Any]] = []
-    options.least, options.rounds = min(options.least, 3), min(options.rounds, 5)
-    for sweep, n, v in points:
-        mode = MODES["uncached"]
-        problem = make_problem(n, d, v, DTYPES["bf16"], options.device, mode, options.pairs)
-        names = [name for name in SCALING_PEERS if name in options.peers]
-        free = harness.free_memory(options.device)
-        needed = 5 * 4 * n * v  # eager: float32 copies of the logits, their gradient, 16-bit ones
-        if needed > 0.8 * free:
-            names = [OURS.name]
-        done = run_case(names, problem, None, options)
-        done += [
-            {"who": name, "missing": f"needs about {needed >> 20} MiB, {free >> 20} are free"}
-            for name in SCALING_PEERS
-            if name not in names and name in options.peers
-        ]
-        rows += [{"sweep": sweep, "n": n, "v": v, "d": d, "dtype": "bf16", **r} for r in done]
-        print(f"\n{sweep}: N={n} V={v} D={d}")
-        print(show(done), flush=True)
-    harness.write_json(
-        "linear_scaling",
-        options.device,
-        rows,
-        options.json,
-        clock=options.clock,
-        versions=versions(options),
-    )
+def run(options: argparse.Namespace) -> recording.Recording:
+    with qadapter.use_backend(options.backend) if options.backend else nullcontext():
+        recorded = recording.Recording(
+            "linear",
+            options,
+            CASE,
+            shape={"n": options.n, "pairs": options.pairs},
+            modes=MODES,
+            backend=backend_of(options),
+            cannot=CANNOT,
+        )
+        recording.ceilings(options)
+        grid = itertools.product(options.dtype, options.size, options.mode)
+        cases = [dict(zip(CASE, (t, *size, mode), strict=True)) for t, size, mode in grid]
+        solved: dict[tuple[Any, ...], Truth] = {}
+        for case in recorded.todo(cases):
+            mode = MODES[case["mode"]]
+            problem = make_problem(
+                options.n, case["d"], case["v"], DTYPES[case["dtype"]], options.device, mode,
+                options.pairs,
+            )  # fmt: skip
+            # The modes of one size share what their compositions have in common.
+            key = (case["dtype"], case["d"], case["v"], mode.alpha_0, mode.alpha_tilde, mode.center)
+            solved = {k: truth for k, truth in solved.items() if k[:3] == key[:3]}
+            if key not in solved:
+                solved[key] = solve(problem)
+            problem = with_cache(problem, solved[key])
+            rows = run_case(options.peers, problem, solved[key], options)
+            recorded.put(case, rows, show(rows))
+            del problem
+    return recorded
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -291,6 +238,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         "who",
         "median (p20-p80) ms",
         "GFLOP/s",
+        "of ceiling",
         "x products",
         "best",
         "x ours",
@@ -313,6 +261,7 @@ def show(rows: list[dict[str, Any]]) -> str:
                 row["who"],
                 f"{timing.median:.1f} ({timing.p20:.1f}-{timing.p80:.1f})",
                 f"{row['gflop_s']:.0f}",
+                f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else "",
                 f"{row['times_products']:.2f}",
                 f"{row['times_products_best']:.2f}",
                 f"{row['times_ours']:.2f}",
@@ -330,38 +279,42 @@ def _size(text: str) -> tuple[int, int]:
     return int(d), int(v)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of this benchmark and of its scaling."""
     parser.add_argument("--backend", help="of ours; default: what is picked by itself")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
-    parser.add_argument("--scaling", action="store_true", help="against rows and vocabulary")
     parser.add_argument("--n", type=int, help="rows, a multiple of 2 * pairs")
     parser.add_argument("--pairs", type=int)
-    parser.add_argument("--size", nargs="+", type=_size, metavar="DxV")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=11, help="samples at most")
     parser.add_argument("--least", type=int, default=3, help="samples at least")
     parser.add_argument("--seconds", type=float, default=40.0, help="per case, past --least")
     parser.add_argument("--clock", choices=harness.CLOCKS, default="wall")
-    parser.add_argument("--append", action="store_true", help="keep the results of other cases")
-    parser.add_argument("--json", help="default: benchmarks/results/linear[_scaling]-<device>.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", nargs="+", type=_size, metavar="DxV")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    add_options(parser)
+    recording.shared_options(parser, "linear")
+    options = parser.parse_args(arguments)
     defaults = DEFAULTS["quick" if options.quick else options.device]
     for name, value in zip(("n", "pairs", "size", "dtype"), defaults, strict=True):
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.quick and options.json is None:
-        options.json = "/dev/null"
+    if options.quick:
+        options.rounds = options.least = 1
     if OURS.name not in options.peers:
         options.peers.insert(0, OURS.name)
-    chosen = qadapter.use_backend(options.backend) if options.backend else nullcontext()
-    with chosen:
-        (scaling if options.scaling else run)(options)
+    recording.finish_options(options)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    run(options)
 
 
 if __name__ == "__main__":

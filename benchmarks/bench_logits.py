@@ -1,116 +1,90 @@
-"""Values and losses from materialised logits, against eager PyTorch and torch.compile.
+"""Values and losses from materialised logits, against whoever has such a thing.
 
     python -m benchmarks.bench_logits [--n 256 --v 128256 --dtype fp32 bf16 --threads 2 --json PATH]
 
 Bytes are those that must move: forward one read of both logits, backward a read of what x needs
 and one write; what a peer moves beyond that counts against it. "Of ceiling" is the time that the
 reads would take at the best read bandwidth seen, plus the writes at half the copy bandwidth, over
-the median time.
+the median time. Inputs that would stay in the cache are driven out of it before every call.
+
+Errors are against float64 from the same inputs: of the forward the largest of any value, of all
+others the worst row's of the gradient, relative.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import qadapter
-from benchmarks import harness
-from benchmarks.peers import compiled, eager
-from qadapter import functional as QF
+from benchmarks import harness, recording
+from benchmarks.logits_problem import (
+    Peer,
+    Problem,
+    Truth,
+    gradient_error,
+    make_problem,
+    solve,
+    value_errors,
+)
+from benchmarks.peers import compiled, eager, ours, quack, trl_chunked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULTS = {  # rows, vocabulary, pairs
+    "cpu": (256, 128256, 4),
+    "cuda": (4096, 128256, 8),
+    "quick": (16, 1001, 2),
+}
+OURS = ours.LOGITS
+PEERS = {
+    peer.name: peer
+    for peer in (OURS, compiled.LOGITS, eager.LOGITS, trl_chunked.LOGITS, quack.LOGITS)
+}
 OPS = ("forward", "backward", "forward+backward", "loss+backward")
-LOSS = {"gamma": 1.0, "reg_coef": 0.1, "bt_scale": 1.0}
+CASE = ("dtype", "op")
 
 
-def make_inputs(n: int, v: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device=device).manual_seed(0)
-    base = torch.randn(n, v, device=device, generator=generator).mul_(3)
-    q = base + torch.randn(n, v, device=device, generator=generator).mul_(0.3)
-    actions = torch.randint(0, v, (n,), device=device, generator=generator)
-    return base.to(dtype), q.to(dtype), actions
+def function_of(op: str, peer: Peer, problem: Problem) -> Callable[[], Any]:
+    leaf = problem.q
 
+    def outputs() -> tuple[torch.Tensor, ...]:
+        q_a, value, _, logp = peer.values(problem)
+        return q_a, value, logp
 
-def cases(
-    base: Tensor, q: Tensor, actions: Tensor, alphas: tuple[float, float, float], pairs: int
-) -> tuple[dict[str, dict[str, Callable[[], Any]]], Tensor]:
-    """op -> implementation -> function; and the tensor whose gradient they compute."""
-    n = base.shape[0]
-    leaf = q.detach().clone().requires_grad_()
-    grads = tuple(torch.randn(3, n, device=q.device))
-    names = dict(zip(("alpha_0", "alpha_tilde", "center"), alphas, strict=True))
-    lengths = torch.full((2 * pairs + 1,), n // (2 * pairs), device=q.device, dtype=torch.int32)
-    lengths[0] = 0
-    cu_seqlens = lengths.cumsum(0, dtype=torch.int32)
+    if op == "forward":
 
-    def ours(logits: Tensor) -> tuple[Tensor, ...]:
-        values = QF.residual_values(base, logits, actions, **names)
-        return values.q, values.value, values.base_logp, values.policy_logp
-
-    forwards: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
-        "qadapter": ours,
-        "compile": lambda logits: compiled.residual_values(base, logits, actions, *alphas),
-        "eager": lambda logits: eager.residual_values(base, logits, actions, *alphas),
-    }
-
-    def forward(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[], Any]:
-        def run() -> Any:
+        def forward() -> Any:
             with torch.no_grad():
-                return function(q)
+                return peer.values(problem)
 
-        return run
-
-    def both(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[], Any]:
-        def run() -> Any:
-            leaf.grad = None
-            q_a, value, _, logp = function(leaf)
-            torch.autograd.backward((q_a, value, logp), grads)
-
-        return run
-
-    def backward(function: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[], Any]:
-        graph: list[tuple[Tensor, ...]] = []
+        return forward
+    if op == "backward":
+        graph: list[tuple[torch.Tensor, ...]] = []
 
         def prepare() -> None:
-            q_a, value, _, logp = function(leaf)
-            graph[:] = [(q_a, value, logp)]
+            graph[:] = [outputs()]
             leaf.grad = None
 
-        def run() -> Any:
-            torch.autograd.backward(graph.pop(), grads)
+        def backward() -> None:
+            torch.autograd.backward(graph.pop(), tuple(problem.grads))
 
-        return harness.Prepared(prepare, run)
+        return harness.Prepared(prepare, backward)
+    if op == "forward+backward":
 
-    def loss(function: Callable[[], Tensor]) -> Callable[[], Any]:
-        def run() -> Any:
+        def both() -> None:
             leaf.grad = None
-            function().backward()
+            torch.autograd.backward(outputs(), tuple(problem.grads))
 
-        return run
+        return both
 
-    def our_loss() -> Tensor:
-        return QF.qadapter_loss(base, leaf, actions, cu_seqlens, **names, **LOSS).loss
+    def loss() -> None:
+        leaf.grad = None
+        peer.loss(problem).backward()
 
-    def eager_loss() -> Tensor:
-        q_a, value, _, _ = eager.residual_values(base, leaf, actions, *alphas)
-        return eager.preference_loss(q_a, value, pairs, **LOSS)
-
-    def compiled_loss() -> Tensor:
-        return compiled.loss(base, leaf, actions, alphas, pairs, *LOSS.values())
-
-    ops = {
-        "forward": {k: forward(f) for k, f in forwards.items()},
-        "backward": {k: backward(f) for k, f in forwards.items()},
-        "forward+backward": {k: both(f) for k, f in forwards.items()},
-        "loss+backward": {
-            "qadapter": loss(our_loss),
-            "compile": loss(compiled_loss),
-            "eager": loss(eager_loss),
-        },
-    }
-    return ops, leaf
+    return loss
 
 
 def traffic(op: str, tensor_bytes: int, m: float) -> tuple[int, int]:
@@ -123,111 +97,166 @@ def traffic(op: str, tensor_bytes: int, m: float) -> tuple[int, int]:
     return 2 * tensor_bytes + back[0], back[1]
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    alphas = (options.alpha_0, options.alpha_tilde, options.center)
-    peaks = harness.ceilings(options.device, clock=options.clock)
-    print(
-        f"ceilings: read {peaks.read_gb_s:.1f} GB/s, copy {peaks.copy_gb_s:.1f} GB/s, GEMM "
-        + ", ".join(f"{k} {v:.2f} TFLOP/s" for k, v in peaks.gemm_tflop_s.items())
-    )
-    for name in options.dtype:
-        base, q, actions = make_inputs(options.n, options.v, DTYPES[name], options.device)
-        ops, leaf = cases(base, q, actions, alphas, options.pairs)
-        for op in options.op or ops:
-            functions = {k: ops[op][k] for k in ("qadapter", *options.peers)}
-            reads = {f"read {k}": f for k, f in harness.read_function(base).items()}
-            times = harness.interleaved(
-                {**functions, **reads},
-                device=options.device,
-                rounds=options.rounds,
-                seconds=options.seconds,
-                clock=options.clock,
-            )
-            read_gb_s = base.nbytes / min(times[k].best for k in reads) / 1e6
-            read, written = traffic(op, base.nbytes, alphas[0] - alphas[2])
-            floor = (read / read_gb_s + written / (peaks.copy_gb_s / 2)) / 1e6
-            for who, function in functions.items():
-                timing = times[who]
-                leaf.grad = None
+def first_runs(
+    names: list[str], op: str, problem: Problem, truth: Truth
+) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, Any]], dict[str, str]]:
+    """Each runs once: the functions, errors and memory of those that could, why others do not."""
+    functions: dict[str, Callable[[], Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    device = problem.q.device.type
+    for name in names:
+        peer = PEERS[name]
+        reason = peer.reason(problem)
+        function = function_of(op, peer, problem)
+        if not reason:
+            try:
                 harness.prepare(function)
-                with harness.peak_memory(options.device) as peak:
-                    result = function()
-                del result
-                rows.append(
-                    {
-                        "dtype": name,
-                        "op": op,
-                        "who": who,
-                        "ms": timing,
-                        "gb_s": (read + written) / timing.median / 1e6,
-                        "read_gb_s": read_gb_s,
-                        "share_of_ceiling": floor / timing.median,
-                        "times_ours": timing.median / times["qadapter"].median,
-                        "times_ours_best": timing.best / times["qadapter"].best,
-                        "peak_mib": peak.mebibytes,
-                    }
-                )
-        del base, q, ops, leaf
-    harness.write_json(
-        "logits",
-        options.device,
-        rows,
-        options.json,
+                result = function()
+            except Exception as error:  # a peer that fails must not end the comparison
+                if peer is OURS:
+                    raise
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        if reason:
+            missing[name] = reason
+            continue
+        if op == "forward":
+            error = value_errors(truth, result)
+        else:
+            assert problem.q.grad is not None
+            right = truth.of_loss if op == "loss+backward" else truth.grad
+            error = {"gradient": gradient_error(problem.q.grad, right)}
+        problem.q.grad = result = None
+        harness.prepare(function)
+        with harness.peak_memory(device) as peak:
+            result = function()
+        problem.q.grad = result = None
+        functions[name] = function
+        known[name] = {"error": error, "peak_mib": peak.mebibytes}
+    return functions, known, missing
+
+
+def run_case(
+    op: str,
+    problem: Problem,
+    truth: Truth,
+    peaks: harness.Ceilings,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    functions, known, missing = first_runs(options.peers, op, problem, truth)
+    reads = {f"read {k}": f for k, f in harness.read_function(problem.base).items()}
+    size = problem.base.nbytes
+    times = harness.interleaved(
+        {**functions, **reads},
+        device=options.device,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        least=options.least,
         clock=options.clock,
-        shape={"n": options.n, "v": options.v, "alphas": alphas, "pairs": options.pairs},
-        ceilings=peaks,
+        cold=2 * size < harness.COLD * harness.cache_bytes(),
     )
-    return rows
+    read_gb_s = size / min(times[k].best for k in reads) / 1e6
+    read, written = traffic(op, size, problem.m)
+    floor = (read / read_gb_s + written / (peaks.copy_gb_s / 2)) / 1e6
+    rows = [
+        {
+            "who": who,
+            "ms": times[who],
+            "gb_s": (read + written) / times[who].median / 1e6,
+            "read_gb_s": read_gb_s,
+            "share_of_ceiling": floor / times[who].median,
+            "times_ours": times[who].median / times[OURS.name].median,
+            "times_ours_best": times[who].best / times[OURS.name].best,
+            **known[who],
+        }
+        for who in functions
+    ]
+    return rows + [{"who": who, "missing": reason} for who, reason in missing.items()]
+
+
+def run(options: argparse.Namespace) -> recording.Recording:
+    alphas = (options.alpha_0, options.alpha_tilde, options.center)
+    recorded = recording.Recording(
+        "logits",
+        options,
+        CASE,
+        shape={"n": options.n, "v": options.v, "alphas": alphas, "pairs": options.pairs},
+        cannot={peer.name: peer.cannot for peer in PEERS.values() if peer.cannot},
+    )
+    peaks = recording.ceilings(options)
+    backend = options.backend
+    made: dict[str, tuple[Problem, Truth]] = {}
+    cases = [{"dtype": d, "op": op} for d, op in itertools.product(options.dtype, options.op)]
+    with qadapter.use_backend(backend) if backend else nullcontext():
+        for case in recorded.todo(cases):
+            dtype, op = case["dtype"], case["op"]
+            if dtype not in made:
+                made.clear()
+                problem = make_problem(
+                    options.n, options.v, DTYPES[dtype], options.device, alphas, options.pairs
+                )
+                made[dtype] = problem, solve(problem)
+            rows = run_case(op, *made[dtype], peaks, options)
+            recorded.put(case, rows, show(rows))
+    return recorded
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    header = ["dtype", "op", "who", "best", "median (p20-p80) ms"]
-    header += ["GB/s", "of ceiling", "x ours: best", "median", "peak MiB"]
+    header = ["who", "median (p20-p80) ms", "best", "GB/s", "of ceiling", "x ours: median", "best"]
+    header += ["MiB", "error"]
     lines = [
         [
-            row["dtype"],
-            row["op"],
             row["who"],
-            f"{row['ms'].best:.2f}",
             f"{row['ms'].median:.2f} ({row['ms'].p20:.2f}-{row['ms'].p80:.2f})",
+            f"{row['ms'].best:.2f}",
             f"{row['gb_s']:.1f}",
             f"{row['share_of_ceiling']:.0%}",
-            f"{row['times_ours_best']:.2f}",
             f"{row['times_ours']:.2f}",
+            f"{row['times_ours_best']:.2f}",
             f"{row['peak_mib']:.0f}",
+            ", ".join(f"{name} {value:.1e}" for name, value in row["error"].items()),
         ]
         for row in rows
+        if "missing" not in row
     ]
-    return harness.table(header, lines)
+    missing = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
+    return "\n".join([harness.table(header, lines), *missing])
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=256, help="rows, a multiple of 2 * pairs")
-    parser.add_argument("--v", type=int, default=128256, help="vocabulary")
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--n", type=int, help="rows, a multiple of 2 * pairs")
+    parser.add_argument("--v", type=int, help="vocabulary")
+    parser.add_argument("--pairs", type=int)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument(
-        "--op", nargs="+", help="forward, backward, forward+backward, loss+backward"
-    )
-    parser.add_argument("--peers", nargs="*", default=["compile", "eager"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--backend", help="default: cpp on a CPU, triton on a GPU")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--backend", help="of ours; default: what is picked by itself")
     parser.add_argument("--alpha-0", type=float, default=1.0)
     parser.add_argument("--alpha-tilde", type=float, default=1.0)
     parser.add_argument("--center", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=60.0, help="at most, per op and dtype")
+    parser.add_argument("--rounds", type=int, default=15, help="samples at most")
+    parser.add_argument("--least", type=int, default=3, help="samples at least")
+    parser.add_argument("--seconds", type=float, default=60.0, help="per case, past --least")
     parser.add_argument("--clock", choices=harness.CLOCKS, default="wall")
-    parser.add_argument("--json", help="default: benchmarks/results/logits-<device>.json")
-    options = parser.parse_args()
+    recording.shared_options(parser, "logits")
+    options = parser.parse_args(arguments)
+    defaults = DEFAULTS["quick" if options.quick else options.device]
+    for name, value in zip(("n", "v", "pairs"), defaults, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.quick:
+        options.rounds = options.least = 1
+    if OURS.name not in options.peers:
+        options.peers.insert(0, OURS.name)
+    recording.finish_options(options)
+    return options
+
+
+def main() -> None:
+    options = parse()
     torch.set_num_threads(options.threads)
-    backend = options.backend or {"cpu": "cpp", "cuda": "triton"}[options.device]
-    with qadapter.use_backend(backend):
-        rows = run(options)
-    print(show(rows))
+    run(options)
 
 
 if __name__ == "__main__":

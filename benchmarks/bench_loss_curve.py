@@ -6,14 +6,11 @@ Same model, seed and order of pairs; packed and without logits against padded wi
 """
 
 import argparse
-import json
 import tempfile
-from pathlib import Path
 
 import torch
 
-import qadapter
-from benchmarks import harness
+from benchmarks import recording, training_problem
 from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
 from qadapter.checkpoint import resolve_model
 from qadapter.data import load_preference_data
@@ -23,7 +20,7 @@ WAYS = {"default": {}, "logits": {"packing": False, "use_logits": True}}
 
 def curve(options: argparse.Namespace, folder: str, settings: dict[str, bool]) -> list[float]:
     torch.manual_seed(0)
-    model = QAdapterModel.from_pretrained(resolve_model(options.model), dtype=options.dtype)
+    model = QAdapterModel.from_pretrained(resolve_model(options.model), dtype=options.base_dtype)
     config = QAdapterConfig(
         output_dir=folder,
         max_steps=options.steps,
@@ -41,30 +38,42 @@ def curve(options: argparse.Namespace, folder: str, settings: dict[str, bool]) -
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def run(options: argparse.Namespace) -> recording.Recording:
+    recorded = recording.Recording("loss_curves", options, ("dtype",), model=options.model)
+    # One file holds the runs of several dtypes.
+    runs = recorded.more.setdefault("runs", {})
+    for case in recorded.todo([{"dtype": dtype} for dtype in options.dtype]):
+        with tempfile.TemporaryDirectory() as folder:
+            options.base_dtype = case["dtype"]
+            found = {way: curve(options, folder, settings) for way, settings in WAYS.items()}
+        pairs = zip(found["default"], found["logits"], strict=True)
+        largest = max(abs(a - b) / b for a, b in pairs)
+        runs[case["dtype"]] = {"pairs": options.pairs, **found}
+        text = f"largest relative difference over {options.steps} updates: {largest:.2e}"
+        recorded.put(case, [{"largest_difference": largest, "steps": options.steps}], text)
+    return recorded
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument(
-        "--data", default=str(Path(qadapter.__file__).parent / "demo_data" / "train.jsonl")
-    )
+    parser.add_argument("--data", default=training_problem.DEMO)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=2, help="in an update")
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--dtype", default="bfloat16", help="of the base")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="of the base")
+    recording.shared_options(parser, "loss_curves")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.steps, options.dtype = min(options.steps, 1), options.dtype[:1]
+    recording.finish_options(options)
+    return options
 
-    with tempfile.TemporaryDirectory() as folder:
-        run = {way: curve(options, folder, settings) for way, settings in WAYS.items()}
-    differences = [abs(a - b) / b for a, b in zip(run["default"], run["logits"], strict=True)]
-    print(f"largest relative difference over {len(differences)} updates: {max(differences):.2e}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = harness.RESULTS / f"loss_curves-{device}.json"
-    # One file holds the runs of several dtypes.
-    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
-    runs[options.dtype] = {"pairs": options.pairs, **run}
-    harness.write_json("loss_curves", device, [], None, model=options.model, runs=runs)
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    run(options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from the logits of the streams: composing them counts.
 
 GB/s counts one read of the logits; "of read" is the time that this read takes at the best that a
 plain reading loop reaches on the same tensors, in the same turns, over the median time. Tensors
-that fit in the cache are read from there, by the loop too.
+that would fit in the cache are driven out of it before every call; the loop's are, too. With
+--warm they may stay there, as those of a decoding loop do.
 
 The torch backend is left out where B * V is large, and compilation to a few cases, as both take
 long: --backends and --compile-all. Logits whose nucleus is most of the vocabulary: --logits flat.
@@ -19,17 +20,14 @@ long: --backends and --compile-all. Logits whose nucleus is most of the vocabula
 import argparse
 import gc
 import itertools
-import json
-import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import qadapter
-from benchmarks import harness
+from benchmarks import harness, recording
 from benchmarks.peers.eager_sampling import EAGER
 from benchmarks.peers.flashinfer_sampling import FLASHINFER
 from benchmarks.peers.hf_sampling import COMPILED, HF
@@ -95,10 +93,11 @@ def our_backends(problem: Problem, chosen: list[str] | None) -> list[str]:
     return [n for n in names if n != "torch" or not large] or ["torch"]
 
 
-def takes_part(peer: Sampler, case: tuple[Any, ...], filters: str, everything: bool) -> bool:
+def takes_part(peer: Sampler, case: dict[str, Any], filters: str, everything: bool) -> bool:
     if peer is not COMPILED or everything:
         return True
-    return case[3:] == ("two", "peaked") and filters in COMPILED_FILTERS
+    headline = (case["streams"], case["logits"]) == ("two", "peaked")
+    return headline and filters in COMPILED_FILTERS
 
 
 def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -165,6 +164,7 @@ def run_filters(
         least=options.least,
         settle_ms=SETTLE_MS,
         clock=options.clock,
+        cold=not options.warm and problem.q.nbytes < harness.COLD * harness.cache_bytes(),
     )
     tensors = 1 if problem.base is None else 2
     read_ms = tensors * min(times[name].best for name in reads)
@@ -186,39 +186,29 @@ def run_filters(
     return rows + [{"who": who, "missing": reason} for who, reason in missing.items()]
 
 
-def earlier_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """With --append, what the results hold already."""
-    path = harness.results_path("sample", options.device, options.json)
-    if not options.append or not path.is_file():
-        return []
-    return json.loads(path.read_text())["rows"]
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in ("transformers", "triton", "flashinfer-python"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def all_cases(options: argparse.Namespace) -> list[tuple[Any, ...]]:
+def all_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Those that matter most first: a run that is cut off has them."""
     grid = itertools.product(
         options.streams, options.logits, options.dtype, options.batch_sizes, options.vocab
     )
-    return [(dtype, b, v, streams, logits) for streams, logits, dtype, b, v in grid]
+    return [
+        dict(zip(CASE, (dtype, b, v, streams, logits), strict=True))
+        for streams, logits, dtype, b, v in grid
+    ]
 
 
-def run(options: argparse.Namespace) -> None:
-    rows, started = earlier_rows(options), time.perf_counter()
-    # Of the ceilings only reading and copying count here; the products are kept small.
-    peaks = harness.ceilings(options.device, 16 if options.quick else 512, 64, options.clock)
-    print(f"read ceiling: {peaks.read_gb_s:.1f} GB/s from memory")
-    for case in all_cases(options):
-        dtype, b, v, streams, logits = case
+def run(options: argparse.Namespace) -> recording.Recording:
+    recorded = recording.Recording(
+        "sample",
+        options,
+        CASE,
+        compositions=STREAMS,
+        filters=FILTERS,
+        cannot={name: peer.cannot for name, peer in PEERS.items()},
+    )
+    recording.ceilings(options)
+    for case in recorded.todo(all_cases(options)):
+        dtype, b, v, streams, logits = (case[name] for name in CASE)
         done = []
         for filters in options.filters:
             problem = make_problem(b, v, DTYPES[dtype], options.device, streams, logits, filters)
@@ -229,23 +219,8 @@ def run(options: argparse.Namespace) -> None:
             done += [{"filters": filters, **row} for row in part]
             del problem
             gc.collect()
-        rows = [row for row in rows if tuple(row[name] for name in CASE) != case]
-        rows += [{**dict(zip(CASE, case, strict=True)), **row} for row in done]
-        minutes = (time.perf_counter() - started) / 60
-        print(f"\n{dtype} B={b} V={v}, {streams}, {logits} ({minutes:.1f} min so far)")
-        print(show(done), flush=True)
-        harness.write_json(  # after every case: a run that is cut off keeps what it has
-            "sample",
-            options.device,
-            rows,
-            options.json,
-            clock=options.clock,
-            ceilings=peaks,
-            compositions=STREAMS,
-            filters=FILTERS,
-            versions=versions(),
-            minutes=minutes,
-        )
+        recorded.put(case, done, show(done))
+    return recorded
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -275,8 +250,6 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B")
     parser.add_argument("--vocab", type=int, nargs="+", metavar="V")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
@@ -287,13 +260,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--compile-all", action="store_true", help="compile in every case")
     parser.add_argument("--eager", action="store_true", help="on a GPU: no CUDA graphs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--warm", action="store_true", help="leave inputs in the cache")
     parser.add_argument("--rounds", type=int, default=25, help="samples at most")
     parser.add_argument("--least", type=int, default=3, help="samples at least")
     parser.add_argument("--seconds", type=float, default=1.0, help="per filter, past --least")
     parser.add_argument("--clock", choices=harness.CLOCKS, default="wall")
-    parser.add_argument("--append", action="store_true", help="keep the results of other cases")
-    parser.add_argument("--json", help="default: benchmarks/results/sample-<device>.json")
+    recording.shared_options(parser, "sample")
     options = parser.parse_args(arguments)
     defaults = DEFAULTS["quick" if options.quick else options.device]
     for name, value in zip(("batch_sizes", "vocab", "dtype"), defaults, strict=True):
@@ -301,7 +273,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             setattr(options, name, value)
     if options.quick:
         options.rounds = options.least = 1
-        options.json = options.json or "/dev/null"
+    recording.finish_options(options)
     return options
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine's ceilings, interleaved timings, peak memory, JSON.
+"""What every benchmark needs: the machine's ceilings, interleaved timings, peak memory, tables.
 
 Times of competing functions are taken in turns in one process, so that other load on the machine
 and changes of clock hit all of them alike. On a machine that is shared, trust the ratios, not the
@@ -7,23 +7,22 @@ milliseconds, and the best times more than the medians.
 
 import contextlib
 import ctypes
-import datetime
+import functools
 import gc
-import json
 import os
-import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+CEILING_SIZES = {"cpu": (512, 1024), "cuda": (2048, 4096)}  # MiB to read, side of the products
+COLD = 4  # caches to read between calls, so that no input is left in one
 
 
 def synchronize(device: str) -> None:
@@ -74,9 +73,9 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 def _time_once(
     function: Callable[[], Any], device: str, clock: Callable[[], float], scratch: Tensor | None
 ) -> float:
+    if scratch is not None:  # leaves none of the inputs in the cache
+        torch.sum(scratch)
     if device == "cuda":
-        if scratch is not None:
-            scratch.zero_()  # leaves none of the inputs in the L2 cache
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         result = function()
@@ -101,6 +100,7 @@ def interleaved(
     least: int = 5,
     settle_ms: float = float("inf"),
     clock: str = "wall",
+    cold: bool = False,
 ) -> dict[str, Timing]:
     """Times the functions in turns, ``rounds`` times or for ``seconds``, but ``least`` times.
 
@@ -109,13 +109,19 @@ def interleaved(
     order is no matter then.
     ``clock="cpu"`` counts the processor time of this process. With one thread that tells what the
     work costs however busy the machine is; with more it also counts threads that spin in a barrier.
+    ``cold`` reads other memory before every timed call, `COLD` times the cache, so that inputs come
+    from memory as they would if they were rotated through that many copies. On a GPU that is always
+    done.
     """
     for function in functions.values():
         for _ in range(warmup):
             prepare(function)
             function()
     synchronize(device)
-    scratch = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
+    scratch = None
+    if device == "cuda" or cold:
+        size = 1 << 28 if device == "cuda" else COLD * cache_bytes()
+        scratch = torch.zeros(size // 4, dtype=torch.float32, device=device)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     gc.collect()
     gc.disable()
@@ -181,11 +187,29 @@ def ceilings(device: str, megabytes: int = 512, gemm: int = 1024, clock: str = "
     )
 
 
+def _size(text: str) -> int:
+    """Bytes of what Linux writes as 32768K."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Of this machine's largest CPU cache; 32 MiB where that is not to be found out."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((_size(path.read_text().strip()) for path in sizes), default=32 << 20)
+
+
 def _status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) << 10
     raise OSError(f"/proc/self/status has no {field}")
+
+
+def total_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory(device: str) -> int:
@@ -253,46 +277,6 @@ def peak_memory(device: str, interval: float = 0.001) -> Iterator[Peak]:
         else:
             highest = _status_bytes("VmHWM")
         peak.mebibytes = max(0, highest - before) / 2**20
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def environment(device: str) -> dict[str, Any]:
-    import qadapter
-
-    report: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "backends": {info.name: info.reason for info in qadapter.backends() if info.available},
-    }
-    if device == "cuda":
-        report["gpu"] = torch.cuda.get_device_name()
-        report["cuda"] = torch.version.cuda
-    return report
-
-
-def results_path(name: str, device: str, path: str | None) -> Path:
-    return Path(path) if path else RESULTS / f"{name}-{device}.json"
-
-
-def write_json(name: str, device: str, rows: list[dict[str, Any]], path: str | None, **more: Any):  # type: ignore[no-untyped-def]
-    """Writes rows and environment; by default to benchmarks/results/<name>-<device>.json."""
-    target = results_path(name, device, path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    record = {"benchmark": name, "environment": environment(device), **more, "rows": rows}
-    target.write_text(json.dumps(record, indent=1, default=asdict) + "\n")
-    return target
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

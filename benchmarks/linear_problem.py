@@ -72,7 +72,8 @@ class Peer:
     """A way to compute the loss.
 
     ``rewards`` gives r of every token (None where only the loss comes out); ``values`` gives
-    (q, value), for those that have them apart. ``reason`` says why a problem cannot be run.
+    (q, value), for those that have them apart. ``reason`` says why a problem cannot be run,
+    ``cannot`` what the peer cannot do at all, or is made to do beside its work.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Peer:
     values: Callable[[Problem], tuple[Tensor, Tensor]] | None = None
     reason: Callable[[Problem], str] = lambda _: ""
     products: Callable[[Problem], int] = lambda problem: problem.mode.products
+    cannot: str = ""
 
 
 def pair_loss(rewards: Tensor, pairs: int) -> Tensor:

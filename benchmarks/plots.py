@@ -1,4 +1,4 @@
-"""Draws the plots of docs/ from the committed results: python -m benchmarks.plots"""
+"""Draws the plots of docs/ from the committed results, for `python -m benchmarks report`."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,12 @@ LABELS = {
     "eager": "eager PyTorch",
     "products": "its three matrix products alone",
 }
-SWEEPS = {"rows": ("n", "rows (tokens of responses)"), "vocab": ("v", "vocabulary")}
+SWEEPS = {
+    "rows": ("n", "rows (tokens of responses)"),
+    "vocab": ("v", "vocabulary"),
+    "hidden": ("d", "hidden size"),
+    "threads": ("threads", "threads"),
+}
 
 
 def _thousands(value: float) -> str:
@@ -62,10 +67,11 @@ def draw(record: dict[str, Any], sweep: str, path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     figure.axes[0].legend(frameon=False, fontsize=9, loc="upper left")
     machine, first = record["environment"], rows[0]
-    fixed = f"V = {first['v']:,}" if sweep == "rows" else f"N = {first['n']}"
+    varied = [(n, first[n]) for n in ("n", "v", "d") if n != x]
+    fixed = ", ".join(f"{name.upper()} = {value:,}" for name, value in varied)
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     figure.suptitle(
-        f"Loss and gradient from hidden states, {fixed}, D = {first['d']}, {first['dtype']}\n"
+        f"Loss and gradient from hidden states, {fixed}, {first['dtype']}\n"
         f"{device}, torch {machine['torch']}, {machine['date'][:10]}",
         fontsize=10,
     )
@@ -231,8 +237,52 @@ def draw_sample(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
+CONTEXT_STYLES: dict[str, dict[str, Any]] = {
+    **STEP_STYLES,
+    "TRL DPO": {"color": "#e69f00", "marker": "v"},
+}
+
+
+def draw_context(record: dict[str, Any], path: Path) -> None:
+    """The peaks that were measured by length; where they cross a budget is what fits in it."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    rows = record["rows"]
+    for who, style in CONTEXT_STYLES.items():
+        peaks: dict[int, float] = {}
+        for row in rows:
+            if row["who"] == who:
+                peaks |= {int(length): mib for length, mib in row["peaks"].items()}
+        if peaks:
+            lengths = sorted(peaks)
+            label = STEP_LABELS.get(who, f"{who} (another objective)")
+            axis.plot(lengths, [peaks[n] for n in lengths], label=label, markersize=5, **style)
+    for budget in sorted({row["budget_mib"] for row in rows}):
+        axis.axhline(budget, color="black", linestyle=":", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_xlabel("tokens of each response")
+    axis.set_ylabel("MiB added at the peak")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(frameon=False, fontsize=9)
+    machine = record["environment"]
+    device = machine.get("gpu") or machine["cpu"]
+    figure.suptitle(
+        f"Peak of a training step on one pair, {record['model']}; dotted: budgets\n"
+        f"{device}, torch {machine['torch']}, {machine['date'][:10]}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=140)
+
+
 def main() -> None:
-    for name, draw_one in (("decode", draw_decode), ("sample", draw_sample)):
+    for name, draw_one in (
+        ("decode", draw_decode),
+        ("sample", draw_sample),
+        ("context", draw_context),
+    ):
         for result in sorted(RESULTS.glob(f"{name}-*.json")):
             device = result.stem.removeprefix(f"{name}-")
             suffix = "" if device == "cpu" else f"-{device}"
@@ -247,8 +297,10 @@ def main() -> None:
         record = json.loads(result.read_text())
         device = result.stem.removeprefix("linear_scaling-")
         suffix = "" if device == "cpu" else f"-{device}"
+        measured = {row["sweep"] for row in record["rows"]}
         for sweep in SWEEPS:
-            draw(record, sweep, ROOT / "docs" / f"memory-and-time-{sweep}{suffix}.png")
+            if sweep in measured:
+                draw(record, sweep, ROOT / "docs" / f"memory-and-time-{sweep}{suffix}.png")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Writes the tables of README.md and docs/*.md from the committed results.
+"""Writes the tables and plots of README.md and docs/*.md from the committed results.
 
-    python -m benchmarks.report
+    python -m benchmarks report [--check]
 
 A table goes between ``<!-- table:NAME -->`` and ``<!-- /table -->``, wherever there is such a pair.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, report_decoding
+from benchmarks import harness, report_decoding, report_suite, report_training
 from benchmarks.report_common import conditions, left_out
 
 ROOT = Path(__file__).parents[1]
@@ -49,63 +50,6 @@ def logits(record: dict[str, Any]) -> str:
         "memory is what the operation adds."
     )
     return f"{title}\n\n{harness.table(header, lines)}"
-
-
-def _step_rows(record: dict[str, Any], pairs: int, first: str) -> list[list[str]]:
-    lines = []
-    for row in record["rows"]:
-        released, memory = row["released ms"]["median"], row["released peak MiB"]
-        own = {way: row[f"{way} ms"]["median"] for way in ("ours", "cached")}
-        lines.append(
-            [
-                *([str(row["length"])] if first == "length" else []),
-                f"{row['tokens']} / {row['padded']} / {row['packed']}",
-                str(row["response rows"]),
-                f"{released / 1e3 / pairs:.2f}",
-                *(f"{ms / 1e3 / pairs:.2f} ({released / ms:.1f}x)" for ms in own.values()),
-                f"{memory:.0f}",
-                *(f"{row[f'{way} peak MiB']:.0f}" for way in own),
-            ]
-        )
-    return lines
-
-
-STEP_HEADER = ["tokens / padded / packed", "response rows", "released s/pair", "ours", "cached"]
-STEP_HEADER += ["released MiB", "ours MiB", "cached MiB"]
-STEP = (
-    "the released way is two full forwards of the padded batch, float32 logits at every position, "
-    "its loss, backward; ours packs the real tokens, what pairs share once, and has no logits; "
-    "cached: the base's two floats a token are known. Memory is what the step adds to the loaded "
-    "model"
-)
-
-
-def train_step(record: dict[str, Any], order: str = "as the file has them") -> str:
-    pairs = record["pairs"]
-    sums = {
-        way: sum(row[f"{way} ms"]["median"] for row in record["rows"])
-        for way in ("released", "ours", "cached")
-    }
-    title = (
-        f"A whole training step, {record['model']}, micro-batches of {pairs} pairs of real chat, "
-        f"{order} ({conditions(record)}): {STEP}. Over all batches "
-        f"{sums['released'] / sums['ours']:.2f}x faster, cached "
-        f"{sums['released'] / sums['cached']:.2f}x."
-    )
-    return f"{title}\n\n{harness.table(STEP_HEADER, _step_rows(record, pairs, ''))}"
-
-
-def train_step_shuffled(record: dict[str, Any]) -> str:
-    return train_step(record, "shuffled")
-
-
-def train_step_scaling(record: dict[str, Any]) -> str:
-    title = (
-        f"A training step on one pair without any padding, {record['model']}, by the length of its "
-        f"two responses ({conditions(record)}): {STEP}."
-    )
-    table = harness.table(["length", *STEP_HEADER], _step_rows(record, 1, "length"))
-    return f"{title}\n\n{table}"
 
 
 WHO = ("eager", "compile", "CCE", "CCE exact", "Liger", "TRL", "torch LCE")
@@ -264,9 +208,9 @@ def linear_accuracy_full(record: dict[str, Any]) -> str:
 # marker -> (results, table)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "logits": ("logits", logits),
-    "train_step": ("train_step", train_step),
-    "train_step_shuffled": ("train_step_shuffled", train_step_shuffled),
-    "train_step_scaling": ("train_step_scaling", train_step_scaling),
+    "train_step": ("train_step", report_training.train_step),
+    "train_step_shuffled": ("train_step_shuffled", report_training.train_step_shuffled),
+    "train_step_scaling": ("train_step_scaling", report_training.train_step_scaling),
     "linear": ("linear", linear),
     "linear_full": ("linear", linear_full),
     "linear_memory": ("linear", linear_memory),
@@ -277,7 +221,38 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "decode_parts": ("decode", report_decoding.decode_parts),
     "sample": ("sample", report_decoding.sample),
     "sample_full": ("sample", report_decoding.sample_full),
+    "logits_all": ("logits", report_suite.everything),
+    "linear_all": ("linear", report_suite.everything),
+    "sample_all": ("sample", report_suite.everything),
+    "decode_all": ("decode", report_suite.everything),
+    "scaling": ("linear_scaling", report_suite.scaling),
+    "context": ("context", report_suite.context),
+    "step_parts": ("train_step", report_suite.step_parts),
+    "instructions": ("instructions", report_suite.instructions),
 }
+# marker -> table of all results together
+OVERALL: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "machines": report_suite.machines,
+    "cannot": report_suite.cannot,
+    "wins": report_suite.wins,
+    "gpu": report_suite.gpu,
+}
+NOTHING = "Not measured yet."
+
+
+def records(results: str | None = None) -> list[dict[str, Any]]:
+    """The committed results, of one benchmark or of all."""
+    paths = sorted(RESULTS.glob("*.json" if results is None else f"{results}-*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def content(name: str) -> str:
+    """What belongs between the markers of a table."""
+    if name in OVERALL:
+        return OVERALL[name](records())
+    results, make = TABLES[name]
+    found = [record for record in records(results) if record["benchmark"] == results]
+    return "\n\n".join(make(record) for record in found) or NOTHING
 
 
 def replace(text: str, marker: str, content: str) -> str:
@@ -286,19 +261,45 @@ def replace(text: str, marker: str, content: str) -> str:
     return f"{text[:begin]}\n{content}\n{text[text.index(end, begin) :]}"
 
 
-def main() -> None:
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        before = text = page.read_text()
-        for name, (results, make) in TABLES.items():
-            if f"<!-- table:{name} -->" not in text:
-                continue
-            paths = sorted(RESULTS.glob(f"{results}-*.json"))
-            if paths:
-                tables = [make(json.loads(path.read_text())) for path in paths]
-                text = replace(text, f"table:{name}", "\n\n".join(tables))
-        if text != before:
-            page.write_text(text)
+def rewritten(text: str) -> str:
+    """A page with all its tables as the results have them."""
+    for name in (*TABLES, *OVERALL):
+        if f"<!-- table:{name} -->" in text:
+            text = replace(text, f"table:{name}", content(name))
+    return text
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def stale() -> list[Path]:
+    """Pages that show something else than the results hold."""
+    return [page for page in pages() if rewritten(page.read_text()) != page.read_text()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if pages are stale")
+    parser.add_argument("--no-plots", action="store_true", help="tables alone")
+    options = parser.parse_args([] if arguments is None else arguments)
+    if options.check:
+        for page in (found := stale()):
+            print(f"{page}: not what the results hold")
+        return 1 if found else 0
+    for page in stale():
+        page.write_text(rewritten(page.read_text()))
+        print(f"wrote {page}")
+    if not options.no_plots:
+        from benchmarks import plots
+
+        plots.main()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

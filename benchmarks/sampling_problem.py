@@ -70,6 +70,7 @@ class Sampler:
     name: str
     prepare: Callable[[Problem], Callable[[], Tensor]]
     reason: Callable[[Problem], str] = lambda _: ""  # why it cannot run this; empty: it can
+    cannot: str = ""
 
 
 def peaked(batch: int, vocab: int, generator: torch.Generator, device: str) -> Tensor:

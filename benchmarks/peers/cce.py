@@ -58,6 +58,9 @@ def _peer(name: str, filter_eps: str | None, reason: Callable[[Problem], str]) -
         rewards=rewards,
         reason=reason,
         products=lambda problem: problem.mode.products + (problem.weight.device.type == "cuda"),
+        cannot="gives no log-sum-exp and no value (25.1.1 has no `return_lse`), so a composition "
+        "with alpha_tilde other than 1 is out of reach; takes the product with the head again in "
+        "backward; on a CPU it is torch.compile of the logits",
     )
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from benchmarks import logits_problem
 from benchmarks.linear_problem import Peer, Problem, pair_loss
 from benchmarks.peers import eager
 
@@ -32,5 +33,22 @@ def _call(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 LINEAR = Peer(
-    "compile", loss=lambda problem: _call(problem)[0], values=lambda problem: _call(problem)[1:]
+    "compile",
+    loss=lambda problem: _call(problem)[0],
+    values=lambda problem: _call(problem)[1:],
+    cannot="keeps logits; compiles for seconds to minutes before its first run, not counted",
+)
+
+
+def _loss_of_logits(problem: logits_problem.Problem) -> Tensor:
+    settings = logits_problem.LOSS.values()
+    arguments = (problem.base, problem.q, problem.actions, problem.alphas, problem.pairs)
+    return loss(*arguments, *settings)
+
+
+LOGITS = logits_problem.Peer(
+    "compile",
+    values=lambda p: residual_values(p.base, p.q, p.actions, *p.alphas),
+    loss=_loss_of_logits,
+    cannot="compiles for seconds to minutes before its first run, which is not counted",
 )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import logits_problem
 from benchmarks.linear_problem import Peer, Problem, pair_loss
 
 
@@ -105,4 +106,18 @@ LINEAR = Peer(
     "eager",
     loss=_linear_loss,
     values=lambda problem: linear_values(*arguments(problem)),
+    cannot="nothing, but it keeps the logits and what the gradient needs of them",
+)
+
+
+def _loss_of_logits(problem: logits_problem.Problem) -> Tensor:
+    q, value, _, _ = residual_values(problem.base, problem.q, problem.actions, *problem.alphas)
+    return preference_loss(q, value, problem.pairs, **logits_problem.LOSS)
+
+
+LOGITS = logits_problem.Peer(
+    "eager",
+    values=lambda p: residual_values(p.base, p.q, p.actions, *p.alphas),
+    loss=_loss_of_logits,
+    cannot="nothing, but it keeps float32 tensors of the size of the logits",
 )

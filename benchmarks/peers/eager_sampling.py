@@ -47,4 +47,8 @@ def _prepare(problem: Problem) -> Callable[[], Tensor]:
     return run
 
 
-EAGER = Sampler("eager", _prepare)
+EAGER = Sampler(
+    "eager",
+    _prepare,
+    cannot="gives no log-probability; one random stream for the whole batch, no seed per row",
+)

@@ -52,4 +52,10 @@ def _prepare(problem: Problem) -> Callable[[], Tensor]:
     return run
 
 
-FLASHINFER = Sampler("FlashInfer", _prepare, _reason)
+FLASHINFER = Sampler(
+    "FlashInfer",
+    _prepare,
+    _reason,
+    cannot="CUDA only; gives no log-probability; cannot compose two tensors; takes probabilities "
+    "where filters other than top-k with top-p are on, so a softmax comes first",
+)

@@ -67,5 +67,6 @@ def _prepare_compiled(problem: Problem) -> Callable[[], Tensor]:
     return run
 
 
-HF = Sampler("transformers", _prepare)
-COMPILED = Sampler("compile", _prepare_compiled)
+_CANNOT = "gives no log-probability; one random stream for the whole batch, no seed per row"
+HF = Sampler("transformers", _prepare, cannot=_CANNOT)
+COMPILED = Sampler("compile", _prepare_compiled, cannot=_CANNOT)

@@ -82,4 +82,10 @@ def _loss(problem: Problem) -> Tensor:
     return loss
 
 
-LINEAR = Peer("Liger", loss=_loss, reason=_reason)
+LINEAR = Peer(
+    "Liger",
+    loss=_loss,
+    reason=_reason,
+    cannot="gives no value of a token, so neither the regulariser nor a value at the next state; "
+    "sequences of one length only; no known statistics of the base",
+)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks import logits_problem
 from benchmarks.linear_problem import BT_SCALE, Peer, Problem
 from qadapter import functional as QF
 
@@ -41,3 +42,18 @@ def _values(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 LINEAR = Peer("qadapter", loss=_loss, values=_values)
+
+
+def _values_of_logits(problem: logits_problem.Problem) -> logits_problem.Values:
+    values = QF.residual_values(problem.base, problem.q, problem.actions, **problem.names)
+    return values.q, values.value, values.base_logp, values.policy_logp
+
+
+def _loss_of_logits(problem: logits_problem.Problem) -> Tensor:
+    keywords = {**problem.names, **logits_problem.LOSS}
+    return QF.qadapter_loss(
+        problem.base, problem.q, problem.actions, problem.cu_seqlens, **keywords
+    ).loss
+
+
+LOGITS = logits_problem.Peer("qadapter", values=_values_of_logits, loss=_loss_of_logits)

@@ -14,7 +14,7 @@ def labels_of(batch: dict[str, Tensor]) -> Tensor:
     labels = batch["input_ids"].clone()
     width = labels.shape[1]
     first_rows = batch["rows"][batch["cu_seqlens"][:-1].long()] % width
-    labels[torch.arange(width) <= first_rows[:, None]] = -100
+    labels[torch.arange(width, device=labels.device) <= first_rows[:, None]] = -100
     return labels
 
 

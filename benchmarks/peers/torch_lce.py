@@ -40,4 +40,6 @@ LINEAR = Peer(
     rewards=_rewards,
     reason=_reason,
     products=lambda problem: problem.mode.products + 1,
+    cannot="gives no log-sum-exp and no value; takes the product with the head again in backward; "
+    "rounds the loss of a row to the dtype of the hidden states",
 )
