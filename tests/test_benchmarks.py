@@ -41,6 +41,15 @@ def no_ceilings(monkeypatch):
     monkeypatch.setattr(harness, "ceilings", lambda *_: NOTHING)
 
 
+@pytest.fixture
+def no_compilers(monkeypatch):
+    """Compiling takes longer than all else together."""
+    for name in ("compile", "Liger", "CCE"):
+        monkeypatch.delitem(bench_linear.PEERS, name)
+    monkeypatch.delitem(bench_logits.PEERS, "compile")
+    monkeypatch.setattr(bench_scaling, "PEERS", ["qadapter", "eager"])
+
+
 def logits_options(path, *more):
     arguments = ["--quick", "--peers", "eager", "TRL", "QuACK", "--dtype", "fp32", *more]
     return bench_logits.parse([*arguments, "--threads", "1", "--json", str(path)])
@@ -148,6 +157,7 @@ def test_every_set_can_be_parsed():
     }
 
 
+@pytest.mark.usefixtures("no_compilers")
 def test_a_tiny_set_goes_through(tmp_path, capsys):
     only = ["logits", "linear_scaling", "context"]
     arguments = ["gpu", "--device", "cpu", "--tiny", "--threads", "1", "--output", str(tmp_path)]
@@ -162,6 +172,7 @@ def test_a_tiny_set_goes_through(tmp_path, capsys):
     assert {row["sweep"] for row in sweeps} == set(bench_scaling.SWEEPS)
 
 
+@pytest.mark.usefixtures("no_compilers")
 def test_a_step_that_fails_does_not_end_the_set(tmp_path, monkeypatch, capsys):
     def failing(_):
         raise ValueError("on purpose")
