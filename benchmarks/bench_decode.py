@@ -65,9 +65,9 @@ LESS = ("base", "naive", "two streams")  # what runs in the cases that are no he
 
 def warmed(
     ways: dict[str, Way], clock: Callable[[], Clock], tokens: int, shape: tuple[int, int]
-) -> tuple[list[str], dict[str, str]]:
-    """Each runs once: who could, and who is missing and why."""
-    ran: list[str] = []
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Each runs twice: peak memory in MiB of who could, and who is missing and why."""
+    ran: dict[str, float] = {}
     missing: dict[str, str] = {}
     for name, way in ways.items():
         try:
@@ -79,7 +79,9 @@ def warmed(
             continue
         if text.shape != (shape[0], shape[1] + tokens):
             raise RuntimeError(f"{name}: expected {tokens} new tokens, got {tuple(text.shape)}")
-        ran.append(name)
+        with harness.peak_memory(clock().never.device.type) as peak:
+            way(tokens, clock())
+        ran[name] = peak.mebibytes
     return ran, missing
 
 
@@ -115,7 +117,7 @@ def run_case(
     means = {name: statistics.fmean(samples) for name, samples in steps.items()}
     rows = []
     for name, timing in timings.items():
-        row = {"who": name, "ms": timing, "mean_ms": means[name]}
+        row = {"who": name, "ms": timing, "mean_ms": means[name], "peak_mib": ran[name]}
         row["prefill_ms"] = statistics.median(prefill[name])
         for peer in ("base", "naive"):
             if peer in timings:

@@ -52,7 +52,7 @@ def logits(record: dict[str, Any]) -> str:
     return f"{title}\n\n{harness.table(header, lines)}"
 
 
-WHO = ("eager", "compile", "CCE", "CCE exact", "Liger", "TRL", "torch LCE")
+WHO = ("eager", "compile", "CCE", "CCE exact", "Liger", "TRL", "torch LCE", "QuACK")
 Case = tuple[str, int, int, str]
 Cases = dict[Case, dict[str, dict[str, Any]]]
 
