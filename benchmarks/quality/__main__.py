@@ -1,0 +1,133 @@
+"""The command line: run (the default), sweep, report."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from benchmarks.quality import data as quality_data
+from benchmarks.quality import decode_cost, report, summary, sweep
+from benchmarks.quality.settings import METHODS, SETS, Run, Set, changed
+from benchmarks.quality.study import Study, run_all
+from qadapter import files
+
+KLS = (0.01, 0.03, 0.1)
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", choices=SETS, default="quick", help="default: %(default)s")
+    parser.add_argument("--output", help="default: quality-output/<set>-<data>")
+    parser.add_argument("--data", help="preference file to learn; default, what the project ships")
+    parser.add_argument(
+        "--heldout", help="held-out pairs; default, a fifth of the prompts of --data"
+    )
+    parser.add_argument("--unrelated", help="conversations that have nothing to do with --data")
+    parser.add_argument(
+        "--rule", help="check answers by this rule: " + ", ".join(quality_data.RULES)
+    )
+    parser.add_argument("--name", help="of the data; default, from its file")
+    parser.add_argument("--model", default="smollm2", help="the base; default: %(default)s")
+    parser.add_argument("--judges", nargs="*", default=["n-grams", "embeddings"])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default, the set's")
+    parser.add_argument("--change", action="append", default=[], metavar="NAME=VALUE",
+                        help="of the set or of every training, such as pairs=64")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="name the runs, and run nothing")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    run = commands.add_parser("run", help="the comparison of methods")
+    add_study(run)
+    run.add_argument("--methods", nargs="+", choices=METHODS, help="default, all")
+    run.add_argument("--only", help="runs whose name holds this text")
+    run.add_argument("--json", help="where the summary goes; default <output>/summary.json")
+    search = commands.add_parser("sweep", help="settings of a method against each other")
+    add_study(search)
+    search.add_argument("--method", choices=METHODS, default="qadapter")
+    search.add_argument("--vary", action="append", default=[], metavar="NAME=V,V,...")
+    search.add_argument("--file", help="a JSON list of objects, a setting each")
+    search.add_argument("--kl", type=float, nargs="+", default=KLS)
+    search.add_argument("--answers", action="store_true", help="also make and judge answers")
+    commands.add_parser("report", help="tables and plots from benchmarks/results/quality-*.json")
+    if not argv or argv[0] not in (*commands.choices, "-h", "--help"):
+        argv = ["run", *argv]
+    return parser.parse_args(argv)
+
+
+def chosen_set(options: argparse.Namespace) -> Set:
+    changes: dict[str, Any] = {}
+    for text in options.change:
+        name, found, value = text.partition("=")
+        if not found:
+            raise ValueError(f"--change: expected NAME=VALUE, got {text!r}")
+        parsed = [sweep.value_of(part) for part in value.split(",") if part]
+        many = isinstance(getattr(SETS[options.set], name, None), tuple)
+        changes[name] = tuple(parsed) if many else parsed[0]
+    if options.seeds:
+        changes["seeds"] = tuple(options.seeds)
+    return changed(SETS[options.set], changes)
+
+
+def study_of(options: argparse.Namespace, chosen: Set) -> Study:
+    data = quality_data.load(
+        options.data, options.heldout, options.unrelated, options.rule, options.name
+    )
+    output = options.output or f"quality-output/{options.set}-{data.name}"
+    return Study(chosen, data, output, options.model, tuple(options.judges))
+
+
+def planned(options: argparse.Namespace, chosen: Set) -> list[Run]:
+    if options.command == "sweep":
+        settings = sweep.combinations(options.vary) if options.vary else []
+        settings += sweep.from_file(options.file) if options.file else []
+        runs = sweep.runs(options.method, settings, chosen.seeds)
+    else:
+        runs = [r for r in chosen.runs() if options.methods is None or r.method in options.methods]
+        runs = [r for r in runs if options.only is None or options.only in r.name]
+    for run in runs:
+        run.settings(chosen.usual)  # checks the names
+    if not runs:
+        raise ValueError("no run is left to do")
+    return runs
+
+
+def execute(options: argparse.Namespace) -> None:
+    if options.command == "report":
+        for path in report.write():
+            print(f"wrote {path}")
+        return
+    chosen = chosen_set(options)
+    runs = planned(options, chosen)
+    if options.list:
+        print("\n".join(run.name for run in runs))
+        return
+    study = study_of(options, chosen)
+    answered = options.command == "run" or options.answers
+    results, missing = run_all(study, runs, answered)
+    if options.command == "sweep":
+        rows = summary.rows(results)
+        files.write_json(study.output / f"sweep-{options.method}.json", rows)
+        print(sweep.table(rows, options.kl))
+        return
+    decode = decode_cost.decode_cost(study)
+    record = summary.summarise(study, results, missing, decode)
+    path = options.json or str(study.output / "summary.json")
+    files.write_json(path, record)
+    print(report.text(record))
+    print(f"\nsummary {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        execute(parse(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError) as error:
+        print(f"quality: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

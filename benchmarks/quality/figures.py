@@ -1,0 +1,218 @@
+"""The pictures: preference against forgetting, learning curves, noise."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.settings import TITLES
+from qadapter import files
+
+COLOURS = {
+    "qadapter": "tab:red",
+    "released": "tab:orange",
+    "sft": "tab:green",
+    "replay": "tab:olive",
+    "dpo": "tab:blue",
+    "ipo": "tab:purple",
+}
+LABELS = {
+    "accuracy": "held-out pairs right, share",
+    "gain": "gain of chosen over rejected, nats a pair",
+    "follows": "answers that keep the rule, share",
+    "kl": "KL(base || policy) on unrelated text, nats a token",
+    "questions": "questions still answered right, share",
+}
+Row = dict[str, Any]
+
+
+def label_of(name: str) -> str:
+    if name.startswith("wins "):
+        return f"answers better than the base's, share ({name.removeprefix('wins ')})"
+    return LABELS[name]
+
+
+def draw(record: dict[str, Any], folder: Path, stem: str) -> list[Path]:
+    """<stem>-frontier.png, -learning.png and, where there is noise, -noise.png."""
+    makers: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "frontier": frontier,
+        "learning": learning,
+        "noise": noise,
+    }
+    written = []
+    for name, make in makers.items():
+        figure = make(record)
+        if figure is None:
+            continue
+        path = folder / f"{stem}-{name}.png"
+        with files.replacing_file(path) as temporary:
+            figure.savefig(temporary, dpi=140)
+        written.append(path)
+    return written
+
+
+def curves(record: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, Row]], str]]:
+    """(method, label, its points by strength with their names, line style).
+
+    Q-Adapter's strength when sampling, DPO's beta, SFT's updates, the trained point of the others.
+    Dotted: what the same blending with the base does to the other methods' LoRAs.
+    """
+    clean = [row for row in record["rows"] if row["noise"] == 0]
+
+    def of(method: str, start: str, changed: bool = False) -> list[Row]:
+        return [
+            row
+            for row in clean
+            if row["method"] == method
+            and row["label"].startswith(start)
+            and (changed or not row["changes"])
+        ]
+
+    made: list[tuple[str, str, list[tuple[str, Row]], str]] = []
+    for method in COLOURS:
+        own = of(method, "trained")
+        if not own:
+            continue
+        blended = [(row["label"].split()[-1], row) for row in of(method, "strength")]
+        whole = "1" if method == "qadapter" else "trained"
+        blended = sorted([*blended, (whole, own[0])], key=lambda pair: pair[1]["blend"][0])
+        if method == "qadapter":
+            made.append((method, f"{TITLES[method]}, strength", blended, "-"))
+            continue
+        if method == "dpo":
+            betas = sorted(of(method, "trained", True), key=_beta, reverse=True)
+            made.append(
+                (method, f"{TITLES[method]}, beta", [(f"{_beta(r):g}", r) for r in betas], "-")
+            )
+        elif method == "sft":
+            steps = [(str(row["step"]), row) for row in of(method, "step") + own]
+            steps.sort(key=lambda pair: pair[1]["step"])
+            made.append((method, f"{TITLES[method]}, updates", steps, "-"))
+        else:
+            made.append((method, TITLES[method], [("", own[0])], "-"))
+        made.append((method, "", [("", row) for _, row in blended], ":"))
+    return made
+
+
+def _beta(row: Row) -> float:
+    return float(row["changes"].get("beta", 0.1))
+
+
+def frontier(record: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    judges = [f"wins {judge['judge']}" for judge in record["judge_figures"]]
+    names = ["accuracy", "gain", *judges, "follows", "questions"]
+    names = [n for n in names if any(n in row["figures"] for row in record["rows"])]
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(5 * columns, 4 * lines + 0.6), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
+    for axis, name in zip(axes, names, strict=False):
+        farthest = 1e-6
+        for method, label, points, style in curves(record):
+            shown = [(text, row["figures"]) for text, row in points if name in row["figures"]]
+            if not shown or (style == ":" and len(shown) < 2):
+                continue
+            x = [f["kl"][0] for _, f in shown]
+            y = [f[name][0] for _, f in shown]
+            farthest = max(farthest, *x)
+            colour = COLOURS[method]
+            if style == ":":
+                axis.plot(x, y, ":", color=colour, linewidth=1)
+                continue
+            error = [np.abs(np.array([f[name][i] for _, f in shown]) - y) for i in (1, 2)]
+            axis.errorbar(
+                x, y, error, fmt="o-", color=colour, label=label, capsize=2, markersize=4,
+                elinewidth=0.6,
+            )  # fmt: skip
+            for text, at in zip((text for text, _ in shown), zip(x, y, strict=True), strict=True):
+                axis.annotate(
+                    text, at, xytext=(3, 5), textcoords="offset points", fontsize=7, color=colour
+                )
+        # KL grows with the square of a small strength.
+        axis.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+        axis.set_xlim(0, 1.1 * farthest)
+        axis.set_xlabel(LABELS["kl"], fontsize=9)
+        axis.set_title(label_of(name), fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(names) :]:
+        axis.remove()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+    figure.suptitle(
+        f"{record['data']['name']}: preference against forgetting; to the upper left is better. "
+        "Dotted: other methods blended with the base",
+        fontsize=11,
+    )
+    return figure
+
+
+def learning(record: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    names = ("accuracy", "gain", "kl")
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for method, colour in COLOURS.items():
+        rows = [
+            row
+            for row in record["rows"]
+            if row["method"] == method
+            and row["noise"] == 0
+            and not row["changes"]
+            and (row["label"] == "trained" or row["label"].startswith("step"))
+        ]
+        rows.sort(key=lambda row: row["step"])
+        for axis, name in zip(panels, names, strict=True):
+            if not rows:
+                continue
+            mean, low, high = zip(*(row["figures"][name] for row in rows), strict=True)
+            start = 0.5 if name == "accuracy" else 0.0
+            steps = [0, *(row["step"] for row in rows)]
+            axis.plot(steps, [start, *mean], "o-", color=colour, label=TITLES[method], markersize=3)
+            axis.fill_between(
+                steps, [start, *low], [start, *high], color=colour, alpha=0.12, linewidth=0
+            )
+    for axis, name in zip(panels, names, strict=True):
+        axis.set_xlabel("updates")
+        axis.set_title(label_of(name), fontsize=10)
+        axis.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    figure.suptitle(f"{record['data']['name']}: checkpoints of one training each", fontsize=11)
+    return figure
+
+
+def noise(record: dict[str, Any]) -> Any:
+    """None without noisy runs."""
+    from matplotlib.figure import Figure
+
+    noisy = {row["variant"] for row in record["rows"] if row["noise"] > 0}
+    if not noisy:
+        return None
+    judges = [f"wins {judge['judge']}" for judge in record["judge_figures"]]
+    names = ["accuracy", *judges[:1], "kl"]
+    figure = Figure(figsize=(5 * len(names), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(names))
+    for place, variant in enumerate(v for v in COLOURS if v in noisy):
+        rows = [r for r in record["rows"] if r["variant"] == variant and r["label"] == "trained"]
+        rows.sort(key=lambda row: row["noise"])
+        for axis, name in zip(panels, names, strict=True):
+            shown = [row for row in rows if name in row["figures"]]
+            y = np.array([row["figures"][name] for row in shown])
+            # A little beside each other, so that the intervals can be told apart.
+            x = [100 * row["noise"] + 0.4 * place for row in shown]
+            axis.errorbar(
+                x, y[:, 0], np.abs(y[:, 1:] - y[:, :1]).T, fmt="o-", capsize=3,
+                color=COLOURS[variant], label=TITLES[variant],
+            )  # fmt: skip
+    for axis, name in zip(panels, names, strict=True):
+        axis.set_xlabel("training pairs flipped, %")
+        axis.set_title(label_of(name), fontsize=10)
+        axis.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    figure.suptitle(f"{record['data']['name']}: label noise", fontsize=11)
+    return figure

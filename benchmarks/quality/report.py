@@ -1,0 +1,239 @@
+"""Tables of docs/quality.md, and the pictures beside it, from the committed summaries."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.quality.settings import METHODS, TITLES
+from benchmarks.report_common import conditions
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+Record = dict[str, Any]
+
+TESTED_TITLES = {
+    "accuracy": "accuracy",
+    "gain": "gain, nats a pair",
+    "kl": "KL, nats a token",
+    "nll_change": "change of NLL, nats a token",
+    "follows": "follows the rule",
+    "questions": "questions still right",
+}
+
+
+def heading(record: Record) -> str:
+    usual, counts, data = record["set"]["usual"], record["counts"], record["data"]["name"]
+    seeds = max((len(row["seeds"]) for row in record["rows"]), default=1)
+    return (
+        f"{data}: {record['base']}, {usual['steps']} updates of {usual['batch']} pairs (of "
+        f"{usual['pairs']}), learning rate {usual['learning_rate']:g}, LoRA r={usual['lora_r']} on "
+        f"{usual['lora_targets']}, {seeds} seed{'s' if seeds > 1 else ''}; "
+        f"{counts['heldout']} held-out pairs, {counts['prompts']} prompts answered, "
+        f"{counts['unrelated']} unrelated conversations, {counts['questions']} questions "
+        f"({conditions(record)}). In brackets: 95 % bootstrap intervals over items"
+        + (" and seeds." if seeds > 1 else ".")
+    )
+
+
+def cell(figures: dict[str, list[float]], name: str, form: str = ".2f") -> str:
+    if name not in figures:
+        return ""
+    mean, low, high = (f"{value:{form}}" for value in figures[name])
+    return f"{mean} [{low}, {high}]"
+
+
+def share(figures: dict[str, list[float]], name: str) -> str:
+    if name not in figures:
+        return ""
+    mean, low, high = figures[name]
+    return f"{mean:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def title(row: dict[str, Any]) -> str:
+    changes = ", ".join(f"{name} {value}" for name, value in row["changes"].items())
+    return TITLES[row["method"]] + (f", {changes}" if changes else "")
+
+
+def judge_names(record: Record) -> list[str]:
+    return [judge["judge"] for judge in record["judge_figures"]]
+
+
+def _columns(record: Record) -> list[tuple[str, str, Callable[..., str]]]:
+    rule = any("follows" in row["figures"] for row in record["rows"])
+    return [
+        ("pairs right", "accuracy", share),
+        ("gain", "gain", cell),
+        *((f"won, {judge}", f"wins {judge}", share) for judge in judge_names(record)),
+        *([("rule", "follows", share)] if rule else []),
+        ("KL", "kl", lambda f, n: cell(f, n, ".4f")),
+        ("NLL change", "nll_change", lambda f, n: cell(f, n, ".4f")),
+        ("questions", "questions", share),
+        ("words", "words", lambda f, n: cell(f, n, ".0f")),
+    ]
+
+
+def _table(record: Record, rows: list[tuple[str, dict[str, list[float]]]]) -> str:
+    columns = _columns(record)
+    header = ["", *(name for name, _, _ in columns)]
+    lines = [[name, *(form(f, figure) for _, figure, form in columns)] for name, f in rows]
+    return harness.table(header, lines)
+
+
+def main_table(record: Record) -> str:
+    """Every method as trained, without noise."""
+    base = record["base_figures"]
+    own = [
+        row
+        for row in record["rows"]
+        if row["noise"] == 0 and row["label"] == "trained" and not row["changes"]
+    ]
+    own.sort(key=lambda row: list(METHODS).index(row["method"]))
+    zero = [0.0, 0.0, 0.0]
+    nothing = {
+        "gain": zero,
+        "kl": zero,
+        "nll_change": zero,
+        "questions": [1.0, 1.0, 1.0],
+        **{name: base["figures"][name] for name in ("words", "follows") if name in base["figures"]},
+    }
+    table = _table(record, [("base", nothing), *((title(row), row["figures"]) for row in own)])
+    left_out = "".join(f"\n- {name}: {why}" for name, why in record["missing"].items())
+    return (
+        f"{heading(record)} Of {base['asked']} questions the base answers {base['right']} right, "
+        f"of which {base['kept']} are asked here. By the base's own likelihood a token "
+        f"{share(base['figures'], 'in_order')} of the pairs are in order.\n\n{table}"
+        + (f"\n\nLeft out:\n{left_out}" if left_out else "")
+    )
+
+
+def strength_table(record: Record) -> str:
+    """What varies the strength of a method after, or by, its training."""
+    rows = []
+    for row in record["rows"]:
+        blended = row["method"] == "qadapter" and row["label"].startswith("strength")
+        varied = row["method"] == "dpo" and row["label"] == "trained"
+        stopped = row["method"] == "sft" and row["label"].startswith("step")
+        if row["noise"] == 0 and (blended or varied or stopped):
+            name = title(row) if varied else f"{title(row)}, {row['label']}"
+            rows.append((name, row["figures"]))
+    return f"{heading(record)}\n\n{_table(record, rows)}"
+
+
+def tests_table(record: Record) -> str:
+    """Q-Adapter less each other method."""
+    lines = [
+        [
+            TITLES.get(test["against"], test["against"]),
+            TESTED_TITLES.get(test["figure"], test["figure"].replace("wins", "won,")),
+            f"{test['mean']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]",
+            f"{test['p']:.4f}",
+            f"{test['p_holm']:.4f}",
+        ]
+        for test in record["tests"]
+    ]
+    header = ["Q-Adapter less", "figure", "difference", "p", "p, Holm"]
+    text = (
+        "Paired by item and seed; p of a sign-flip test over items, also adjusted for the number "
+        "of methods."
+    )
+    return f"{record['data']['name']}: {text}\n\n{harness.table(header, lines)}"
+
+
+def noise_table(record: Record) -> str:
+    """By the share of training pairs that were flipped."""
+    noisy = {row["variant"] for row in record["rows"] if row["noise"] > 0}
+    rows = [
+        (f"{title(row)}, {row['noise']:.0%} flipped", row["figures"])
+        for row in sorted(record["rows"], key=lambda row: (row["variant"], row["noise"]))
+        if row["variant"] in noisy and row["label"] == "trained"
+    ]
+    if not rows:
+        return f"{record['data']['name']}: no run with flipped pairs."
+    return f"{heading(record)}\n\n{_table(record, rows)}"
+
+
+def cost_table(record: Record) -> str:
+    """Training and decoding."""
+    lines = [
+        [
+            TITLES[row["variant"]],
+            str(row["runs"]),
+            f"{row['seconds_per_pair']:.3f}",
+            f"{row['peak_mib']:.0f}",
+        ]
+        for row in record["cost"]
+    ]
+    header = ["", "runs", "seconds a pair", "MiB"]
+    text = (
+        f"{record['data']['name']}: the median update's time by its pairs, and what training adds "
+        f"to the resident memory, each the least over the runs ({conditions(record)}). The methods "
+        "of TRL also pass the base in every update; Q-Adapter could keep its figures "
+        "(`precompute_base`), which was off."
+    )
+    made = f"{text}\n\n{harness.table(header, lines)}"
+    decode = record.get("decode")
+    if decode:
+        lines = [
+            [row["way"], f"{row['ms_per_token']:.1f}", f"{row['times_base']:.2f}x"]
+            for row in decode["rows"]
+        ]
+        table = harness.table(["", "ms a step", "of the base"], lines)
+        made += f"\n\nGenerating, a step of a batch of {decode['batch']}:\n\n{table}"
+    return made
+
+
+def judges_table(record: Record) -> str:
+    lines = [
+        [
+            judge["judge"],
+            str(judge["training_pairs"]),
+            str(judge["heldout_pairs"]),
+            share(judge, "accuracy"),
+            share(judge, "longer"),
+        ]
+        for judge in record["judge_figures"]
+    ]
+    header = ["judge", "training pairs", "held-out pairs", "right", "the longer one wins"]
+    return f"{record['data']['name']}\n\n{harness.table(header, lines)}"
+
+
+TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "quality_main": ("quality", main_table),
+    "quality_strength": ("quality", strength_table),
+    "quality_tests": ("quality", tests_table),
+    "quality_noise": ("quality", noise_table),
+    "quality_cost": ("quality", cost_table),
+    "quality_judges": ("quality", judges_table),
+}
+"""As `benchmarks.report.TABLES`: marker -> (results, table)."""
+
+
+def text(record: Record) -> str:
+    """What a run prints at its end."""
+    return "\n\n".join(make(record) for _, make in TABLES.values())
+
+
+def write(results: Path = RESULTS, docs: Path = DOCS, readme: Path | None = None) -> list[Path]:
+    """Rewrites the marked tables and the pictures; returns what was written."""
+    from benchmarks.quality import figures
+    from benchmarks.report import replace
+
+    paths = sorted(results.glob("quality-*.json"))
+    if not paths:
+        raise ValueError(f"{results}: no quality-*.json; run the study with --json first")
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    written = []
+    for page in [readme or ROOT / "README.md", *sorted(docs.glob("*.md"))]:
+        before = after = page.read_text(encoding="utf-8")
+        for name, (_, make) in TABLES.items():
+            if f"<!-- table:{name} -->" in after:
+                after = replace(after, f"table:{name}", "\n\n".join(map(make, records)))
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            written.append(page)
+    for path, record in zip(paths, records, strict=True):
+        written += figures.draw(record, docs, path.stem)
+    return written

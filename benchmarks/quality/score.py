@@ -1,0 +1,126 @@
+"""Log-likelihoods and KL of many policies made of the same two streams, sequence by sequence."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qadapter import QAdapterModel
+from qadapter.data import collate_sequences, pad_token_id
+
+CHUNK = 64  # rows whose float32 logits exist at a time
+Row = dict[str, Any]
+
+
+class Blend(NamedTuple):
+    """The policy softmax(q * z_q + base * z_b)."""
+
+    q: float
+    base: float
+
+
+def strength(s: float) -> Blend:
+    return Blend(s, 1.0 - s)
+
+
+def trained(alpha_0: float, alpha_tilde: float, center: float) -> Blend:
+    return Blend(1.0 / alpha_tilde, (alpha_0 - center) / alpha_tilde)
+
+
+@torch.no_grad()
+def score(
+    model: QAdapterModel,
+    tokenizer: Any,
+    rows: list[Row],
+    column: str,
+    blends: list[Blend],
+    batch_size: int = 4,
+) -> list[dict[str, Any]]:
+    """For the response ``column`` of every row: its tokens, and sums over them in nats.
+
+    ``base_logp``, and for each blend ``policy_logp`` and ``kl``, KL(base || policy).
+    """
+    model.eval()
+    lengths = [len(row["prompt_ids"]) + len(row[f"{column}_ids"]) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    results: list[dict[str, Any]] = [{} for _ in rows]
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        sequences = [(rows[i]["prompt_ids"], rows[i][f"{column}_ids"], False) for i in part]
+        batch = collate_sequences(sequences, pad_token_id(tokenizer))
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        base, policy, kl = _rows(model, batch, blends)
+        ends = batch["cu_seqlens"].tolist()
+        for i, (begin, end) in zip(part, itertools.pairwise(ends), strict=True):
+            results[i] = {
+                "tokens": end - begin,
+                "base_logp": float(base[begin:end].sum()),
+                "policy_logp": policy[:, begin:end].sum(1).tolist(),
+                "kl": kl[:, begin:end].sum(1).tolist(),
+            }
+    return results
+
+
+def _rows(
+    model: QAdapterModel, batch: dict[str, Tensor], blends: list[Blend]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """base_logp [N], policy_logp and kl [blends, N], float64 on the CPU."""
+    actions = batch["actions"]
+    logits = _Logits(model, batch)
+    base, policy, divergence = [], [], []
+    for start in range(0, actions.shape[0], CHUNK):
+        part = slice(start, start + CHUNK)
+        z_b, z_q = logits(part)
+        chosen = actions[part, None]
+        lse_b = z_b.logsumexp(-1)
+        p_b = (z_b - lse_b[:, None]).exp()
+        # The difference is small, so means of it are exact to more digits than those of logits.
+        d = z_q - z_b
+        mean_b, mean_d = (p_b * z_b).sum(-1), (p_b * d).sum(-1)
+        taken_b, taken_d = z_b.gather(1, chosen)[:, 0], d.gather(1, chosen)[:, 0]
+        base.append(taken_b - lse_b)
+        logps, kls = [], []
+        for q, b in blends:
+            lse = torch.logsumexp((q + b) * z_b + q * d, -1)
+            logps.append((q + b) * taken_b + q * taken_d - lse)
+            kls.append((mean_b - lse_b) - ((q + b) * mean_b + q * mean_d - lse))
+        policy.append(torch.stack(logps))
+        divergence.append(torch.stack(kls))
+    return (
+        torch.cat(base).double().cpu(),
+        torch.cat(policy, 1).double().cpu(),
+        torch.cat(divergence, 1).double().cpu(),
+    )
+
+
+class _Logits:
+    """float32 logits of both streams, a part of the rows at a time.
+
+    From hidden states and a float32 product where the head is plain: bfloat16 logits would add a
+    KL of their own.
+    """
+
+    def __init__(self, model: QAdapterModel, batch: dict[str, Tensor]) -> None:
+        ids, rows = batch["input_ids"], batch["rows"]
+        self.head: Any = None
+        if model.selects_hidden_rows:
+            arguments = {"attention_mask": batch["attention_mask"]}
+            self.streams = (
+                model._base_hidden(ids, rows, arguments),
+                model._stream_hidden(ids, rows, arguments),
+            )
+            self.head = model.hf_model.get_output_embeddings()
+            self.weight = self.head.weight.float()
+        else:
+            self.streams = tuple(model(ids, batch["attention_mask"], rows))
+
+    def __call__(self, part: slice) -> tuple[Tensor, Tensor]:
+        base, q = (stream[part].float() for stream in self.streams)
+        if self.head is None:
+            return base, q
+        bias = None if self.head.bias is None else self.head.bias.float()
+        return (
+            torch.nn.functional.linear(base, self.weight, bias),
+            torch.nn.functional.linear(q, self.weight, bias),
+        )

@@ -1,0 +1,175 @@
+"""What is run: the methods, their settings, and the two sets."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qadapter import RELEASED_PRESET
+
+Settings = dict[str, Any]
+
+TRAINING: Settings = {
+    "learning_rate": 3e-4,
+    "warmup_steps": 4,
+    "batch": 8,
+    "micro_batch": 4,
+    "max_length": 512,
+    "lora_r": 8,
+    "lora_targets": "q_proj+v_proj",
+}
+"""The same for every method, with the set's pairs and steps."""
+
+Q_ADAPTER: Settings = {
+    "alpha": 1.0,  # alpha_0 and alpha_tilde
+    "center": 1.0,
+    "gamma": 1.0,
+    "bt_scale": 0.1,
+    "reg_coef": 0.05,
+    "length_norm": "none",
+    "value_at": "next",
+}
+
+METHODS: dict[str, Settings] = {
+    "qadapter": Q_ADAPTER,
+    "released": {**RELEASED_PRESET, "length_norm": "response"},
+    "sft": {},
+    "replay": {"replay_tokens": 96},
+    "dpo": {"beta": 0.1},
+    "ipo": {"beta": 0.1},
+}
+TITLES = {
+    "base": "base",
+    "qadapter": "Q-Adapter",
+    "released": "Q-Adapter, released conventions",
+    "sft": "SFT",
+    "replay": "Replay",
+    "dpo": "DPO (TRL)",
+    "ipo": "IPO (TRL)",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method, with settings that differ from the usual ones."""
+
+    method: str
+    seed: int = 0
+    noise: float = 0.0
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def variant(self) -> str:
+        """The method and what was changed, for all seeds and noise alike."""
+        return "-".join([self.method, *(f"{name}={value}" for name, value in self.changes)])
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-noise{self.noise:g}-seed{self.seed}"
+
+    def settings(self, usual: Settings) -> Settings:
+        known = {**usual, **METHODS[self.method]}
+        for name, _ in self.changes:
+            if name not in known:
+                raise ValueError(
+                    f"{name}: {self.method} has no such setting; it has {', '.join(sorted(known))}"
+                )
+        return {**known, **dict(self.changes), "seed": self.seed, "noise": self.noise}
+
+
+@dataclass(frozen=True)
+class Set:
+    """How much is trained and measured."""
+
+    pairs: int
+    steps: int
+    seeds: tuple[int, ...]
+    noise: tuple[float, ...]
+    noisy_methods: tuple[str, ...]
+    betas: tuple[float, ...]  # of DPO, besides its usual one
+    heldout: int  # pairs for accuracy
+    prompts: int  # answered and judged
+    new_tokens: int
+    unrelated: int  # conversations for KL
+    questions: int  # asked of the base; those that it answers right count
+    kept_questions: int  # at most so many
+    strengths: tuple[float, ...]  # scored
+    answered_strengths: tuple[float, ...]  # of Q-Adapter, also answered
+    checkpoints: tuple[float, ...]  # shares of the steps, scored; SFT's are answered too
+    training: Settings = field(default_factory=dict)
+
+    @property
+    def usual(self) -> Settings:
+        return {**TRAINING, "pairs": self.pairs, "steps": self.steps, **self.training}
+
+    def runs(self) -> list[Run]:
+        """The main comparison first, seed by seed, so that an early end leaves whole seeds."""
+        main = [Run(method, seed) for seed in self.seeds for method in METHODS]
+        betas = [
+            Run("dpo", seed, 0.0, (("beta", beta),)) for seed in self.seeds for beta in self.betas
+        ]
+        noisy = [
+            Run(method, seed, noise)
+            for seed in self.seeds
+            for noise in self.noise
+            for method in self.noisy_methods
+        ]
+        return main + betas + noisy
+
+
+QUICK = Set(
+    pairs=144,
+    steps=24,
+    seeds=(0,),
+    noise=(),
+    noisy_methods=(),
+    betas=(),
+    heldout=36,
+    prompts=36,
+    new_tokens=40,
+    unrelated=24,
+    questions=160,
+    kept_questions=48,
+    strengths=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+    answered_strengths=(0.5, 2.0),
+    checkpoints=(0.25, 0.5, 0.75),
+    training={"learning_rate": 1e-3, "batch": 6, "micro_batch": 6, "warmup_steps": 3},
+)
+FULL = Set(
+    pairs=320,
+    steps=40,
+    seeds=(0, 1, 2),
+    noise=(0.1, 0.2, 0.3),
+    noisy_methods=("qadapter", "sft", "dpo"),
+    betas=(0.03, 0.3, 1.0),
+    heldout=200,
+    prompts=64,
+    new_tokens=96,
+    unrelated=100,
+    questions=300,
+    kept_questions=120,
+    strengths=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
+    answered_strengths=(0.5, 2.0),
+    checkpoints=(0.25, 0.5, 0.75),
+)
+SETS = {"quick": QUICK, "full": FULL}
+
+
+def changed(chosen: Set, changes: Settings) -> Set:
+    """A set with other numbers: its own fields, else settings of the training."""
+    own = {k: v for k, v in changes.items() if k in Set.__dataclass_fields__}
+    rest = {k: v for k, v in changes.items() if k not in own}
+    if unknown := rest.keys() - TRAINING.keys():
+        known = ", ".join(sorted({*Set.__dataclass_fields__, *TRAINING} - {"training"}))
+        raise ValueError(f"no setting {', '.join(sorted(unknown))}; there are {known}")
+    return replace(chosen, **own, training={**chosen.training, **rest})
+
+
+def digest(content: Any) -> str:
+    """Short and the same in every process."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def plain(content: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(content))

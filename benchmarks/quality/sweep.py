@@ -1,0 +1,90 @@
+"""Settings of a method against each other: every combination, a run each, scored, not answered.
+
+    python -m benchmarks.quality sweep --set quick --method qadapter \\
+        --vary reg_coef=0,0.05,0.2 --vary bt_scale=0.05,0.1,0.3 --seeds 0 1
+    python -m benchmarks.quality sweep --file list.json        # [{"reg_coef": 0.2}, ...]
+
+What is compared is the frontier of a setting, not its one trained point: each is scored at several
+strengths, and its gain and accuracy are read off at the same forgetting.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.quality.settings import Run
+from qadapter import files
+
+
+def combinations(vary: Sequence[str]) -> list[dict[str, Any]]:
+    """NAME=VALUE,VALUE,... -> every choice of one value each."""
+    axes = []
+    for text in vary:
+        name, found, values = text.partition("=")
+        if not found or not name or not all(values.split(",")):
+            raise ValueError(f"--vary: expected NAME=VALUE,VALUE,..., got {text!r}")
+        axes.append([(name, value_of(value)) for value in values.split(",")])
+    return [dict(choice) for choice in itertools.product(*axes)]
+
+
+def value_of(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def from_file(path: str) -> list[dict[str, Any]]:
+    found = files.read_json(path)
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise ValueError(f"{path}: expected a list of objects, one a setting")
+    return found
+
+
+def runs(method: str, settings: list[dict[str, Any]], seeds: Sequence[int]) -> list[Run]:
+    """The usual settings first, then each of the list; all of a seed before the next."""
+    variants = dict.fromkeys(tuple(sorted(item.items())) for item in ({}, *settings))
+    return [Run(method, seed, 0.0, changes) for seed in seeds for changes in variants]
+
+
+def at_kl(rows: list[dict[str, Any]], kl: float, figure: str) -> float | None:
+    """A variant's figure at some KL, between its strengths; None where it does not reach it."""
+    points = sorted((row["figures"]["kl"][0], row["figures"][figure][0]) for row in rows)
+    points = [(0.0, 0.0 if figure == "gain" else 0.5), *points]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= kl <= x1 and x1 > x0:
+            return y0 + (y1 - y0) * (kl - x0) / (x1 - x0)
+    return None
+
+
+def table(rows: list[dict[str, Any]], kls: Sequence[float]) -> str:
+    """A line a variant, the best gain at the middle KL first."""
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["label"] == "trained" or row["label"].startswith("strength"):
+            variants.setdefault(row["variant"], []).append(row)
+    middle = kls[len(kls) // 2]
+
+    def rank(variant: str) -> float:
+        gain = at_kl(variants[variant], middle, "gain")
+        return float("-inf") if gain is None else gain
+
+    header = ["setting", "seeds", "accuracy", "gain", "KL", "nll change"]
+    header += [f"{figure} at KL {kl:g}" for kl in kls for figure in ("gain", "accuracy")]
+    lines = []
+    for variant in sorted(variants, key=rank, reverse=True):
+        own = variants[variant]
+        trained = next(row for row in own if row["label"] == "trained")
+        cells = [variant, str(len(trained["seeds"]))]
+        for name in ("accuracy", "gain", "kl", "nll_change"):
+            mean, low, high = trained["figures"][name]
+            cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        for kl in kls:
+            for figure in ("gain", "accuracy"):
+                value = at_kl(own, kl, figure)
+                cells.append("" if value is None else f"{value:.3f}")
+        lines.append(cells)
+    return harness.table(header, lines)

@@ -1,0 +1,249 @@
+"""One training, whatever the method: a LoRA from the same start, and what it cost.
+
+The optimiser is transformers' Trainer's with the same arguments everywhere. Q-Adapter is
+`QAdapterTrainer`; SFT and Replay take its batches of hidden states and lower the negative
+log-likelihood per token; DPO and IPO are TRL's `DPOTrainer`.
+"""
+
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model_state_dict
+from transformers import TrainerCallback, set_seed
+
+from benchmarks import harness
+from benchmarks.quality.settings import Settings
+from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
+from qadapter.data import collate_sequences, pad_token_id
+from qadapter.wrapping import load_base
+
+Row = dict[str, Any]
+Weights = dict[str, torch.Tensor]
+
+
+class MissingMethodError(Exception):
+    """The method cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``weights`` of the LoRA by step; ``log`` is what the trainer logged."""
+
+    weights: dict[int, Weights]
+    log: list[dict[str, float]]
+    seconds: float
+    seconds_per_pair: float
+    peak_mib: float
+
+
+def lora_config(settings: Settings) -> LoraConfig:
+    targets = str(settings["lora_targets"])
+    return LoraConfig(
+        r=settings["lora_r"],
+        lora_alpha=2 * settings["lora_r"],
+        target_modules=targets if targets == "all-linear" else targets.split("+"),
+        task_type="CAUSAL_LM",
+    )
+
+
+def composition(method: str, settings: Settings) -> dict[str, float]:
+    """alpha_0, alpha_tilde and center of the trained policy; other methods' is the LoRA alone."""
+    if method == "qadapter":
+        alpha = float(settings["alpha"])
+        return {"alpha_0": alpha, "alpha_tilde": alpha, "center": float(settings["center"])}
+    if method == "released":
+        return {name: float(settings[name]) for name in ("alpha_0", "alpha_tilde", "center")}
+    return {"alpha_0": 1.0, "alpha_tilde": 1.0, "center": 1.0}
+
+
+def new_model(base: str, settings: Settings, **values: float) -> QAdapterModel:
+    """The base with a LoRA whose start depends on the seed alone."""
+    loaded = load_base(base, "auto", {}).to("cuda" if torch.cuda.is_available() else "cpu")
+    set_seed(settings["seed"])
+    return QAdapterModel.from_base(loaded, lora_config=lora_config(settings), **values)
+
+
+def train(
+    method: str,
+    settings: Settings,
+    base: str,
+    tokenizer: Any,
+    rows: list[Row],
+    checkpoints: list[int],
+    replay: list[Row],
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Trained:
+    """``rows`` are pairs (as text); ``replay`` prompts with the base's answers, tokenised."""
+    watch = _Watch({*checkpoints, settings["steps"]}, on_step)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        make = _trl if method in ("dpo", "ipo") else _own
+        trainer = make(method, settings, base, tokenizer, rows, replay, folder, watch)
+        started = time.perf_counter()
+        with harness.peak_memory(device) as peak:
+            trainer.train()
+        seconds = time.perf_counter() - started
+    # The first step also warms up.
+    steps = watch.seconds[1:] or watch.seconds
+    log = [
+        {k: v for k, v in line.items() if isinstance(v, int | float)}
+        for line in trainer.state.log_history
+        if "loss" in line
+    ]
+    del trainer
+    gc.collect()
+    per_pair = statistics.median(steps) / settings["batch"]
+    return Trained(watch.weights, log, seconds, per_pair, peak.mebibytes)
+
+
+class _Watch(TrainerCallback):
+    """Times the updates and keeps the LoRA of some."""
+
+    def __init__(self, wanted: set[int], on_step: Callable[[int], None]) -> None:
+        self.wanted, self.on_step = wanted, on_step
+        self.weights: dict[int, Weights] = {}
+        self.seconds: list[float] = []
+        self.last = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = time.perf_counter()
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        # From end to end, so that loading a batch counts.
+        self.seconds.append(time.perf_counter() - self.last)
+        if state.global_step in self.wanted:
+            peft_model = getattr(model, "peft_model", model)
+            weights = get_peft_model_state_dict(peft_model)
+            self.weights[state.global_step] = {
+                name: value.detach().clone().cpu() for name, value in weights.items()
+            }
+        self.on_step(state.global_step)
+        self.last = time.perf_counter()
+
+
+def _arguments(settings: Settings, folder: str) -> dict[str, Any]:
+    batch, micro = settings["batch"], settings["micro_batch"]
+    if batch % micro:
+        raise ValueError(f"micro_batch: expected a divisor of batch {batch}, got {micro}")
+    return {
+        "output_dir": folder,
+        "max_steps": settings["steps"],
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": batch // micro,
+        "learning_rate": settings["learning_rate"],
+        "warmup_steps": settings["warmup_steps"],
+        "lr_scheduler_type": "linear",
+        "max_length": settings["max_length"],
+        "seed": settings["seed"],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": False,  # the base's own dtype, in every method
+    }
+
+
+def _own(
+    method: str,
+    settings: Settings,
+    base: str,
+    tokenizer: Any,
+    rows: list[Row],
+    replay: list[Row],
+    folder: str,
+    watch: _Watch,
+) -> Any:
+    model = new_model(base, settings, **composition(method, settings))
+    columns = ("prompt", "chosen", "rejected")
+    common: dict[str, Any] = {
+        "model": model,
+        "train_dataset": Dataset.from_list([{c: row[c] for c in columns} for row in rows]),
+        "processing_class": tokenizer,
+        "callbacks": [watch],
+    }
+    arguments = {**_arguments(settings, folder), "drop_long_prompts": True}
+    if method in ("sft", "replay"):
+        args = QAdapterConfig(**arguments)
+        return _SftTrainer(replay if method == "replay" else [], args=args, **common)
+    names = ("gamma", "reg_coef", "bt_scale", "value_at", "length_norm")
+    args = QAdapterConfig(**arguments, **{name: settings[name] for name in names})
+    return QAdapterTrainer(args=args, **common)
+
+
+class _SftTrainer(QAdapterTrainer):
+    """The negative log-likelihood of the chosen responses (and of replayed ones) per token."""
+
+    def __init__(self, replay: list[Row], **kwargs: Any) -> None:
+        pad, self._replay, self._turn = pad_token_id(kwargs["processing_class"]), replay, 0
+
+        def collate(features: list[Row]) -> dict[str, torch.Tensor]:
+            sequences = [
+                (list(f["prompt_ids"]), list(f["chosen_ids"]), bool(f["chosen_truncated"]))
+                for f in features
+            ]
+            for _ in features if self._replay else ():
+                sequences.append(self._next_replayed())
+            return collate_sequences(sequences, pad)
+
+        super().__init__(data_collator=collate, **kwargs)
+
+    def _next_replayed(self) -> tuple[list[int], list[int], bool]:
+        row = self._replay[self._turn % len(self._replay)]
+        self._turn += 1
+        return list(row["prompt_ids"]), list(row["chosen_ids"]), bool(row["chosen_truncated"])
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        names = ("input_ids", "attention_mask", "rows", "actions")
+        # The policy at center = alpha_0 is the LoRA alone: given the base's figures, which do
+        # not enter its log-likelihood, no base pass runs.
+        unused = torch.zeros(inputs["actions"].shape[0], device=inputs["actions"].device)
+        values, _ = model(**{n: inputs[n] for n in names}, base_lse=unused, base_logp=unused)
+        loss = -values.policy_logp.sum() / inputs["denominators"][1]
+        return (loss, values) if return_outputs else loss
+
+
+def _trl(
+    method: str,
+    settings: Settings,
+    base: str,
+    tokenizer: Any,
+    rows: list[Row],
+    replay: list[Row],
+    folder: str,
+    watch: _Watch,
+) -> Any:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise MissingMethodError(
+            f'{method} needs TRL: pip install "qadapter[trl]" ({error})'
+        ) from None
+    args = DPOConfig(
+        **_arguments(settings, folder),
+        beta=settings["beta"],
+        loss_type=[{"dpo": "sigmoid", "ipo": "ipo"}[method]],
+    )
+    columns = ("prompt", "chosen", "rejected")
+    loaded = load_base(base, "auto", {})
+    return DPOTrainer(
+        model=loaded,
+        args=args,
+        train_dataset=Dataset.from_list([{c: row[c] for c in columns} for row in rows]),
+        processing_class=tokenizer,
+        peft_config=lora_config(settings),  # TRL seeds just before it makes the LoRA
+        callbacks=[watch],
+    )

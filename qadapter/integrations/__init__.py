@@ -1,0 +1,1 @@
+"""One file per outside project; none is imported until it is asked for."""
