@@ -136,7 +136,7 @@ def _pairs(count, seed=0):
 
 
 def test_the_judge_learns_what_tells_the_answers_apart():
-    made = judge.Judge(judge.NGrams(), _pairs(60), _pairs(40, seed=1))
+    made = judge.Judge(judge.NGrams(), _pairs(200), _pairs(40, seed=1))
     assert np.mean(made.report["correct"]) > 0.95
     assert made.wins("a stone indeed", "a stone") == 1.0
     assert made.wins("a stone", "a stone") == 0.5

@@ -7,6 +7,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import datasets
+
 from benchmarks.quality import data as quality_data
 from benchmarks.quality import decode_cost, report, summary, sweep
 from benchmarks.quality.settings import METHODS, SETS, Run, Set, changed
@@ -104,6 +106,7 @@ def execute(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(run.name for run in runs))
         return
+    datasets.disable_progress_bars()  # one bar is enough
     study = study_of(options, chosen)
     answered = options.command == "run" or options.answers
     results, missing = run_all(study, runs, answered)

@@ -86,6 +86,8 @@ def _split(rows: list[Row]) -> list[list[Row]]:
 
 
 def file_hash(path: str | Path) -> str:
+    if not Path(path).is_file():
+        return "not a file"
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
@@ -95,11 +97,12 @@ def unrelated_and_replay(data: StudyData, count: int) -> tuple[list[Row], list[A
     The prompts are the rest of the same file where it has enough, else those shipped here.
     """
     measured = some(data.unrelated, count)
-    used = {str(row["prompt"]) for row in measured}
+    used = {str(row["prompt"]) for row in (*measured, *data.train, *data.heldout)}
     rest = [row["prompt"] for row in data.unrelated if str(row["prompt"]) not in used]
     lines = [line for line in PROMPTS.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(rest) < len(lines):
-        rest = [[{"role": "user", "content": line}] for line in lines]
+        shipped = [[{"role": "user", "content": line}] for line in lines]
+        rest = [prompt for prompt in shipped if str(prompt) not in used]
     return measured, rest
 
 

@@ -66,5 +66,8 @@ class _Endless:
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.eos_token_id = None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tokenizer(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)

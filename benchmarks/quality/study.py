@@ -6,7 +6,6 @@
 <output>/runs/<name>/result.json    the figures, item by item
 """
 
-import gc
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -202,7 +201,6 @@ class Study:
         rows = quality_data.flipped(rows, run.noise, run.seed)
         # The model for measuring would be in the memory figures of what trains.
         self.model = None
-        gc.collect()
         steps = settings["steps"]
         made: Trained = train(
             run.method,

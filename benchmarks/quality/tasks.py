@@ -111,11 +111,13 @@ def _copies() -> list[tuple[str, str]]:
 def _larger() -> list[tuple[str, str]]:
     rng = random.Random(0)
     pairs = [rng.sample(range(2, 100), 2) for _ in range(60)]
-    return [(f"Which number is larger, {a} or {b}?", str(max(a, b))) for a, b in pairs]
+    made = [(f"Which number is larger, {a} or {b}?", str(max(a, b))) for a, b in pairs]
+    return list(dict.fromkeys(made))
 
 
 def _first_letters() -> list[tuple[str, str]]:
-    return [(f"What is the first letter of the word {w}?", w[0]) for w in [*PLURALS, *SPANISH]]
+    words = dict.fromkeys([*PLURALS, *SPANISH])
+    return [(f"What is the first letter of the word {w}?", w[0]) for w in words]
 
 
 KINDS: dict[str, Callable[[], list[tuple[str, str]]]] = {

@@ -5,7 +5,6 @@ The optimiser is transformers' Trainer's with the same arguments everywhere. Q-A
 log-likelihood per token; DPO and IPO are TRL's `DPOTrainer`.
 """
 
-import gc
 import os
 import statistics
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from benchmarks import harness
 from benchmarks.quality.settings import Settings
@@ -87,6 +86,7 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         make = _trl if method in ("dpo", "ipo") else _own
         trainer = make(method, settings, base, tokenizer, rows, replay, folder, watch)
+        trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         with harness.peak_memory(device) as peak:
             trainer.train()
@@ -98,8 +98,6 @@ def train(
         for line in trainer.state.log_history
         if "loss" in line
     ]
-    del trainer
-    gc.collect()
     per_pair = statistics.median(steps) / settings["batch"]
     return Trained(watch.weights, log, seconds, per_pair, peak.mebibytes)
 
