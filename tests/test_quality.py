@@ -15,7 +15,7 @@ from conftest import make_model, preference_rows
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.quality import data, generate, judge, score, stats, sweep, tasks
-from benchmarks.quality.settings import FULL, METHODS, QUICK, Run, changed
+from benchmarks.quality.settings import FULL, MAIN, METHODS, QUICK, Run, changed
 from qadapter import reference
 from qadapter.data import eos_token_ids
 from qadapter.prompts import prompt_ids
@@ -24,11 +24,11 @@ from qadapter.prompts import prompt_ids
 def test_full_ends_with_whole_seeds_and_holds_what_is_asked():
     runs = FULL.runs()
     assert len({run.name for run in runs}) == len(runs)
-    seeds = [run.seed for run in runs[: 3 * len(METHODS)]]
-    assert seeds == [seed for seed in (0, 1, 2) for _ in METHODS]
+    seeds = [run.seed for run in runs[: 3 * len(MAIN)]]
+    assert seeds == [seed for seed in (0, 1, 2) for _ in MAIN]
     assert {run.noise for run in runs} == {0.0, 0.1, 0.2, 0.3}
-    assert len({dict(run.changes).get("beta") for run in runs if run.method == "dpo"}) == 4
-    assert {run.method for run in QUICK.runs()} == set(METHODS)
+    assert len({dict(run.changes).get("beta") for run in runs if run.method == "dpo_own"}) == 4
+    assert {run.method for run in QUICK.runs()} == set(MAIN)
 
 
 def test_every_method_trains_alike():
@@ -226,6 +226,12 @@ def test_scores_are_those_of_the_reference(kind, tiny_tokenizer):
             kl = reference.kl_base_policy(base[at], mixed, **alone).sum()
             assert got["kl"][i] == pytest.approx(float(kl), abs=1e-3)
         assert abs(got["kl"][3]) < 1e-4 < got["kl"][1]
+    # The base's hidden states can be kept.
+    kept: dict = {}
+    for _ in range(2):
+        again = score.score(model, tiny_tokenizer, rows, "rejected", blends, 2, kept)
+        assert again == made
+    assert bool(kept) == model.selects_hidden_rows
 
 
 def test_answers_are_the_blends(tiny_tokenizer):

@@ -65,7 +65,7 @@ def test_dpo_is_q_adapter_without_its_regulariser(base, tiny_tokenizer):
     """The same losses update by update: same pairs, same order, same start, same optimiser."""
     common = {"steps": 4, "learning_rate": 1e-2}
     dpo = trained("dpo", base, tiny_tokenizer, beta=0.3, **common)
-    own = trained("qadapter", base, tiny_tokenizer, bt_scale=0.3, reg_coef=0.0, **common)
+    own = trained("dpo_own", base, tiny_tokenizer, beta=0.3, **common)
     losses = [[line["loss"] for line in made.log] for made in (dpo, own)]
     assert len(losses[0]) == 4 and losses[0][0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
@@ -185,9 +185,18 @@ def test_more_seeds_and_methods_go_on_in_the_same_folder(call, tmp_path, monkeyp
 
 def test_noise_pictures_and_report(call, tmp_path):
     pytest.importorskip("matplotlib")
-    options = ["--change", "noise=0.5", "--change", "noisy_methods=qadapter"]
+    options = [
+        "--change",
+        "noise=0.5",
+        "--change",
+        "noisy_methods=qadapter",
+        "--change",
+        "betas=0.3",
+    ]
     path = tmp_path / "results" / "quality-tiny.json"
-    status, _, error = call("--methods", "qadapter", "sft", *options, "--json", str(path))
+    status, _, error = call(
+        "--methods", "qadapter", "sft", "dpo_own", *options, "--json", str(path)
+    )
     assert status == 0, error
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -196,7 +205,7 @@ def test_noise_pictures_and_report(call, tmp_path):
     written = report.write(path.parent, docs, docs / "quality.md")
     page = (docs / "quality.md").read_text()
     assert page.count("<!-- /table -->") == len(report.TABLES)
-    assert "50% flipped" in page and "strength 0.5" in page
+    assert "50% flipped" in page and "strength 0.5" in page and "beta 0.3" in page
     pictures = {picture.name for picture in written if picture.suffix == ".png"}
     assert pictures == {f"quality-tiny-{name}.png" for name in ("frontier", "learning", "noise")}
     assert min((docs / name).stat().st_size for name in pictures) > 10_000

@@ -19,7 +19,7 @@ WAYS = {
 }
 
 
-def decode_cost(study: Study, rounds: int = 5) -> dict[str, Any]:
+def decode_cost(study: Study, rounds: int = 3) -> dict[str, Any]:
     """Milliseconds a token of a batch, without the prompt: the longer answer less the shorter."""
     path = study.output / "decode.json"
     if path.exists():

@@ -16,6 +16,7 @@ COLOURS = {
     "replay": "tab:olive",
     "dpo": "tab:blue",
     "ipo": "tab:purple",
+    "dpo_own": "tab:cyan",
 }
 LABELS = {
     "accuracy": "held-out pairs right, share",
@@ -80,8 +81,8 @@ def curves(record: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, Row]]
         if method == "qadapter":
             made.append((method, f"{TITLES[method]}, strength", blended, "-"))
             continue
-        if method == "dpo":
-            betas = sorted(of(method, "trained", True), key=_beta, reverse=True)
+        if method == "dpo_own":
+            betas = sorted(of(method, "trained", changed=True), key=_beta, reverse=True)
             made.append(
                 (method, f"{TITLES[method]}, beta", [(f"{_beta(r):g}", r) for r in betas], "-")
             )

@@ -114,7 +114,7 @@ def strength_table(record: Record) -> str:
     rows = []
     for row in record["rows"]:
         blended = row["method"] == "qadapter" and row["label"].startswith("strength")
-        varied = row["method"] == "dpo" and row["label"] == "trained"
+        varied = row["method"] == "dpo_own" and row["label"] == "trained"
         stopped = row["method"] == "sft" and row["label"].startswith("step")
         if row["noise"] == 0 and (blended or varied or stopped):
             name = title(row) if varied else f"{title(row)}, {row['label']}"

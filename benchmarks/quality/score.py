@@ -36,10 +36,13 @@ def score(
     column: str,
     blends: list[Blend],
     batch_size: int = 4,
+    base_cache: dict[int, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """For the response ``column`` of every row: its tokens, and sums over them in nats.
 
     ``base_logp``, and for each blend ``policy_logp`` and ``kl``, KL(base || policy).
+    ``base_cache`` keeps the base's hidden states from call to call: for the same rows, column and
+    batch size alone.
     """
     model.eval()
     lengths = [len(row["prompt_ids"]) + len(row[f"{column}_ids"]) for row in rows]
@@ -50,7 +53,7 @@ def score(
         sequences = [(rows[i]["prompt_ids"], rows[i][f"{column}_ids"], False) for i in part]
         batch = collate_sequences(sequences, pad_token_id(tokenizer))
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        base, policy, kl = _rows(model, batch, blends)
+        base, policy, kl = _rows(_Logits(model, batch, base_cache, start), batch, blends)
         ends = batch["cu_seqlens"].tolist()
         for i, (begin, end) in zip(part, itertools.pairwise(ends), strict=True):
             results[i] = {
@@ -63,11 +66,10 @@ def score(
 
 
 def _rows(
-    model: QAdapterModel, batch: dict[str, Tensor], blends: list[Blend]
+    logits: "_Logits", batch: dict[str, Tensor], blends: list[Blend]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """base_logp [N], policy_logp and kl [blends, N], float64 on the CPU."""
     actions = batch["actions"]
-    logits = _Logits(model, batch)
     base, policy, divergence = [], [], []
     for start in range(0, actions.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
@@ -101,15 +103,23 @@ class _Logits:
     KL of their own.
     """
 
-    def __init__(self, model: QAdapterModel, batch: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: QAdapterModel,
+        batch: dict[str, Tensor],
+        base_cache: dict[int, Tensor] | None,
+        place: int,
+    ) -> None:
         ids, rows = batch["input_ids"], batch["rows"]
         self.head: Any = None
         if model.selects_hidden_rows:
             arguments = {"attention_mask": batch["attention_mask"]}
-            self.streams = (
-                model._base_hidden(ids, rows, arguments),
-                model._stream_hidden(ids, rows, arguments),
-            )
+            base = None if base_cache is None else base_cache.get(place)
+            if base is None:
+                base = model._base_hidden(ids, rows, arguments)
+            if base_cache is not None:
+                base_cache[place] = base
+            self.streams = (base, model._stream_hidden(ids, rows, arguments))
             self.head = model.hf_model.get_output_embeddings()
             self.weight = self.head.weight.float()
         else:

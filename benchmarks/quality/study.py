@@ -49,6 +49,9 @@ class Study:
         self._check_same()
         self.model: QAdapterModel | None = None
         self.shape = ""
+        self._hidden: dict[str, dict[int, Any]] = {
+            name: {} for name in ("chosen", "rejected", "unrelated")
+        }
         self.eos = eos_token_ids(self._model({**chosen.usual, "seed": 0}), self.tokenizer)
         self.heldout_rows = quality_data.some(data.heldout, chosen.heldout)
         self.heldout = self._tokens(self.heldout_rows)
@@ -208,7 +211,7 @@ class Study:
             self.base,
             self.tokenizer,
             rows,
-            self._checkpoints(steps),
+            self._checkpoints(run, steps),
             replay,
             lambda step: told(f"step {step}/{steps}"),
         )
@@ -225,7 +228,9 @@ class Study:
         files.write_json(path, record)
         return record
 
-    def _checkpoints(self, steps: int) -> list[int]:
+    def _checkpoints(self, run: Run, steps: int) -> list[int]:
+        if not run.is_main:
+            return []
         return sorted({max(1, round(share * steps)) for share in self.set.checkpoints} - {steps})
 
     def _points(self, run: Run, settings: Settings) -> list[tuple[int, str, score.Blend, bool]]:
@@ -238,7 +243,7 @@ class Study:
             if blend != own:
                 answers = run.method == "qadapter" and s in self.set.answered_strengths
                 points.append((last, f"strength {s:g}", blend, answers))
-        for step in self._checkpoints(last):
+        for step in self._checkpoints(run, last):
             points.append((step, f"step {step}", own, run.method == "sft"))
         return points
 
@@ -253,7 +258,14 @@ class Study:
             blends = [score.Blend(*point["blend"]) for point in of_step]
             told(f"scoring step {step}")
             pairs = self._pairs(model, blends)
-            unrelated = score.score(model, self.tokenizer, self.unrelated, "chosen", blends)
+            unrelated = score.score(
+                model,
+                self.tokenizer,
+                self.unrelated,
+                "chosen",
+                blends,
+                base_cache=self._hidden["unrelated"],
+            )
             for i, point in enumerate(of_step):
                 del point["weights"]
                 point["pairs"] = _rounded(pairs["policy"][i])
@@ -274,7 +286,14 @@ class Study:
         """Per held-out pair: margin and gain in nats, and whether the mean log-likelihoods of the
         two responses are in order."""
         sides = [
-            score.score(model, self.tokenizer, self.heldout, column, blends or [BASE])
+            score.score(
+                model,
+                self.tokenizer,
+                self.heldout,
+                column,
+                blends or [BASE],
+                base_cache=self._hidden[column],
+            )
             for column in ("chosen", "rejected")
         ]
         policies = []

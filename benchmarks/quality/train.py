@@ -2,7 +2,8 @@
 
 The optimiser is transformers' Trainer's with the same arguments everywhere. Q-Adapter is
 `QAdapterTrainer`; SFT and Replay take its batches of hidden states and lower the negative
-log-likelihood per token; DPO and IPO are TRL's `DPOTrainer`.
+log-likelihood per token; DPO and IPO are TRL's `DPOTrainer`, "dpo_own" DPO's loss by
+`QAdapterTrainer`.
 """
 
 import os
@@ -174,8 +175,12 @@ def _own(
     if method in ("sft", "replay"):
         args = QAdapterConfig(**arguments)
         return _SftTrainer(replay if method == "replay" else [], args=args, **common)
-    names = ("gamma", "reg_coef", "bt_scale", "value_at", "length_norm")
-    args = QAdapterConfig(**arguments, **{name: settings[name] for name in names})
+    if method == "dpo_own":
+        loss = {"reg_coef": 0.0, "bt_scale": settings["beta"], "length_norm": "none"}
+    else:
+        names = ("gamma", "reg_coef", "bt_scale", "value_at", "length_norm")
+        loss = {name: settings[name] for name in names}
+    args = QAdapterConfig(**arguments, **loss)
     return QAdapterTrainer(args=args, **common)
 
 
