@@ -74,7 +74,7 @@ class QAdapterLM(HFLM):
             )
         # On a command line they come as text.
         knobs = {"strength": strength, "alpha_0": alpha_0, "alpha_tilde": alpha_tilde}
-        self.knobs = {k: None if v is None else float(v) for k, v in knobs.items()}
+        self.knobs: dict[str, Any] = {k: None if v is None else float(v) for k, v in knobs.items()}
         self.weights = stream_weights(own, **self.knobs)  # checks them
         super().__init__(pretrained=own.hf_model, tokenizer=tokenizer, backend="causal", **kwargs)
         self.two_streams = own
