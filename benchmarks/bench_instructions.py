@@ -2,7 +2,7 @@
 
     python -m benchmarks instructions [--tool callgrind|perf] [--case "residual_fwd fp32" ...]
 
-valgrind's callgrind counts what a kernel itself executes, second call of two, one thread. It knows
+valgrind's callgrind counts what a call of a kernel executes, the mean of two, one thread. It knows
 no AVX-512, so the AVX2 code is counted, or with ``--capability plain`` the portable one; what is
 changed in the source changes in all of them. Where the machine has performance counters, perf
 counts on the processor itself: the difference of runs with 2 and with 22 calls, over 20, which has
@@ -25,13 +25,7 @@ from benchmarks.instruction_driver import CASES, elements
 
 ROOT = Path(__file__).parents[1]
 CASE = ("kernel", "tool", "capability")
-ENTRIES = ("read_probe", *dict.fromkeys(case.split()[0] for case in CASES))
 PERF_CALLS = (2, 22)
-
-
-def _mangled(name: str) -> str:
-    """Of qadapter::name, so that functions of nested names are not meant."""
-    return f"_ZN8qadapter{len(name)}{name}E*"
 
 
 def driver(cases: list[str], *more: str) -> list[str]:
@@ -59,47 +53,53 @@ def _run(command: list[str], capability: str) -> subprocess.CompletedProcess[str
     return done
 
 
-def read_dumps(folder: Path) -> list[tuple[str, int]]:
-    """(function, instructions) of callgrind's dumps in order."""
-    found = []
-    for path in folder.glob("out.*"):
-        text = path.read_text()
-        trigger = re.search(r"^desc: Trigger: --dump-after=_ZN8qadapter\d+(\w+)E", text, re.M)
-        totals = re.search(r"^totals: (\d+)", text, re.M)
-        if trigger and totals:
-            name = next((e for e in ENTRIES if trigger.group(1).startswith(e + "E")), None)
-            name = name or trigger.group(1)
-            found.append((int(path.suffix[1:]), name, int(totals.group(1))))
-    return [(name, count) for _, name, count in sorted(found)]
+def read_profile(text: str) -> dict[str, tuple[int, int]]:
+    """Function -> calls and instructions in them, what it calls included, of callgrind's output.
+
+    A name is written once, behind a number that stands for it from then on. The line after
+    ``calls=`` ends with the instructions of those calls.
+    """
+    names: dict[str, str] = {}
+    found: dict[str, tuple[int, int]] = {}
+    callee, calls = "", 0
+    for line in text.splitlines():
+        if match := re.match(r"c?fn=\((\d+)\)(?: (.+))?$", line):
+            number, name = match.groups()
+            if name:
+                names[number] = name
+            if line.startswith("cfn="):
+                callee = names[number]
+        elif line.startswith("calls="):
+            calls = int(line[len("calls=") :].split()[0])
+        elif calls:
+            before = found.get(callee, (0, 0))
+            found[callee] = before[0] + calls, before[1] + int(line.split()[-1])
+            calls = 0
+    return found
 
 
-def of_cases(cases: list[str], dumps: list[tuple[str, int]]) -> dict[str, int]:
-    """The last call of each case's kernel; cases lie between calls of read_probe."""
-    segments: list[list[tuple[str, int]]] = [[]]
-    for name, count in dumps:
-        if name == "read_probe":
-            segments.append([])
-        else:
-            segments[-1].append((name, count))
-    segments = segments[1:-1]  # before the first mark and after the last there is nothing
-    if len(segments) != len(cases):
-        raise RuntimeError(f"expected {len(cases)} cases in the dumps, found {len(segments)}")
-    counts = {}
-    for case, segment in zip(cases, segments, strict=True):
-        own = [count for name, count in segment if name == case.split()[0]]
-        if not own:
-            raise RuntimeError(f"{case}: its kernel did not run")
-        counts[case] = own[-1]
-    return counts
+def of_kernel(kernel: str, profile: dict[str, tuple[int, int]]) -> int:
+    """Instructions of a call. Names are the mangled ones of qadapter::kernel(...)."""
+    start = f"_ZN8qadapter{len(kernel)}{kernel}E"
+    own = [value for name, value in profile.items() if name.startswith(start)]
+    if not own:
+        raise RuntimeError(f"{kernel} did not run, or valgrind does not see its name")
+    calls, count = (sum(column) for column in zip(*own, strict=True))
+    return count // calls
 
 
 def callgrind(cases: list[str], capability: str) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        watch = [f"--{o}={_mangled(e)}" for e in ENTRIES for o in ("toggle-collect", "dump-after")]
-        command = ["valgrind", "--tool=callgrind", "--demangle=no", "--collect-atstart=no"]
-        command += [*watch, f"--callgrind-out-file={folder}/out"]
-        _run([*command, *driver(cases)], capability)
-        return of_cases(cases, read_dumps(Path(folder)))
+    counts: dict[str, int] = {}
+    # A profile has one count for each function: the dtypes take a run each.
+    for dtype in dict.fromkeys(case.split()[1] for case in cases):
+        group = [case for case in cases if case.split()[1] == dtype]
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["valgrind", "--tool=callgrind", "--demangle=no"]
+            command += [f"--callgrind-out-file={folder}/out"]
+            _run([*command, *driver(group)], capability)
+            profile = read_profile((Path(folder) / "out").read_text())
+        counts |= {case: of_kernel(case.split()[0], profile) for case in group}
+    return counts
 
 
 def _perf_total(case: str, capability: str, calls: int) -> int:

@@ -1,9 +1,6 @@
 """Runs C++ kernels on fixed inputs, one thread, for a tool that counts instructions around it.
 
-    python -m benchmarks.instruction_driver [--case "residual_fwd fp32"] [--repeat 2]
-
-Every case calls its kernel ``--repeat`` times, between calls of `read_probe`, by which the counts
-of the cases are told apart.
+python -m benchmarks.instruction_driver [--case "residual_fwd fp32"] [--repeat 2]
 """
 
 import argparse
@@ -95,14 +92,11 @@ def elements(case: str) -> tuple[int, str]:
 def run(cases: list[str], repeat: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    mark = torch.zeros(16)
-    torch.ops.qadapter_C.read_probe(mark)
     for case in cases:
         kernel, dtype = CASES[case]
         function = kernel(DTYPES[dtype])
         for _ in range(repeat):
             function()
-        torch.ops.qadapter_C.read_probe(mark)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ A run that is cut off keeps what it has. ``--resume`` goes on with the cases tha
 import argparse
 import contextlib
 import datetime
+import gc
 import json
 import os
 import platform
@@ -173,6 +174,8 @@ class Recording:
     def todo(self, cases: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The cases to be measured, under a progress bar; with ``--resume`` those not yet there."""
         left = [c for c in cases if not (self.options.resume and self.has(c))]
+        gc.collect()
+        gc.freeze()  # what is imported is no garbage, and takes most of a collection to find so
         name = f"{getattr(self.options, 'position', '')}{self.name}"
         with tqdm(left, desc=name, unit="case", dynamic_ncols=True) as bar:
             for case in bar:

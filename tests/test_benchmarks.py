@@ -232,7 +232,8 @@ def test_a_training_step_and_its_parts(tmp_path):
     bench_train_step.run(bench_train_step.parse(arguments))
     record = json.loads(path.read_text())
     (row,) = record["rows"]
-    assert (row["tokens"], row["packed"]) == (2 * (16 + 16), 16 + 2 * 16)
+    # The pack has the prompt once, and no last tokens: nothing follows them.
+    assert (row["tokens"], row["packed"]) == (2 * (16 + 16), 16 + 2 * 15)
     parts = row["parts"]
     known = sum(parts[name]["median"] for name in training_problem.PARTS)
     assert parts["rest"] == pytest.approx(parts["step"]["median"] - known)
@@ -296,19 +297,30 @@ def test_the_command_prints_its_noise_and_fails_on_what_is_slower(tmp_path, caps
         suite.main(["compare", old, new])
 
 
-def test_counts_are_read_from_the_dumps(tmp_path):
-    calls = ["read_probe", "residual_fwd", "residual_fwd", "read_probe", "residual_fwd"]
-    calls += ["residual_bwd", "residual_fwd", "residual_bwd", "read_probe"]
-    for i, name in enumerate(calls, start=1):
-        trigger = f"desc: Trigger: --dump-after={bench_instructions._mangled(name)[:-1]}St8x"
-        (tmp_path / f"out.{i}").write_text(f"{trigger}\nevents: Ir\ntotals: {100 * i}\n")
-    (tmp_path / "out").write_text("totals: 5\n")
-    dumps = bench_instructions.read_dumps(tmp_path)
-    assert [name for name, _ in dumps] == calls  # also beyond the ninth, were they sorted by text
-    cases = ["residual_fwd fp32", "residual_bwd fp32"]
-    assert bench_instructions.of_cases(cases, dumps) == {cases[0]: 300, cases[1]: 800}
-    with pytest.raises(RuntimeError, match="expected 1 cases"):
-        bench_instructions.of_cases(cases[:1], dumps)
+PROFILE = """events: Ir
+fn=(1) main
+cfn=(2) _ZN8qadapter12residual_fwdESt8optional
+calls=2 10
+5 300
+fn=(2)
+7 100
+cfn=(3) _ZZN8qadapter12residual_fwdESt8optionalENKUllE_clEl
+calls=8 3
+7 200
+fn=(4) other
+cfn=(2)
+calls=1 10
++3 150
+totals: 1000
+"""
+
+
+def test_counts_are_read_from_a_profile():
+    profile = bench_instructions.read_profile(PROFILE)
+    assert profile["_ZN8qadapter12residual_fwdESt8optional"] == (3, 450)
+    assert bench_instructions.of_kernel("residual_fwd", profile) == 150  # no lambda inside it
+    with pytest.raises(RuntimeError, match="residual_bwd did not run"):
+        bench_instructions.of_kernel("residual_bwd", profile)
 
 
 def test_a_tool_that_is_missing_is_said(tmp_path, monkeypatch):
@@ -326,11 +338,10 @@ def test_the_driver_runs_every_kernel():
 
     if not _cpp.available()[0]:
         pytest.skip(_cpp.available()[1])
-    seen = []
     with use_backend("cpp"), torch.profiler.profile() as profile:
         instruction_driver.run(list(instruction_driver.CASES), 1)
     seen = {event.key for event in profile.key_averages()}
-    for name in bench_instructions.ENTRIES:
+    for name in {case.split()[0] for case in instruction_driver.CASES}:
         assert f"qadapter_C::{name}" in seen, name
 
 
