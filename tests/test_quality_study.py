@@ -12,7 +12,7 @@ from conftest import make_base, preference_rows
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import harness
+from benchmarks import recording
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import data, decode_cost, report, score, study, summary, train
 from benchmarks.quality.settings import METHODS, QUICK, changed
@@ -108,7 +108,7 @@ def files_of(tmp_path_factory):
 def call(base, files_of, tmp_path, monkeypatch, capsys):
     """(*options) -> (status, what was printed, the errors)."""
     machine = {"cpu": "a CPU", "threads": 1, "torch": torch.__version__, "date": "2026-01-01"}
-    monkeypatch.setattr(harness, "environment", lambda device: machine)
+    monkeypatch.setattr(recording, "environment", lambda device: machine)
     monkeypatch.setattr(decode_cost, "decode_cost", lambda study: None)
     # Looking through all that pytest holds, at every training, would be most of the time.
     monkeypatch.setattr(gc, "collect", lambda: 0)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks import harness
+from benchmarks import recording
 from benchmarks.quality import data as quality_data
 from benchmarks.quality import generate, judge, score, tasks
 from benchmarks.quality.settings import Run, Set, Settings, digest, plain
@@ -73,7 +73,7 @@ class Study:
         path = self.output / "study.json"
         if not path.exists():
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            files.write_json(path, {"what": what, "environment": harness.environment(device)})
+            files.write_json(path, {"what": what, "environment": recording.environment(device)})
         then = files.read_json(path)["what"]
         changed = [name for name in what if then.get(name) != what[name]]
         if changed:
