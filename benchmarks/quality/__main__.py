@@ -8,6 +8,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import datasets
+import transformers
 
 from benchmarks.quality import data as quality_data
 from benchmarks.quality import decode_cost, report, summary, sweep
@@ -107,6 +108,7 @@ def execute(options: argparse.Namespace) -> None:
         print("\n".join(run.name for run in runs))
         return
     datasets.disable_progress_bars()  # one bar is enough
+    transformers.utils.logging.disable_progress_bar()
     study = study_of(options, chosen)
     answered = options.command == "run" or options.answers
     results, missing = run_all(study, runs, answered)

@@ -148,7 +148,6 @@ def _arguments(settings: Settings, folder: str) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
         "bf16": False,  # the base's own dtype, in every method
     }
 
@@ -237,6 +236,7 @@ def _trl(
         ) from None
     args = DPOConfig(
         **_arguments(settings, folder),
+        gradient_checkpointing=False,  # on by default there
         beta=settings["beta"],
         loss_type=[{"dpo": "sigmoid", "ipo": "ipo"}[method]],
     )
