@@ -4,6 +4,7 @@
     python -m benchmarks report                        tables and plots of README and docs
     python -m benchmarks compare OLD.json NEW.json     what got slower
     python -m benchmarks instructions                  of the C++ kernels, by valgrind or perf
+    python -m benchmarks quality [--set quick|full]    preference against forgetting, by method
 
 A set measures the ceilings of the machine first, then one benchmark after the other, each into a
 JSON file of its own, which is written after every case. Full sets write to benchmarks/results/,
@@ -121,7 +122,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"report": "report", "compare": "compare", "instructions": "bench_instructions"}
+    commands = {
+        "report": "report",
+        "compare": "compare",
+        "instructions": "bench_instructions",
+        "quality": "quality.__main__",
+    }
     if arguments and arguments[0] in commands:
         module = importlib.import_module(f"benchmarks.{commands[arguments[0]]}")
         return module.main(arguments[1:]) or 0

@@ -20,7 +20,11 @@ from benchmarks.linear_problem import MODES, make_problem
 CASE = ("sweep", "n", "d", "v", "threads")
 PEERS = ["qadapter", "eager", "compile"]
 FIXED = {"cpu": (512, 576, 49152), "cuda": (8192, 4096, 128256), "quick": (64, 32, 512)}
-ROWS = {"cpu": 128, "cuda": 1024, "quick": 64}  # the fewest
+ROWS = {
+    "cpu": [8, 32, 128, 512, 1024, 2048, 4096, 8192],
+    "cuda": [16, 128, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
+    "quick": [64, 128],
+}
 VOCABULARIES = {
     "cpu": [32000, 49152, 65536, 128256, 151936, 262144],
     "cuda": [32000, 49152, 65536, 128256, 151936, 262144],
@@ -39,9 +43,8 @@ def thread_counts() -> list[int]:
 def points(sweep: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     which = "quick" if options.quick else options.device
     n, d, v = FIXED[which]
-    doublings = 2 if options.quick else 7
     values: dict[str, list[dict[str, int]]] = {
-        "rows": [{"n": ROWS[which] << i} for i in range(doublings)],
+        "rows": [{"n": value} for value in ROWS[which]],
         "vocab": [{"v": value} for value in VOCABULARIES[which]],
         "hidden": [{"d": value} for value in HIDDEN[which]],
         "threads": [{"threads": count} for count in thread_counts()],

@@ -1,6 +1,6 @@
 """Runs C++ kernels on fixed inputs, one thread, for a tool that counts instructions around it.
 
-    python -m benchmarks.instruction_driver [--case "residual_fwd fp32"] [--repeat 2]
+python -m benchmarks.instruction_driver [--case "residual_fwd fp32"] [--repeat 2]
 """
 
 import argparse

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness, report_decoding, report_suite, report_training
+from benchmarks.quality import report as report_quality
 from benchmarks.report_common import conditions, left_out
 
 ROOT = Path(__file__).parents[1]
@@ -229,6 +230,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "context": ("context", report_suite.context),
     "step_parts": ("train_step", report_suite.step_parts),
     "instructions": ("instructions", report_suite.instructions),
+    **report_quality.TABLES,
 }
 # marker -> table of all results together
 OVERALL: dict[str, Callable[[list[dict[str, Any]]], str]] = {
@@ -298,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks import plots
 
         plots.main()
+        report_quality.draw(RESULTS, ROOT / "docs")
     return 0
 
 

@@ -11,6 +11,7 @@ Row = dict[str, Any]
 CASES = {  # what tells the rows of one competitor apart
     "logits": ("dtype", "op"),
     "linear": ("dtype", "d", "v", "mode"),
+    "linear_scaling": ("sweep", "n", "d", "v", "threads"),
     "sample": ("dtype", "b", "v", "streams", "logits", "filters"),
     "decode": ("model", "batch", "mode", "lora"),
 }
@@ -227,34 +228,46 @@ def cannot(records: list[Record]) -> str:
     return "\n".join(lines) or "Not said in these results."
 
 
+Figure = tuple[float, str]  # smaller is better; as it is shown
+
+
+def _figures(row: Row) -> dict[str, Figure]:
+    """Everything of a row in which one can be better than another."""
+    made = {"time": (row["ms"]["median"], _ms(row["ms"]))}
+    if "peak_mib" in row:
+        # Less than a mebibyte is below what the measuring sees.
+        made["memory"] = (max(1.0, row["peak_mib"]), f"{row['peak_mib']:,.0f} MiB")
+    error = row.get("error") or {}
+    exact: dict[str, float | None] = {n: v for n, v in error.items() if isinstance(v, float)}
+    for band, found in error.get("dh", {}).items():
+        exact[f"gradient, median of rows with p {band}"] = found["median"]
+        exact[f"gradient, worst of rows with p {band}"] = found["max"]
+    for name in ("reward", "value"):
+        found = error.get(name)
+        if isinstance(found, dict):
+            exact[f"{name}, rms"] = found["rms"]
+            exact |= {f"{name}, worst {k}": v["max"] for k, v in found.items() if k[:3] == "sum"}
+    return made | {f"error of {n}": (v, f"{v:.1e}") for n, v in exact.items() if v is not None}
+
+
 def _wins_of(record: Record) -> list[list[str]]:
     """Where somebody who does the same work takes less time or memory, or is more exact."""
     name, lines = record["benchmark"], []
     case = CASES[name]
-    ours: dict[tuple[Any, ...], Row] = {}
+    ours: dict[tuple[Any, ...], dict[str, Figure]] = {}
     for row in record["rows"]:
         key = tuple(row[c] for c in case)
         if "missing" not in row and row["who"].startswith("qadapter"):
-            ours.setdefault(key, row)
+            ours.setdefault(key, _figures(row))
     for row in record["rows"]:
-        own = ours.get(tuple(row[c] for c in case))
-        skip = "missing" in row or own is None or row["who"] == "products"
-        if skip or row["who"].startswith("qadapter"):
+        own = ours.get(tuple(row[c] for c in case), {})
+        if "missing" in row or row["who"] == "products" or row["who"].startswith("qadapter"):
             continue
-        assert own is not None
         label = [name, " ".join(str(row[c]) for c in case), row["who"]]
-        if row["ms"]["median"] < own["ms"]["median"]:
-            ratio = row["ms"]["median"] / own["ms"]["median"]
-            lines.append([*label, "time", f"{ratio:.2f}x ours", _ms(own["ms"]), _ms(row["ms"])])
-        if "peak_mib" in own and row.get("peak_mib", 1e9) < own["peak_mib"] - 1:
-            memory = [f"{r['peak_mib']:.0f} MiB" for r in (own, row)]
-            ratio = row["peak_mib"] / own["peak_mib"]
-            lines.append([*label, "memory", f"{ratio:.2f}x ours", *memory])
-        errors = main_error(own), main_error(row)
-        if errors[0] and errors[1] and errors[1][1] < errors[0][1]:
-            ratio = errors[1][1] / errors[0][1]
-            cells = [f"{e[1]:.1e}" for e in errors if e]
-            lines.append([*label, "worst error", f"{ratio:.2f}x ours", *cells])
+        for figure, (value, text) in _figures(row).items():
+            if figure in own and value < own[figure][0]:
+                ratio = f"{value / own[figure][0]:.2f}x ours"
+                lines.append([*label, figure, ratio, own[figure][1], text])
     return lines
 
 
@@ -263,7 +276,7 @@ def wins(records: list[Record]) -> str:
     lines = [
         line
         for record in records
-        if record["benchmark"] in ("logits", "linear", "sample")
+        if record["benchmark"] in ("logits", "linear", "linear_scaling", "sample")
         for line in _wins_of(record)
     ]
     if not lines:

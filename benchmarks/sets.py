@@ -24,6 +24,7 @@ class Set:
 
 
 _BOTH = ("--filters", "plain", "top-k, top-p")  # has a space, so not to be split
+_LARGER = "--size 576x128256 2048x49152 2048x128256"
 _EVERYTHING = (
     _step("logits", "bench_logits"),
     _step("linear", "bench_linear"),
@@ -64,14 +65,18 @@ SETS = {
                 "--batch-sizes 1 --new-tokens 12 --mode sampled --lora all --rounds 1",
             ),
             _step("train_step", "bench_train_step", "--pairs 2 --batches 1 --rounds 1"),
-            _step("context", "bench_context", "--budgets 256 --resolution 64"),
+            _step("context", "bench_context", "--budgets 512 --resolution 64"),
         ),
     ),
     "cpu": Set(
         "cpu",
-        "everything, in some hours",
+        "everything, in about two hours",
         (
-            *_EVERYTHING,
+            _step("logits", "bench_logits", "--seconds 20"),
+            _step("linear", "bench_linear", "--size 576x49152 --seconds 10"),
+            _step("linear", "bench_linear", f"{_LARGER} --mode uncached --seconds 10 --append"),
+            _step("linear_scaling", "bench_scaling", "--rounds 3 --seconds 20"),
+            *_EVERYTHING[3:],
             _step("loss_curves", "bench_loss_curve"),
             _step("instructions", "bench_instructions"),
         ),

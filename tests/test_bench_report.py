@@ -99,7 +99,7 @@ def test_where_peers_win_is_shown():
     table = report_suite.wins([{"benchmark": "logits", "rows": rows}])
     lines = [[cell.strip() for cell in line.split("|")[3:6]] for line in table.splitlines()[2:]]
     assert lines == [
-        ["eager", "worst error", "0.20x ours"],
+        ["eager", "error of value", "0.20x ours"],
         ["compile", "time", "0.75x ours"],
         ["compile", "memory", "0.40x ours"],
     ]

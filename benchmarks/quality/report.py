@@ -216,15 +216,26 @@ def text(record: Record) -> str:
     return "\n\n".join(make(record) for _, make in TABLES.values())
 
 
+def load(results: Path = RESULTS) -> dict[str, Record]:
+    """The committed studies by their file's name."""
+    paths = sorted(results.glob("quality-*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def draw(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
+    """The pictures of every study; returns their paths."""
+    from benchmarks.quality import figures
+
+    return [p for stem, record in load(results).items() for p in figures.draw(record, docs, stem)]
+
+
 def write(results: Path = RESULTS, docs: Path = DOCS, readme: Path | None = None) -> list[Path]:
     """Rewrites the marked tables and the pictures; returns what was written."""
-    from benchmarks.quality import figures
     from benchmarks.report import replace
 
-    paths = sorted(results.glob("quality-*.json"))
-    if not paths:
+    records = list(load(results).values())
+    if not records:
         raise ValueError(f"{results}: no quality-*.json; run the study with --json first")
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     written = []
     for page in [readme or ROOT / "README.md", *sorted(docs.glob("*.md"))]:
         before = after = page.read_text(encoding="utf-8")
@@ -234,6 +245,4 @@ def write(results: Path = RESULTS, docs: Path = DOCS, readme: Path | None = None
         if after != before:
             page.write_text(after, encoding="utf-8")
             written.append(page)
-    for path, record in zip(paths, records, strict=True):
-        written += figures.draw(record, docs, path.stem)
-    return written
+    return written + draw(results, docs)
