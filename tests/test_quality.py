@@ -15,7 +15,7 @@ from conftest import make_model, preference_rows
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.quality import data, generate, judge, score, stats, sweep, tasks
-from benchmarks.quality.settings import FULL, MAIN, METHODS, QUICK, Run, changed
+from benchmarks.quality.settings import FULL, MAIN, METHODS, QUICK, TRL, Run, changed
 from qadapter import reference
 from qadapter.data import eos_token_ids
 from qadapter.prompts import prompt_ids
@@ -24,8 +24,11 @@ from qadapter.prompts import prompt_ids
 def test_full_ends_with_whole_seeds_and_holds_what_is_asked():
     runs = FULL.runs()
     assert len({run.name for run in runs}) == len(runs)
-    seeds = [run.seed for run in runs[: 3 * len(MAIN)]]
-    assert seeds == [seed for seed in (0, 1, 2) for _ in MAIN]
+    fast = [method for method in METHODS if method not in TRL]
+    seeds = [(run.seed, run.method) for run in runs[: 3 * len(fast)]]
+    assert seeds == [(seed, method) for seed in (0, 1, 2) for method in fast]
+    for seed in (0, 1, 2):
+        assert {run.method for run in runs if run.seed == seed} == set(METHODS)
     assert {run.noise for run in runs} == {0.0, 0.1, 0.2, 0.3}
     assert len({dict(run.changes).get("beta") for run in runs if run.method == "dpo_own"}) == 4
     assert {run.method for run in QUICK.runs()} == set(MAIN)

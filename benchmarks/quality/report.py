@@ -91,6 +91,12 @@ def main_table(record: Record) -> str:
         if row["noise"] == 0 and row["label"] == "trained" and not row["changes"]
     ]
     own.sort(key=lambda row: list(METHODS).index(row["method"]))
+    most = max((len(row["seeds"]) for row in own), default=1)
+
+    def name_of(row: dict[str, Any]) -> str:
+        fewer = len(row["seeds"]) < most
+        return title(row) + (f" (seeds: {len(row['seeds'])})" if fewer else "")
+
     zero = [0.0, 0.0, 0.0]
     nothing = {
         "gain": zero,
@@ -99,7 +105,7 @@ def main_table(record: Record) -> str:
         "questions": [1.0, 1.0, 1.0],
         **{name: base["figures"][name] for name in ("words", "follows") if name in base["figures"]},
     }
-    table = _table(record, [("base", nothing), *((title(row), row["figures"]) for row in own)])
+    table = _table(record, [("base", nothing), *((name_of(row), row["figures"]) for row in own)])
     left_out = "".join(f"\n- {name}: {why}" for name, why in record["missing"].items())
     return (
         f"{heading(record)} Of {base['asked']} questions the base answers {base['right']} right, "

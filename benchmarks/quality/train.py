@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from benchmarks import harness
-from benchmarks.quality.settings import Settings
+from benchmarks.quality.settings import TRL, Settings
 from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
 from qadapter.data import collate_sequences, pad_token_id
 from qadapter.wrapping import load_base
@@ -85,7 +85,7 @@ def train(
     watch = _Watch({*checkpoints, settings["steps"]}, on_step)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        make = _trl if method in ("dpo", "ipo") else _own
+        make = _trl if method in TRL else _own
         trainer = make(method, settings, base, tokenizer, rows, replay, folder, watch)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
