@@ -45,10 +45,15 @@ def machine_text(device: str) -> str:
     )
 
 
+PREFERENCES = ("benchmarks.bench_train_step", "benchmarks.bench_loss_curve")
+
+
 def arguments_of(step: Step, path: Path, options: argparse.Namespace) -> list[str]:
     arguments = ["--quick"] if options.tiny else list(step.arguments)
     if options.tiny and step.name == "train_step_shuffled":
         arguments += ["--shuffle", "0"]
+    if options.data is not None and step.module in PREFERENCES:
+        arguments += ["--data", options.data]
     arguments += ["--device", options.device, "--threads", str(options.threads)]
     return [*arguments, "--json", str(path), *(["--resume"] if options.resume else [])]
 
@@ -108,6 +113,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=step_names(), metavar="NAME")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the JSON files go")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="preference pairs for training steps, or a Hub id; default: the demo's, short ones",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the set's")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: does everything run?")

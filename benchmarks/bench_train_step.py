@@ -16,6 +16,7 @@ without padding: what is left to gain there is the head alone.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
     more: dict[str, Any] = {"model": options.model, "cannot": CANNOT, "missing": setup.missing}
     if not options.scaling:
         more |= {"pairs": options.pairs, "max_length": options.max_length}
+        more["data"] = Path(options.data).name
     recorded = recording.Recording(name, options, (case,), **more)
     tokenised = [] if options.scaling else training_problem.real_pairs(setup, options)
     values = options.lengths if options.scaling else range(options.batches)

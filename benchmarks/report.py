@@ -237,6 +237,7 @@ OVERALL: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "machines": report_suite.machines,
     "cannot": report_suite.cannot,
     "wins": report_suite.wins,
+    "wins_short": report_suite.wins_short,
     "gpu": report_suite.gpu,
 }
 NOTHING = "Not measured yet."

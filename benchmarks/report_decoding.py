@@ -68,10 +68,12 @@ def decode(record: dict[str, Any]) -> str:
                 _ratio(rows, "naive", "base"),
                 _ratio(rows, "naive", "two streams"),
                 *(_ratio(rows, who, "base") for who in ("lora", "one stream", "two adapters")),
+                _ratio(rows, "two streams", "one stream"),
             ]
         )
     header = ["batch", "", "LoRA on", "base ms", "two streams ms", "of base", "naive of base"]
     header += ["naive of two streams", "lora of base", "one stream", "two adapters"]
+    header += ["two streams of one"]
     title = (
         f"{_decode_title(record)}, medians: {WAYS_TEXT}{record['strength']}; one stream: strength "
         "1; two adapters: both blended with the base, three streams. Columns with an x say how "

@@ -271,18 +271,33 @@ def _wins_of(record: Record) -> list[list[str]]:
     return lines
 
 
+def _all_wins(records: list[Record]) -> list[list[str]]:
+    compared = ("logits", "linear", "linear_scaling", "sample")
+    return [line for r in records if r["benchmark"] in compared for line in _wins_of(r)]
+
+
+WINS = ["operation", "case", "who", "in", "by", "ours", "theirs"]
+NO_WINS = "No peer is ahead in any figure of these results."
+
+
 def wins(records: list[Record]) -> str:
     """Every figure in which a peer is better than we are."""
-    lines = [
-        line
-        for record in records
-        if record["benchmark"] in ("logits", "linear", "linear_scaling", "sample")
-        for line in _wins_of(record)
-    ]
-    if not lines:
-        return "No peer is ahead in any figure of these results."
-    header = ["operation", "case", "who", "in", "by", "ours", "theirs"]
-    return harness.table(header, lines)
+    lines = _all_wins(records)
+    return harness.table(WINS, lines) if lines else NO_WINS
+
+
+def wins_short(records: list[Record]) -> str:
+    """Of every operation and kind of figure the case where a peer is furthest ahead."""
+    groups: dict[tuple[str, str], list[list[str]]] = {}
+    for line in _all_wins(records):
+        groups.setdefault((line[0], line[3]), []).append(line)
+    if not groups:
+        return NO_WINS
+    lines = []
+    for found in groups.values():
+        furthest = min(found, key=lambda line: float(line[4].split("x")[0]))
+        lines.append([*furthest, str(len(found))])
+    return harness.table([*WINS, "such cases"], lines)
 
 
 def gpu(records: list[Record]) -> str:

@@ -11,6 +11,7 @@ def _step_rows(record: dict[str, Any], pairs: int, first: str) -> list[list[str]
     for row in record["rows"]:
         released, memory = row["released ms"]["median"], row["released peak MiB"]
         own = {way: row[f"{way} ms"]["median"] for way in ("ours", "cached")}
+        trl = [row[TRL]["median"]] if TRL in row else []
         lines.append(
             [
                 *([str(row["length"])] if first == "length" else []),
@@ -18,19 +19,29 @@ def _step_rows(record: dict[str, Any], pairs: int, first: str) -> list[list[str]
                 str(row["response rows"]),
                 f"{released / 1e3 / pairs:.2f}",
                 *(f"{ms / 1e3 / pairs:.2f} ({released / ms:.1f}x)" for ms in own.values()),
+                *(f"{ms / 1e3 / pairs:.2f} ({ms / own['ours']:.1f}x ours)" for ms in trl),
                 f"{memory:.0f}",
                 *(f"{row[f'{way} peak MiB']:.0f}" for way in own),
+                *(f"{row['TRL DPO peak MiB']:.0f}" for _ in trl),
             ]
         )
     return lines
 
 
-STEP_HEADER = ["tokens / padded / packed", "response rows", "released s/pair", "ours", "cached"]
-STEP_HEADER += ["released MiB", "ours MiB", "cached MiB"]
+def _step_table(record: dict[str, Any], pairs: int, first: str) -> str:
+    trl = any(TRL in row for row in record["rows"])
+    header = [*([first] if first else []), "tokens / padded / packed", "response rows"]
+    header += ["released s/pair", "ours", "cached", *(["TRL's DPO"] if trl else [])]
+    header += ["released MiB", "ours MiB", "cached MiB", *(["TRL MiB"] if trl else [])]
+    return harness.table(header, _step_rows(record, pairs, first))
+
+
+TRL = "TRL DPO ms"
 STEP = (
     "the released way is two full forwards of the padded batch, float32 logits at every position, "
     "its loss, backward; ours packs the real tokens, what pairs share once, and has no logits; "
-    "cached: the base's two floats a token are known. Memory is what the step adds to the loaded "
+    "cached: the base's two floats a token are known; TRL's DPO: one micro-batch of its trainer, "
+    "forwards of policy and reference, backward. Memory is what the step adds to the loaded "
     "model"
 )
 
@@ -42,12 +53,12 @@ def train_step(record: dict[str, Any], order: str = "as the file has them") -> s
         for way in ("released", "ours", "cached")
     }
     title = (
-        f"A whole training step, {record['model']}, micro-batches of {pairs} pairs of real chat, "
-        f"{order} ({conditions(record)}): {STEP}. Over all batches "
-        f"{sums['released'] / sums['ours']:.2f}x faster, cached "
+        f"A whole training step, {record['model']}, micro-batches of {pairs} pairs of "
+        f"{record.get('data', 'real chat')}, {order} ({conditions(record)}): {STEP}. Over all "
+        f"batches {sums['released'] / sums['ours']:.2f}x faster, cached "
         f"{sums['released'] / sums['cached']:.2f}x."
     )
-    return f"{title}\n\n{harness.table(STEP_HEADER, _step_rows(record, pairs, ''))}"
+    return f"{title}\n\n{_step_table(record, pairs, '')}"
 
 
 def train_step_shuffled(record: dict[str, Any]) -> str:
@@ -59,5 +70,4 @@ def train_step_scaling(record: dict[str, Any]) -> str:
         f"A training step on one pair without any padding, {record['model']}, by the length of its "
         f"two responses ({conditions(record)}): {STEP}."
     )
-    table = harness.table(["length", *STEP_HEADER], _step_rows(record, 1, "length"))
-    return f"{title}\n\n{table}"
+    return f"{title}\n\n{_step_table(record, 1, 'length')}"

@@ -40,9 +40,7 @@ def test_every_marker_is_known():
     known = {*report.TABLES, *report.OVERALL}
     for page in report.pages():
         text = page.read_text()
-        # The study of quality fills its own.
-        names = {n for n in re.findall(r"<!-- table:(\w+) -->", text) if n[:8] != "quality_"}
-        assert names <= known, page
+        assert set(re.findall(r"<!-- table:(\w+) -->", text)) <= known, page
         assert len(BLOCK.findall(text)) == text.count("<!-- table:"), page
 
 
@@ -103,8 +101,17 @@ def test_where_peers_win_is_shown():
         ["compile", "time", "0.75x ours"],
         ["compile", "memory", "0.40x ours"],
     ]
-    alone = report_suite.wins([{"benchmark": "logits", "rows": rows[:1]}])
-    assert alone == "No peer is ahead in any figure of these results."
+    rows += [{**r, "op": "backward"} for r in (row("eager", 2.0, 1e-5, 10), rows[0])]
+    short = report_suite.wins_short([{"benchmark": "logits", "rows": rows}])
+    lines = [[cell.strip() for cell in line.split("|")[2:]] for line in short.splitlines()[2:]]
+    assert [(line[0], line[1], line[2], line[-2]) for line in lines] == [
+        ("fp32 forward", "eager", "error of value", "1"),
+        ("fp32 backward", "eager", "time", "2"),
+        ("fp32 forward", "compile", "memory", "1"),
+    ]
+    for made in (report_suite.wins, report_suite.wins_short):
+        alone = made([{"benchmark": "logits", "rows": rows[:1]}])
+        assert alone == "No peer is ahead in any figure of these results."
 
 
 def test_gpu_figures_are_said_to_be_missing():
