@@ -258,9 +258,12 @@ Outputs linear_fwd(std::optional<Tensor> base_hidden, Tensor q_hidden, Tensor we
     if (a != kNoAction && (a < 0 || a >= job.vocab)) {
       q = base_logp = policy_logp = p_action = value = nan;
     } else if (a != kNoAction) {
-      const double z_q = row.z_q;
       const double z_b =
           job.base.data ? row.z_b : static_cast<double>(given_logp[i]) + base_lse;
+      // In float32 from the entry that is in the sum: its rounding cancels in q - value where p_a
+      // nears 1. A sum of two 16-bit hidden states is rounded to 16 bits, which is too coarse.
+      const bool of_sum = job.merged && job.q.dtype == DType::f32 && std::isfinite(row.x_a);
+      const double z_q = of_sum ? row.x_a - m * z_b : static_cast<double>(row.z_q);
       base_logp = given_logp ? given_logp[i]
                              : (job.base_sum ? (z_b - row.base.max) - b.log_sum : z_b - base_lse);
       q = center == 0 ? z_q : (z_q == -inf ? -inf : z_q - center * z_b);
