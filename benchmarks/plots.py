@@ -65,11 +65,14 @@ def draw(record: dict[str, Any], sweep: str, path: Path) -> None:
         axis.set_xlabel(label)
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.3, which="both")
-    figure.axes[0].legend(frameon=False, fontsize=9, loc="upper left")
+    # Below the panels: curves may go anywhere.
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=4)
     machine, first = record["environment"], rows[0]
     varied = [(n, first[n]) for n in ("n", "v", "d") if n != x]
     fixed = ", ".join(f"{name.upper()} = {value:,}" for name, value in varied)
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = "" if sweep == "threads" else f", {machine['threads']} threads"
+    device = machine.get("gpu") or machine["cpu"] + threads
     figure.suptitle(
         f"Loss and gradient from hidden states, {fixed}, {first['dtype']}\n"
         f"{device}, torch {machine['torch']}, {machine['date'][:10]}",
