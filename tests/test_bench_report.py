@@ -80,7 +80,8 @@ def test_a_result_that_changes_makes_the_page_stale(copied):
     path = copied / "results" / "logits-cpu.json"
     record = json.loads(path.read_text())
     for row in record["rows"]:
-        row["ms"]["median"] *= 3
+        if "missing" not in row:
+            row["ms"]["median"] *= 3
     path.write_text(json.dumps(record))
     assert report.stale() == [copied / "README.md"]
 
