@@ -53,6 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     search.add_argument("--vary", action="append", default=[], metavar="NAME=V,V,...")
     search.add_argument("--file", help="a JSON list of objects, a setting each")
     search.add_argument("--kl", type=float, nargs="+", default=KLS)
+    search.add_argument("--json", help="where the rows go; default <output>/sweep-<method>.json")
     search.add_argument("--answers", action="store_true", help="also make and judge answers")
     commands.add_parser("report", help="tables and plots from benchmarks/results/quality-*.json")
     if not argv or argv[0] not in (*commands.choices, "-h", "--help"):
@@ -113,9 +114,10 @@ def execute(options: argparse.Namespace) -> None:
     answered = options.command == "run" or options.answers
     results, missing = run_all(study, runs, answered)
     if options.command == "sweep":
-        rows = summary.rows(results)
-        files.write_json(study.output / f"sweep-{options.method}.json", rows)
-        print(sweep.table(rows, options.kl))
+        record = summary.summarise_sweep(study, results, options.method, options.kl)
+        path = options.json or str(study.output / f"sweep-{options.method}.json")
+        files.write_json(path, record)
+        print(sweep.table(record["rows"], options.kl))
         return
     decode = decode_cost.decode_cost(study)
     record = summary.summarise(study, results, missing, decode)

@@ -206,6 +206,18 @@ def judges_table(record: Record) -> str:
     return f"{record['data']['name']}\n\n{harness.table(header, lines)}"
 
 
+def sweep_table(record: Record) -> str:
+    """Settings of a method, the best gain at the middle KL first."""
+    from benchmarks.quality import sweep
+
+    text = (
+        f"{TITLES[record['method']]}, what differs from the usual settings first, the best gain at "
+        f"KL {record['kls'][len(record['kls']) // 2]:g} first. {heading(record)} Figures at a KL "
+        "are read off between the strengths."
+    )
+    return f"{text}\n\n{sweep.table(record['rows'], record['kls'])}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "quality_main": ("quality", main_table),
     "quality_strength": ("quality", strength_table),
@@ -213,18 +225,21 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "quality_noise": ("quality", noise_table),
     "quality_cost": ("quality", cost_table),
     "quality_judges": ("quality", judges_table),
+    "quality_sweep": ("quality_sweep", sweep_table),
 }
 """As `benchmarks.report.TABLES`: marker -> (results, table)."""
 
 
 def text(record: Record) -> str:
     """What a run prints at its end."""
-    return "\n\n".join(make(record) for _, make in TABLES.values())
+    return "\n\n".join(
+        make(record) for results, make in TABLES.values() if results == record["benchmark"]
+    )
 
 
-def load(results: Path = RESULTS) -> dict[str, Record]:
-    """The committed studies by their file's name."""
-    paths = sorted(results.glob("quality-*.json"))
+def load(results: Path = RESULTS, of: str = "quality") -> dict[str, Record]:
+    """The committed studies, or sweeps, by their file's name."""
+    paths = sorted(results.glob(f"{of}-*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
@@ -239,15 +254,16 @@ def write(results: Path = RESULTS, docs: Path = DOCS, readme: Path | None = None
     """Rewrites the marked tables and the pictures; returns what was written."""
     from benchmarks.report import replace
 
-    records = list(load(results).values())
-    if not records:
+    records = {of: list(load(results, of).values()) for of in ("quality", "quality_sweep")}
+    if not records["quality"]:
         raise ValueError(f"{results}: no quality-*.json; run the study with --json first")
     written = []
     for page in [readme or ROOT / "README.md", *sorted(docs.glob("*.md"))]:
         before = after = page.read_text(encoding="utf-8")
-        for name, (_, make) in TABLES.items():
+        for name, (of, make) in TABLES.items():
             if f"<!-- table:{name} -->" in after:
-                after = replace(after, f"table:{name}", "\n\n".join(map(make, records)))
+                made = "\n\n".join(map(make, records[of])) or "Not measured yet."
+                after = replace(after, f"table:{name}", made)
         if after != before:
             page.write_text(after, encoding="utf-8")
             written.append(page)

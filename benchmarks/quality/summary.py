@@ -1,6 +1,6 @@
 """From runs to figures with intervals: what is committed, tabulated and drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -172,16 +172,9 @@ def judges(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def summarise(
-    study: Study,
-    results: list[dict[str, Any]],
-    missing: dict[str, str],
-    decode: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Everything that the report needs; holds figures alone, no text of the data."""
+def _about(study: Study) -> dict[str, Any]:
     about = files.read_json(study.output / "study.json")
     return {
-        "benchmark": "quality",
         **about["what"],
         "set": {**plain(asdict(study.set)), "usual": study.set.usual},
         "environment": about["environment"],
@@ -192,6 +185,32 @@ def summarise(
             "unrelated": len(study.unrelated),
             "questions": len(study.questions),
         },
+    }
+
+
+def summarise_sweep(
+    study: Study, results: list[dict[str, Any]], method: str, kls: Sequence[float]
+) -> dict[str, Any]:
+    """The same of settings of a method against each other."""
+    return {
+        "benchmark": "quality_sweep",
+        "method": method,
+        "kls": list(kls),
+        **_about(study),
+        "rows": rows(results),
+    }
+
+
+def summarise(
+    study: Study,
+    results: list[dict[str, Any]],
+    missing: dict[str, str],
+    decode: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything that the report needs; holds figures alone, no text of the data."""
+    return {
+        "benchmark": "quality",
+        **_about(study),
         "base_figures": base_figures(study),
         "judge_figures": judges(study),
         "missing": {**missing, **study.missing_judges},
