@@ -201,8 +201,12 @@ def test_cached_statistics(isa, alphas, cap):
         for given in ({"lse": lse}, {"lse": lse, "logp": logp}, {"logp": logp}):
             got = run(*inputs, alphas, **rest, **given)
             check(got, inputs, alphas, merged="lse" in given, **rest, **given)
-            for name in ("q", "base_lse"):  # the same arithmetic, whichever way
-                assert torch.equal(got[name], full[name]), name
+            assert torch.equal(got["base_lse"], full["base_lse"])
+            if "lse" in given and alphas[0] != alphas[2] and cap == 0.0 and hidden == F32:
+                # From the merged product, whose rounding is in value too; logits are of size 10.
+                torch.testing.assert_close(got["q"], full["q"], rtol=0, atol=1e-5)
+            else:  # the same arithmetic, whichever way
+                assert torch.equal(got["q"], full["q"])
             if "logp" in given:
                 assert torch.equal(got["base_logp"], logp)
         if alphas[0] == alphas[2]:
