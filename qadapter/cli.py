@@ -79,7 +79,7 @@ class TrainArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
     target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules with LoRA, or all-linear; default PEFT's (query and value)."},
+        metadata={"help": "Modules with LoRA, such as q_proj v_proj; default all linear layers."},
     )
     dtype: str = field(default="auto", metadata={"help": "dtype of the base, such as bfloat16."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
@@ -140,7 +140,7 @@ def _head(dataset: Any, count: int | None) -> Any:
 def _lora_config(options: TrainArguments) -> Any:
     from peft import LoraConfig
 
-    targets: Any = options.target_modules
+    targets: Any = options.target_modules or ["all-linear"]
     if targets == ["all-linear"]:
         targets = "all-linear"
     return LoraConfig(
@@ -202,7 +202,7 @@ def evaluate(options: argparse.Namespace) -> int:
             tokenizer,
             data,
             value_at=options.value_at or trained.get("value_at", "next"),
-            length_norm=options.length_norm or trained.get("length_norm", "response"),
+            length_norm=options.length_norm or trained.get("length_norm", "none"),
             **common,
         ),
         "forgetting": evaluation.evaluate_forgetting(model, tokenizer, unrelated, **common),

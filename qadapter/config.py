@@ -17,6 +17,7 @@ RELEASED_PRESET: dict[str, Any] = {
     "reg_coef": 0.1,
     "bt_scale": 1.0,
     "value_at": "same",
+    "length_norm": "response",
 }
 """The released research code's settings, with this package's masks and length normalisation."""
 
@@ -42,12 +43,12 @@ class QAdapterConfig(TrainingArguments):
     )
     gamma: float | None = field(default=None, metadata={"help": "Discount."})
     reg_coef: float = field(default=0.1, metadata={"help": "Weight of the mean squared reward."})
-    bt_scale: float = field(default=1.0, metadata={"help": "Inverse temperature of Bradley-Terry."})
+    bt_scale: float = field(default=0.1, metadata={"help": "Inverse temperature of Bradley-Terry."})
     value_at: str = field(
         default="next", metadata={"help": "next: r = Q - gamma V(s'); same: V(s), as released."}
     )
     length_norm: str = field(
-        default="response", metadata={"help": "response: mean of r over the response; none: sum."}
+        default="none", metadata={"help": "none: sum of r over the response; response: its mean."}
     )
     max_length: int = field(
         default=1024, metadata={"help": "Prompt and response are cut to so many tokens."}

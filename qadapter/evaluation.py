@@ -80,7 +80,7 @@ def evaluate_preferences(
     max_length: int = 1024,
     drop_long_prompts: bool = True,
     value_at: str = "next",
-    length_norm: str = "response",
+    length_norm: str = "none",
     progress: bool = True,
 ) -> dict[str, Any]:
     """How the residual rewards rank held-out pairs, and what happened on the chosen responses.

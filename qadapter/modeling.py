@@ -108,9 +108,9 @@ class QAdapterModel(nn.Module):
         Args:
             base_or_adapter_dir: a Hub id or folder of a causal LM, "smollm2" for the packaged
                 model, or a folder that `save_pretrained` wrote.
-            lora_config: LoRA of a new adapter; default r=8, lora_alpha=16, no dropout, on PEFT's
-                default modules of the architecture (query and value projections) or, where PEFT has
-                none, all linear layers.
+            lora_config: LoRA of a new adapter; default r=8, lora_alpha=16, no dropout, on all
+                linear layers but the head. A config without ``target_modules`` takes PEFT's default
+                of the architecture (query and value projections).
             alpha_0, alpha_tilde, center, gamma: default 1 for a new adapter, the saved values for a
                 saved one.
             dtype: of the base, as transformers takes it.

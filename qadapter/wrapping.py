@@ -18,7 +18,8 @@ def load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedMode
 def add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel:
     config = lora_config
     if config is None:
-        config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
+        # On every linear layer but the head: docs/quality.md, "Settings".
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     elif not isinstance(config, LoraConfig):
         raise ValueError(f"lora_config: expected a peft.LoraConfig, got {type(config).__name__}")
     quantised = getattr(base, "quantization_method", None)

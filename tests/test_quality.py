@@ -31,6 +31,8 @@ def test_full_ends_with_whole_seeds_and_holds_what_is_asked():
         assert {run.method for run in runs if run.seed == seed} == set(METHODS)
     assert {run.noise for run in runs} == {0.0, 0.1, 0.2, 0.3}
     assert len({dict(run.changes).get("beta") for run in runs if run.method == "dpo_own"}) == 4
+    rates = {(run.method, dict(run.changes).get("learning_rate")) for run in runs}
+    assert {("sft", 5e-4), ("dpo_own", 5e-4)} <= rates
     assert {run.method for run in QUICK.runs()} == set(MAIN)
 
 

@@ -192,6 +192,8 @@ def test_noise_pictures_and_report(call, tmp_path):
         "noisy_methods=qadapter",
         "--change",
         "betas=0.3",
+        "--change",
+        "rates=0.002",
     ]
     path = tmp_path / "results" / "quality-tiny.json"
     status, _, error = call(
@@ -206,6 +208,7 @@ def test_noise_pictures_and_report(call, tmp_path):
     page = (docs / "quality.md").read_text()
     assert page.count("<!-- /table -->") == len(report.TABLES)
     assert "50% flipped" in page and "strength 0.5" in page and "beta 0.3" in page
+    assert "learning_rate 0.002" in page
     pictures = {picture.name for picture in written if picture.suffix == ".png"}
     assert pictures == {f"quality-tiny-{name}.png" for name in ("frontier", "learning", "noise")}
     assert min((docs / name).stat().st_size for name in pictures) > 10_000
@@ -241,7 +244,10 @@ def test_a_method_that_cannot_run_is_named(call, monkeypatch):
     monkeypatch.setattr(train, "_trl", missing)
     status, printed, _ = call("--methods", "dpo", "sft")
     assert status == 0 and "dpo needs TRL" in printed
-    assert call("--list", "--methods", "dpo")[1].split() == ["dpo-noise0-seed0"]
+    # DPO is compared all the same where TRL is not there, by the package's own step.
+    for found, more in ((None, ["dpo_own-noise0-seed0"]), (object(), [])):
+        monkeypatch.setattr(command, "find_spec", lambda name, found=found: found)
+        assert call("--list", "--methods", "dpo")[1].split() == ["dpo-noise0-seed0", *more]
 
 
 def test_decoding_is_timed_to_the_last_token(base, tmp_path, files_of, monkeypatch):

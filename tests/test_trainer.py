@@ -148,7 +148,7 @@ def test_checkpoint_is_an_adapter_folder(tmp_path, tiny_tokenizer):
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_model.safetensors", "qadapter_config.json", "tokenizer.json"} <= names
     assert "training_args.bin" not in names
-    assert json.loads((folder / "training_args.json").read_text())["bt_scale"] == 1.0
+    assert json.loads((folder / "training_args.json").read_text())["bt_scale"] == 0.1
 
 
 def test_an_incomplete_checkpoint_is_not_resumed_from(tmp_path, tiny_tokenizer):

@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -91,6 +93,10 @@ def planned(options: argparse.Namespace, chosen: Set) -> list[Run]:
     else:
         runs = [r for r in chosen.runs() if options.methods is None or r.method in options.methods]
         runs = [r for r in runs if options.only is None or options.only in r.name]
+        if find_spec("trl") is None:
+            # DPO is compared all the same: the package's own step makes TRL's losses.
+            runs += [replace(r, method="dpo_own") for r in runs if r.method == "dpo"]
+            runs = list(dict.fromkeys(runs))
     for run in runs:
         run.settings(chosen.usual)  # checks the names
     if not runs:

@@ -57,7 +57,8 @@ def curves(record: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, Row]]
     """(method, label, its points by strength with their names, line style).
 
     Q-Adapter's strength when sampling, DPO's beta, SFT's updates, the trained point of the others.
-    Dotted: what the same blending with the base does to the other methods' LoRAs.
+    Dotted: what the same blending with the base does to the other methods' LoRAs; dashed, to those
+    that were trained at another learning rate.
     """
     clean = [row for row in record["rows"] if row["noise"] == 0]
 
@@ -70,19 +71,25 @@ def curves(record: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, Row]]
             and (changed or not row["changes"])
         ]
 
+    def blends_of(changes: dict[str, Any], method: str, whole: str) -> list[tuple[str, Row]]:
+        rows = [r for r in clean if r["method"] == method and r["changes"] == changes]
+        rows = [r for r in rows if not r["label"].startswith("step")]
+        named = [(r["label"].removeprefix("strength "), r) for r in rows]
+        named = [(whole if label == "trained" else label, row) for label, row in named]
+        return sorted(named, key=lambda pair: pair[1]["blend"][0])
+
     made: list[tuple[str, str, list[tuple[str, Row]], str]] = []
     for method in COLOURS:
         own = of(method, "trained")
         if not own:
             continue
-        blended = [(row["label"].split()[-1], row) for row in of(method, "strength")]
-        whole = "1" if method == "qadapter" else "trained"
-        blended = sorted([*blended, (whole, own[0])], key=lambda pair: pair[1]["blend"][0])
+        blended = blends_of({}, method, "1" if method == "qadapter" else "trained")
         if method == "qadapter":
             made.append((method, f"{TITLES[method]}, strength", blended, "-"))
             continue
         if method == "dpo_own":
-            betas = sorted(of(method, "trained", changed=True), key=_beta, reverse=True)
+            betas = [r for r in of(method, "trained", True) if not r["changes"].keys() - {"beta"}]
+            betas.sort(key=_beta, reverse=True)
             made.append(
                 (method, f"{TITLES[method]}, beta", [(f"{_beta(r):g}", r) for r in betas], "-")
             )
@@ -93,6 +100,12 @@ def curves(record: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, Row]]
         else:
             made.append((method, TITLES[method], [("", own[0])], "-"))
         made.append((method, "", [("", row) for _, row in blended], ":"))
+        for row in of(method, "trained", changed=True):
+            rate = row["changes"].get("learning_rate")
+            if rate is not None:
+                label = f"{TITLES[method]}, learning rate {rate:g}, strength"
+                points = [("", r) for _, r in blends_of(row["changes"], method, "")]
+                made.append((method, label, points, "--"))
     return made
 
 
@@ -114,14 +127,14 @@ def frontier(record: dict[str, Any]) -> Any:
         farthest = 1e-6
         for method, label, points, style in curves(record):
             shown = [(text, row["figures"]) for text, row in points if name in row["figures"]]
-            if not shown or (style == ":" and len(shown) < 2):
+            if not shown or (style != "-" and len(shown) < 2):
                 continue
             x = [f["kl"][0] for _, f in shown]
             y = [f[name][0] for _, f in shown]
             farthest = max(farthest, *x)
             colour = COLOURS[method]
-            if style == ":":
-                axis.plot(x, y, ":", color=colour, linewidth=1)
+            if style != "-":
+                axis.plot(x, y, style, color=colour, linewidth=1, label=label or None)
                 continue
             error = [np.abs(np.array([f[name][i] for _, f in shown]) - y) for i in (1, 2)]
             axis.errorbar(

@@ -1,7 +1,7 @@
 """Tables of docs/quality.md, and the pictures beside it, from the committed summaries."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,10 @@ def _columns(record: Record) -> list[tuple[str, str, Callable[..., str]]]:
     ]
 
 
-def _table(record: Record, rows: list[tuple[str, dict[str, list[float]]]]) -> str:
-    columns = _columns(record)
+def _table(
+    record: Record, rows: list[tuple[str, dict[str, list[float]]]], without: Sequence[str] = ()
+) -> str:
+    columns = [column for column in _columns(record) if column[1] not in without]
     header = ["", *(name for name, _, _ in columns)]
     lines = [[name, *(form(f, figure) for _, figure, form in columns)] for name, f in rows]
     return harness.table(header, lines)
@@ -115,15 +117,26 @@ def main_table(record: Record) -> str:
     )
 
 
+def short_table(record: Record) -> str:
+    """For the README: every method as trained, and Q-Adapter at half its strength."""
+    own = [row for row in record["rows"] if row["noise"] == 0 and not row["changes"]]
+    half = [r for r in own if r["method"] == "qadapter" and r["label"] == "strength 0.5"]
+    own = [row for row in own if row["label"] == "trained"]
+    own.sort(key=lambda row: list(METHODS).index(row["method"]))
+    rows = [(title(row), row["figures"]) for row in own]
+    rows[1:1] = [(f"{title(row)}, strength 0.5", row["figures"]) for row in half]
+    return f"{heading(record)}\n\n{_table(record, rows, ('gain', 'words'))}"
+
+
 def strength_table(record: Record) -> str:
     """What varies the strength of a method after, or by, its training."""
     rows = []
     for row in record["rows"]:
         blended = row["method"] == "qadapter" and row["label"].startswith("strength")
         varied = row["method"] == "dpo_own" and row["label"] == "trained"
-        stopped = row["method"] == "sft" and row["label"].startswith("step")
+        stopped = row["method"] == "sft" and not row["label"].startswith("strength")
         if row["noise"] == 0 and (blended or varied or stopped):
-            name = title(row) if varied else f"{title(row)}, {row['label']}"
+            name = title(row) if row["label"] == "trained" else f"{title(row)}, {row['label']}"
             rows.append((name, row["figures"]))
     return f"{heading(record)}\n\n{_table(record, rows)}"
 
@@ -167,12 +180,13 @@ def cost_table(record: Record) -> str:
         [
             TITLES[row["variant"]],
             str(row["runs"]),
+            str(row["threads"]),
             f"{row['seconds_per_pair']:.3f}",
             f"{row['peak_mib']:.0f}",
         ]
         for row in record["cost"]
     ]
-    header = ["", "runs", "seconds a pair", "MiB"]
+    header = ["", "runs", "threads", "seconds a pair", "MiB"]
     text = (
         f"{record['data']['name']}: the median update's time by its pairs, and what training adds "
         f"to the resident memory, each the least over the runs ({conditions(record)}). The methods "
@@ -219,6 +233,7 @@ def sweep_table(record: Record) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "quality_short": ("quality", short_table),
     "quality_main": ("quality", main_table),
     "quality_strength": ("quality", strength_table),
     "quality_tests": ("quality", tests_table),
@@ -233,7 +248,9 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
 def text(record: Record) -> str:
     """What a run prints at its end."""
     return "\n\n".join(
-        make(record) for results, make in TABLES.values() if results == record["benchmark"]
+        make(record)
+        for results, make in TABLES.values()
+        if results == record["benchmark"] and make is not short_table
     )
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from qadapter import QAdapterModel
+from qadapter import functional as QF
 from qadapter.data import collate_sequences, pad_token_id
 
-CHUNK = 64  # rows whose float32 logits exist at a time
+CHUNK = 256  # rows whose float32 logits exist at a time
 Row = dict[str, Any]
 
 
@@ -74,17 +75,17 @@ def _rows(
     for start in range(0, actions.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
         z_b, z_q = logits(part)
-        chosen = actions[part, None]
-        lse_b = z_b.logsumexp(-1)
-        p_b = (z_b - lse_b[:, None]).exp()
+        chosen = actions[part]
         # The difference is small, so means of it are exact to more digits than those of logits.
         d = z_q - z_b
-        mean_b, mean_d = (p_b * z_b).sum(-1), (p_b * d).sum(-1)
-        taken_b, taken_d = z_b.gather(1, chosen)[:, 0], d.gather(1, chosen)[:, 0]
+        lse_b = z_b.logsumexp(-1)
+        p_b = (z_b - lse_b[:, None]).exp_()
+        mean_b, mean_d = torch.linalg.vecdot(p_b, z_b), torch.linalg.vecdot(p_b, d)
+        taken_b, taken_d = (z.gather(1, chosen[:, None])[:, 0] for z in (z_b, d))
         base.append(taken_b - lse_b)
         logps, kls = [], []
         for q, b in blends:
-            lse = torch.logsumexp((q + b) * z_b + q * d, -1)
+            lse = _blended_lse(z_b, z_q, chosen, lse_b, q, b)
             logps.append((q + b) * taken_b + q * taken_d - lse)
             kls.append((mean_b - lse_b) - ((q + b) * mean_b + q * mean_d - lse))
         policy.append(torch.stack(logps))
@@ -94,6 +95,19 @@ def _rows(
         torch.cat(policy, 1).double().cpu(),
         torch.cat(divergence, 1).double().cpu(),
     )
+
+
+def _blended_lse(
+    z_b: Tensor, z_q: Tensor, actions: Tensor, lse_b: Tensor, q: float, b: float
+) -> Tensor:
+    """lse(q z_q + b z_b) [N], by the package's op: one read of the logits."""
+    if q == 0.0:
+        return torch.logsumexp(b * z_b, -1)
+    alpha_0, alpha_tilde = 1.0 + b / q, 1.0 / q
+    values = QF.residual_values(
+        z_b, z_q, actions, alpha_0=alpha_0, alpha_tilde=alpha_tilde, center=1.0
+    )
+    return q * (values.value + alpha_0 * lse_b)
 
 
 class _Logits:

@@ -10,13 +10,13 @@ from qadapter.config import RELEASED_PRESET
 Settings = dict[str, Any]
 
 TRAINING: Settings = {
-    "learning_rate": 3e-4,
+    "learning_rate": 2e-3,
     "warmup_steps": 4,
     "batch": 8,
     "micro_batch": 4,
     "max_length": 512,
     "lora_r": 8,
-    "lora_targets": "q_proj+v_proj",
+    "lora_targets": "all-linear",
 }
 """The same for every method, with the set's pairs and steps."""
 
@@ -25,14 +25,14 @@ Q_ADAPTER: Settings = {
     "center": 1.0,
     "gamma": 1.0,
     "bt_scale": 0.1,
-    "reg_coef": 0.05,
+    "reg_coef": 0.1,
     "length_norm": "none",
     "value_at": "next",
 }
 
 METHODS: dict[str, Settings] = {
     "qadapter": Q_ADAPTER,
-    "released": {**RELEASED_PRESET, "length_norm": "response"},
+    "released": RELEASED_PRESET,
     "sft": {},
     "replay": {"replay_tokens": 64},
     "dpo": {"beta": 0.1},
@@ -98,6 +98,7 @@ class Set:
     noise: tuple[float, ...]
     noisy_methods: tuple[str, ...]
     betas: tuple[float, ...]  # of DPO (`dpo_own`), besides its usual one
+    rates: tuple[float, ...]  # learning rates of DPO (`dpo_own`) and SFT, besides everybody's
     heldout: int  # pairs for accuracy
     prompts: int  # answered and judged
     new_tokens: int
@@ -120,13 +121,18 @@ class Set:
         """
         slow = [method for method in MAIN if method in TRL]
         fast = [method for method in MAIN if method not in TRL]
-        fast += ["dpo_own"] if self.betas else []
+        fast += ["dpo_own"] if self.betas or self.rates else []
         main = [Run(method, seed) for seed in self.seeds for method in fast]
         more = [
             run
             for seed in self.seeds
             for run in (
                 *(Run("dpo_own", seed, 0.0, (("beta", beta),)) for beta in self.betas),
+                *(
+                    Run(method, seed, 0.0, (("learning_rate", rate),))
+                    for rate in self.rates
+                    for method in ("dpo_own", "sft")
+                ),
                 *(Run(m, seed, noise) for noise in self.noise for m in self.noisy_methods),
                 *(Run(method, seed) for method in slow),
             )
@@ -141,6 +147,7 @@ QUICK = Set(
     noise=(),
     noisy_methods=(),
     betas=(),
+    rates=(),
     heldout=36,
     prompts=36,
     new_tokens=40,
@@ -150,19 +157,20 @@ QUICK = Set(
     strengths=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
     answered_strengths=(0.5, 2.0),
     checkpoints=(0.5,),
-    training={"learning_rate": 1e-3, "batch": 6, "micro_batch": 6, "warmup_steps": 3},
+    training={"batch": 6, "micro_batch": 6, "warmup_steps": 3},
 )
 FULL = Set(
-    pairs=200,
-    steps=25,
+    pairs=160,
+    steps=20,
     seeds=(0, 1, 2),
     noise=(0.1, 0.2, 0.3),
-    noisy_methods=("qadapter", "sft", "dpo_own"),
+    noisy_methods=("qadapter", "dpo_own"),
     betas=(0.03, 0.3, 1.0),
-    heldout=96,
+    rates=(5e-4,),
+    heldout=72,
     prompts=64,
-    new_tokens=80,
-    unrelated=48,
+    new_tokens=64,
+    unrelated=36,
     questions=240,
     kept_questions=96,
     strengths=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),

@@ -28,7 +28,8 @@ from qadapter.data import eos_token_ids
 
 BASE = score.Blend(0.0, 1.0)
 TRAINED = "trained"
-MORE_RUNS = ("seeds", "noise", "noisy_methods", "betas")  # a study can go on with more of them
+# A study can go on with more of them.
+MORE_RUNS = ("seeds", "noise", "noisy_methods", "betas", "rates")
 
 
 class Study:
@@ -214,6 +215,8 @@ class Study:
             self._checkpoints(run, steps),
             replay,
             lambda step: told(f"step {step}/{steps}"),
+            # Whose cost is shown pays for its base passes.
+            str(self.output / "base-cache") if run.noise or run.changes else None,
         )
         for step, weights in made.weights.items():
             with files.replacing_file(folder / f"step-{step}.safetensors") as temporary:
@@ -223,6 +226,7 @@ class Study:
             "seconds": made.seconds,
             "seconds_per_pair": made.seconds_per_pair,
             "peak_mib": made.peak_mib,
+            "threads": torch.get_num_threads(),
             "log": made.log,
         }
         files.write_json(path, record)

@@ -80,13 +80,17 @@ def train(
     checkpoints: list[int],
     replay: list[Row],
     on_step: Callable[[int], None] = lambda step: None,
+    base_cache: str | None = None,
 ) -> Trained:
-    """``rows`` are pairs (as text); ``replay`` prompts with the base's answers, tokenised."""
+    """``rows`` are pairs (as text); ``replay`` prompts with the base's answers, tokenised.
+
+    ``base_cache``: where Q-Adapter and DPO by its step keep and find what the base contributes.
+    """
     watch = _Watch({*checkpoints, settings["steps"]}, on_step)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         make = _trl if method in TRL else _own
-        trainer = make(method, settings, base, tokenizer, rows, replay, folder, watch)
+        trainer = make(method, settings, base, tokenizer, rows, replay, folder, watch, base_cache)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         with harness.peak_memory(device) as peak:
@@ -161,6 +165,7 @@ def _own(
     replay: list[Row],
     folder: str,
     watch: _Watch,
+    base_cache: str | None,
 ) -> Any:
     model = new_model(base, settings, **composition(method, settings))
     columns = ("prompt", "chosen", "rejected")
@@ -179,6 +184,8 @@ def _own(
     else:
         names = ("gamma", "reg_coef", "bt_scale", "value_at", "length_norm")
         loss = {name: settings[name] for name in names}
+    if base_cache is not None and model.alpha_0 == model.center:
+        arguments |= {"precompute_base": True, "base_cache_dir": base_cache}
     args = QAdapterConfig(**arguments, **loss)
     return QAdapterTrainer(args=args, **common)
 
@@ -226,6 +233,7 @@ def _trl(
     replay: list[Row],
     folder: str,
     watch: _Watch,
+    base_cache: str | None,
 ) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
