@@ -30,7 +30,7 @@ class QAdapterConfig(TrainingArguments):
     model has (1 for a new one), a number is written into the model and saved with it.
     """
 
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
     alpha_0: float | None = field(
         default=None, metadata={"help": "Weight of log pi_base in the policy."}

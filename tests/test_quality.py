@@ -274,7 +274,7 @@ def test_a_sweep_takes_every_combination_and_reads_off_at_equal_forgetting():
     assert len(runs) == 2 * 5 and len({run.name for run in runs}) == 10
     with pytest.raises(ValueError, match="--vary: expected NAME=VALUE"):
         sweep.combinations(["reg_coef"])
-    rows = [{"figures": {"kl": [kl], "gain": [gain]}} for kl, gain in ((0.04, 3.0), (0.02, 1.0))]
-    assert sweep.at_kl(rows, 0.03, "gain") == pytest.approx(2.0)
+    rows = [{"figures": {"kl": [kl], "gain": [gain]}} for kl, gain in ((0.16, 3.0), (0.04, 1.0))]
+    assert sweep.at_kl(rows, 0.09, "gain") == pytest.approx(2.0)
     assert sweep.at_kl(rows, 0.01, "gain") == pytest.approx(0.5)
-    assert sweep.at_kl(rows, 0.05, "gain") is None
+    assert sweep.at_kl(rows, 0.2, "gain") is None

@@ -18,7 +18,7 @@ from benchmarks.quality.settings import METHODS, SETS, Run, Set, changed
 from benchmarks.quality.study import Study, run_all
 from qadapter import files
 
-KLS = (0.01, 0.03, 0.1)
+KLS = (0.03, 0.1)
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:

@@ -225,9 +225,9 @@ def sweep_table(record: Record) -> str:
     from benchmarks.quality import sweep
 
     text = (
-        f"{TITLES[record['method']]}, what differs from the usual settings first, the best gain at "
-        f"KL {record['kls'][len(record['kls']) // 2]:g} first. {heading(record)} Figures at a KL "
-        "are read off between the strengths."
+        f"{TITLES[record['method']]}, a line for what differs from the usual settings, the best "
+        f"gain at KL {record['kls'][len(record['kls']) // 2]:g} first. {heading(record)} Figures at "
+        "a KL are read off between the strengths."
     )
     return f"{text}\n\n{sweep.table(record['rows'], record['kls'])}"
 

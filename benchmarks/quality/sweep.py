@@ -17,6 +17,9 @@ from benchmarks.quality.settings import Run
 from qadapter import files
 
 
+AT_KL = {"gain": "gain", "accuracy": "accuracy", "nll_change": "nll"}
+
+
 def combinations(vary: Sequence[str]) -> list[dict[str, Any]]:
     """NAME=VALUE,VALUE,... -> every choice of one value each."""
     axes = []
@@ -51,12 +54,17 @@ def runs(method: str, settings: list[dict[str, Any]], seeds: Sequence[int]) -> l
 
 
 def at_kl(rows: list[dict[str, Any]], kl: float, figure: str) -> float | None:
-    """A variant's figure at some KL, between its strengths; None where it does not reach it."""
-    points = sorted((row["figures"]["kl"][0], row["figures"][figure][0]) for row in rows)
-    points = [(0.0, 0.0 if figure == "gain" else 0.5), *points]
+    """A variant's figure at some KL, between its strengths; None where it does not reach it.
+
+    Over the root of KL: a small strength s moves the gain by s and KL by s^2. Accuracy has no
+    value at 0, and is that of the least strength below it.
+    """
+    points = [(row["figures"]["kl"][0] ** 0.5, row["figures"][figure][0]) for row in rows]
+    points.sort()
+    points.insert(0, (0.0, 0.0 if figure in ("gain", "nll_change") else points[0][1]))
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x0 <= kl <= x1 and x1 > x0:
-            return y0 + (y1 - y0) * (kl - x0) / (x1 - x0)
+        if x0 <= kl**0.5 <= x1 and x1 > x0:
+            return y0 + (y1 - y0) * (kl**0.5 - x0) / (x1 - x0)
     return None
 
 
@@ -73,17 +81,18 @@ def table(rows: list[dict[str, Any]], kls: Sequence[float]) -> str:
         return float("-inf") if gain is None else gain
 
     header = ["setting", "seeds", "accuracy", "gain", "KL", "nll change"]
-    header += [f"{figure} at KL {kl:g}" for kl in kls for figure in ("gain", "accuracy")]
+    header += [f"{name} at KL {kl:g}" for kl in kls for name in AT_KL.values()]
     lines = []
     for variant in sorted(variants, key=rank, reverse=True):
         own = variants[variant]
         trained = next(row for row in own if row["label"] == "trained")
-        cells = [variant, str(len(trained["seeds"]))]
+        changes = ", ".join(f"{name} {value}" for name, value in trained["changes"].items())
+        cells = [changes or "as usual", str(len(trained["seeds"]))]
         for name in ("accuracy", "gain", "kl", "nll_change"):
             mean, low, high = trained["figures"][name]
             cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
         for kl in kls:
-            for figure in ("gain", "accuracy"):
+            for figure in AT_KL:
                 value = at_kl(own, kl, figure)
                 cells.append("" if value is None else f"{value:.3f}")
         lines.append(cells)
