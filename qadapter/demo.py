@@ -94,9 +94,7 @@ def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = N
         "questions": len(questions),
         "follows": {name: sum(map(follows, texts)) / len(texts) for name, texts in answers.items()},
         "forgetting": forgetting,
-        "preference": evaluation.evaluate_preferences(
-            two_streams, tokenizer, held_out, length_norm=recipe["length_norm"]
-        ),
+        "preference": evaluation.evaluate_preferences(two_streams, tokenizer, held_out),
         "training_seconds": round(training_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),
     }

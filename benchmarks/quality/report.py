@@ -57,8 +57,9 @@ def title(row: dict[str, Any]) -> str:
     return TITLES[row["method"]] + (f", {changes}" if changes else "")
 
 
-def judge_names(record: Record) -> list[str]:
-    return [judge["judge"] for judge in record["judge_figures"]]
+def _won(judge: dict[str, Any]) -> str:
+    """A share won is worth as much as its judge."""
+    return f"won, {judge['judge']} (itself {judge['accuracy'][0]:.0%} right)"
 
 
 def _columns(record: Record) -> list[tuple[str, str, Callable[..., str]]]:
@@ -66,7 +67,7 @@ def _columns(record: Record) -> list[tuple[str, str, Callable[..., str]]]:
     return [
         ("pairs right", "accuracy", share),
         ("gain", "gain", cell),
-        *((f"won, {judge}", f"wins {judge}", share) for judge in judge_names(record)),
+        *((_won(judge), f"wins {judge['judge']}", share) for judge in record["judge_figures"]),
         *([("rule", "follows", share)] if rule else []),
         ("KL", "kl", lambda f, n: cell(f, n, ".4f")),
         ("NLL change", "nll_change", lambda f, n: cell(f, n, ".4f")),
@@ -224,10 +225,11 @@ def sweep_table(record: Record) -> str:
     """Settings of a method, the best gain at the middle KL first."""
     from benchmarks.quality import sweep
 
+    middle = record["kls"][len(record["kls"]) // 2]
     text = (
         f"{TITLES[record['method']]}, a line for what differs from the usual settings, the best "
-        f"gain at KL {record['kls'][len(record['kls']) // 2]:g} first. {heading(record)} Figures at "
-        "a KL are read off between the strengths."
+        f"gain at KL {middle:g} first. {heading(record)} Figures at a KL are read off between the "
+        "strengths."
     )
     return f"{text}\n\n{sweep.table(record['rows'], record['kls'])}"
 

@@ -16,7 +16,6 @@ from benchmarks import harness
 from benchmarks.quality.settings import Run
 from qadapter import files
 
-
 AT_KL = {"gain": "gain", "accuracy": "accuracy", "nll_change": "nll"}
 
 
