@@ -163,6 +163,9 @@ def test_a_study_from_end_to_end(call, tmp_path, monkeypatch):
         assert call(*options)[0] == 0
     # A run that was cut off between training and measuring does not train again.
     (tmp_path / "out" / "runs" / "sft-noise0-seed0" / "result.json").unlink()
+    assert call("--done", *options)[0] == 0  # sums up the others
+    rows_now = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert {row["method"] for row in rows_now} == set(OURS) - {"sft"}
     with monkeypatch.context() as patch:
         patch.setattr(study, "train", never)
         assert call(*options)[0] == 0

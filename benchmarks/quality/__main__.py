@@ -48,6 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_study(run)
     run.add_argument("--methods", nargs="+", choices=METHODS, help="default, all")
     run.add_argument("--only", help="runs whose name holds this text")
+    run.add_argument("--done", action="store_true", help="sum up the runs that are done already")
     run.add_argument("--json", help="where the summary goes; default <output>/summary.json")
     search = commands.add_parser("sweep", help="settings of a method against each other")
     add_study(search)
@@ -117,6 +118,10 @@ def execute(options: argparse.Namespace) -> None:
     datasets.disable_progress_bars()  # one bar is enough
     transformers.utils.logging.disable_progress_bar()
     study = study_of(options, chosen)
+    if options.command == "run" and options.done:
+        runs = [run for run in runs if study.result(run) is not None]
+        if not runs:
+            raise ValueError(f"--done: no run is done in {study.output}")
     answered = options.command == "run" or options.answers
     results, missing = run_all(study, runs, answered)
     if options.command == "sweep":
