@@ -206,8 +206,7 @@ def noise(record: dict[str, Any]) -> Any:
     noisy = {row["variant"] for row in record["rows"] if row["noise"] > 0}
     if not noisy:
         return None
-    judges = [f"wins {judge['judge']}" for judge in record["judge_figures"]]
-    names = ["accuracy", *judges[:1], "kl"]
+    names = ["accuracy", "gain", "kl"]
     figure = Figure(figsize=(5 * len(names), 4.4), layout="constrained")
     panels = figure.subplots(1, len(names))
     for place, variant in enumerate(v for v in COLOURS if v in noisy):

@@ -172,7 +172,9 @@ def noise_table(record: Record) -> str:
     ]
     if not rows:
         return f"{record['data']['name']}: no run with flipped pairs."
-    return f"{heading(record)}\n\n{_table(record, rows)}"
+    answered = [name for _, name, _ in _columns(record) if name not in TESTED_TITLES]
+    answered += ["follows", "questions"]
+    return f"{heading(record)}\n\n{_table(record, rows, answered)}"
 
 
 def cost_table(record: Record) -> str:
