@@ -262,9 +262,15 @@ class Streams:
         apart = torch.cat(alone)
         if together.shape != apart.shape:
             return f"a forward of all streams gives {tuple(together.shape)}"
-        scale = apart.abs().amax((0, 1)) + apart.abs().mean()
-        error_size = ((together - apart).abs() / scale).max().item()
-        allowed = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+        if model.dtype in (torch.float32, torch.float64):
+            scale = apart.abs().amax((0, 1)) + apart.abs().mean()
+            error_size, allowed = ((together - apart).abs() / scale).max().item(), 1e-3
+        else:
+            # Single entries are far off by rounding alone where an adapter has moved the base far
+            # (0.25 measured with 30 layers in bfloat16, 0.03 in the norm).
+            streams = zip((together - apart).chunk(len(alone)), alone, strict=True)
+            error_size = max((error.norm() / one.norm()).item() for error, one in streams)
+            allowed = 0.06
         if not error_size <= allowed:
             return f"a forward of all streams differs by {error_size:.2g} of the hidden states"
         return None

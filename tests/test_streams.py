@@ -9,6 +9,7 @@ from conftest import make_base, make_model, perturb
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from qadapter import QAdapterModel
+from qadapter.streams import Streams
 
 IDS = torch.randint(3, 97, (3, 7), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones_like(IDS)
@@ -336,3 +337,18 @@ def test_refuses_adapters(tmp_path):
     for name, message in (("default", "already"), ("", "name"), ("a.b", "without dots")):
         with pytest.raises(ValueError, match=message):
             model.load_adapter(tmp_path / "a", name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_that_is_not_its_own_is_noticed(dtype, monkeypatch):
+    model = build("llama", lora("llama"))
+    model.to(dtype)
+    assert Streams(model, (None, "default")).reason is None
+    right = Streams.hidden
+
+    def mixed(self, *args):
+        base, adapter = right(self, *args).chunk(2)
+        return torch.cat([base, 0.5 * (base + adapter)])
+
+    monkeypatch.setattr(Streams, "hidden", mixed)
+    assert "differs by" in (Streams(model, (None, "default")).reason or "")
