@@ -29,8 +29,8 @@ MAX_NEW_TOKENS = 64
 SHOWN = 4
 
 RECIPE: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "max_steps": 26,
+    "learning_rate": 2e-3,
+    "max_steps": 20,
     "per_device_train_batch_size": 6,
     "warmup_steps": 3,
 }

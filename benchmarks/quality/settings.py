@@ -157,7 +157,7 @@ QUICK = Set(
     strengths=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
     answered_strengths=(0.5, 2.0),
     checkpoints=(0.5,),
-    training={"batch": 6, "micro_batch": 6, "warmup_steps": 3},
+    training={"learning_rate": 1e-3, "batch": 6, "micro_batch": 6, "warmup_steps": 3},
 )
 FULL = Set(
     pairs=160,
