@@ -14,7 +14,7 @@ from conftest import make_model, preference_rows
 # The benchmarks are no part of the package; `python -m pytest` sees them, plain `pytest` does not.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.quality import data, generate, judge, score, stats, sweep, tasks
+from benchmarks.quality import data, generate, judge, matched, score, stats, sweep, tasks
 from benchmarks.quality.settings import FULL, MAIN, METHODS, QUICK, TRL, Run, changed
 from qadapter import reference
 from qadapter.data import eos_token_ids
@@ -278,3 +278,58 @@ def test_a_sweep_takes_every_combination_and_reads_off_at_equal_forgetting():
     assert sweep.at_kl(rows, 0.09, "gain") == pytest.approx(2.0)
     assert sweep.at_kl(rows, 0.01, "gain") == pytest.approx(0.5)
     assert sweep.at_kl(rows, 0.2, "gain") is None
+
+
+def _scored(variant, seed, speed, rng, noise=0.0):
+    """A run whose gain and root of KL grow linearly with the strength; gain by `speed`."""
+    items, tokens = rng.normal(1.0, 0.3, 40), rng.integers(20, 80, 25).astype(float)
+    talks = rng.normal(1.0, 0.1, 25) * tokens
+    points = []
+    for label, strength in (("strength 0.5", 0.5), ("trained", 1.0), ("strength 2", 2.0)):
+        points.append(
+            {
+                "label": label,
+                "pairs": {"gain": (speed * strength * items).tolist()},
+                "unrelated": {
+                    "tokens": tokens.tolist(),
+                    "kl": (0.04 * strength**2 * talks).tolist(),
+                    "nll_change": (-0.01 * strength * talks).tolist(),
+                },
+            }
+        )
+    points.append({**points[0], "label": "step 1"})
+    method = variant.partition("-")[0]
+    return {
+        "variant": variant, "method": method, "changes": {}, "seed": seed, "noise": noise,
+        "points": points,
+    }  # fmt: skip
+
+
+def test_methods_are_compared_at_the_same_kl():
+    results = [
+        _scored(variant, seed, speed, np.random.default_rng(seed))
+        for variant, speed in (("qadapter", 5.0), ("sft", 4.0), ("dpo", 5.0))
+        for seed in (0, 1)
+    ]
+    results.append(_scored("sft", 0, 100.0, np.random.default_rng(0), noise=0.1))
+    rows = {(row["variant"], row["kl"]): row for row in matched.rows(results, (0.09, 9.0))}
+    assert rows["sft", 9.0]["figures"] is None and rows["sft", 9.0]["reference_less"] is None
+    own, sft, dpo = (rows[name, 0.09] for name in ("qadapter", "sft", "dpo"))
+    assert own["reference_less"] is None and own["seeds"] == [0, 1]
+    # KL is about 0.04 s^2, so 0.09 is about s = 1.5.
+    assert own["figures"]["gain"][0] == pytest.approx(7.5, rel=0.1)
+    assert own["figures"]["nll_change"][0] == pytest.approx(-0.015, rel=0.1)
+    less = sft["reference_less"]
+    assert less["gain"][0] == pytest.approx(own["figures"]["gain"][0] / 5, rel=1e-9)
+    assert less["gain"][1] < less["gain"][0] < less["gain"][2] and less["gain"][3] < 0.01
+    # The same policies differ by nothing, however the items are drawn.
+    assert dpo["reference_less"]["gain"] == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_reading_off_is_linear_in_the_root_of_kl():
+    kls, gains = np.array([0.16, 0.04]), np.array([3.0, 1.0])
+    assert matched.read_off(0.09, kls, gains, 0.0) == pytest.approx(2.0)
+    assert matched.read_off(0.01, kls, gains, 0.0) == pytest.approx(0.5)
+    assert matched.read_off(0.01, kls, gains, None) == pytest.approx(1.0)
+    many = matched.read_off(0.09, np.stack([kls, 4 * kls]), np.stack([gains, gains]), 0.0)
+    assert many == pytest.approx([2.0, 0.75])

@@ -13,12 +13,10 @@ import datasets
 import transformers
 
 from benchmarks.quality import data as quality_data
-from benchmarks.quality import decode_cost, report, summary, sweep
+from benchmarks.quality import decode_cost, matched, report, summary, sweep
 from benchmarks.quality.settings import METHODS, SETS, Run, Set, changed
 from benchmarks.quality.study import Study, run_all
 from qadapter import files
-
-KLS = (0.03, 0.1)
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     search.add_argument("--method", choices=METHODS, default="qadapter")
     search.add_argument("--vary", action="append", default=[], metavar="NAME=V,V,...")
     search.add_argument("--file", help="a JSON list of objects, a setting each")
-    search.add_argument("--kl", type=float, nargs="+", default=KLS)
+    search.add_argument("--kl", type=float, nargs="+", default=matched.KLS)
     search.add_argument("--json", help="where the rows go; default <output>/sweep-<method>.json")
     search.add_argument("--answers", action="store_true", help="also make and judge answers")
     commands.add_parser("report", help="tables and plots from benchmarks/results/quality-*.json")

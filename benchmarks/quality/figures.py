@@ -124,18 +124,18 @@ def frontier(record: dict[str, Any]) -> Any:
     figure = Figure(figsize=(5 * columns, 4 * lines + 0.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     for axis, name in zip(axes, names, strict=False):
-        farthest = 1e-6
+        solid: list[tuple[float, float]] = []
         for method, label, points, style in curves(record):
             shown = [(text, row["figures"]) for text, row in points if name in row["figures"]]
             if not shown or (style != "-" and len(shown) < 2):
                 continue
             x = [f["kl"][0] for _, f in shown]
             y = [f[name][0] for _, f in shown]
-            farthest = max(farthest, *x)
             colour = COLOURS[method]
             if style != "-":
                 axis.plot(x, y, style, color=colour, linewidth=1, label=label or None)
                 continue
+            solid += zip(x, y, strict=True)
             error = [np.abs(np.array([f[name][i] for _, f in shown]) - y) for i in (1, 2)]
             axis.errorbar(
                 x, y, error, fmt="o-", color=colour, label=label, capsize=2, markersize=4,
@@ -145,9 +145,7 @@ def frontier(record: dict[str, Any]) -> Any:
                 axis.annotate(
                     text, at, xytext=(3, 5), textcoords="offset points", fontsize=7, color=colour
                 )
-        # KL grows with the square of a small strength.
-        axis.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
-        axis.set_xlim(0, 1.1 * farthest)
+        _scales(axis, solid, name)
         axis.set_xlabel(LABELS["kl"], fontsize=9)
         axis.set_title(label_of(name), fontsize=10)
         axis.grid(alpha=0.3)
@@ -161,6 +159,20 @@ def frontier(record: dict[str, Any]) -> Any:
         fontsize=11,
     )
     return figure
+
+
+def _scales(axis: Any, solid: list[tuple[float, float]], name: str) -> None:
+    """Methods are a factor apart in KL; blends far beyond what was trained would hide the rest."""
+    kls, heights = ([v for v in side if v > 0] for side in zip(*solid, strict=True))
+    axis.set_xscale("log")
+    if kls:
+        axis.set_xlim(min(kls) / 1.5, max(kls) * 2)
+    if name == "gain" and heights:
+        # Gain grows as the root of KL: equally good methods lie on one straight line here.
+        axis.set_yscale("log", nonpositive="clip")
+        axis.set_ylim(min(heights) / 1.5, max(heights) * 2)
+    if name != "gain":
+        axis.set_ylim(min(axis.get_ylim()[0], 0.45), 1.04)
 
 
 def learning(record: dict[str, Any]) -> Any:

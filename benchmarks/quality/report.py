@@ -1,7 +1,7 @@
 """Tables of docs/quality.md, and the pictures beside it, from the committed summaries."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,8 @@ def _columns(record: Record) -> list[tuple[str, str, Callable[..., str]]]:
 
 
 def _table(
-    record: Record, rows: list[tuple[str, dict[str, list[float]]]], without: Sequence[str] = ()
+    columns: list[tuple[str, str, Callable[..., str]]], rows: list[tuple[str, Record]]
 ) -> str:
-    columns = [column for column in _columns(record) if column[1] not in without]
     header = ["", *(name for name, _, _ in columns)]
     lines = [[name, *(form(f, figure) for _, figure, form in columns)] for name, f in rows]
     return harness.table(header, lines)
@@ -108,7 +107,9 @@ def main_table(record: Record) -> str:
         "questions": [1.0, 1.0, 1.0],
         **{name: base["figures"][name] for name in ("words", "follows") if name in base["figures"]},
     }
-    table = _table(record, [("base", nothing), *((name_of(row), row["figures"]) for row in own)])
+    table = _table(
+        _columns(record), [("base", nothing), *((name_of(row), row["figures"]) for row in own)]
+    )
     left_out = "".join(f"\n- {name}: {why}" for name, why in record["missing"].items())
     return (
         f"{heading(record)} Of {base['asked']} questions the base answers {base['right']} right, "
@@ -119,14 +120,26 @@ def main_table(record: Record) -> str:
 
 
 def short_table(record: Record) -> str:
-    """For the README: every method as trained, and Q-Adapter at half its strength."""
+    """For the README: as trained, Q-Adapter at half its strength too, and gain at one KL."""
     own = [row for row in record["rows"] if row["noise"] == 0 and not row["changes"]]
     half = [r for r in own if r["method"] == "qadapter" and r["label"] == "strength 0.5"]
     own = [row for row in own if row["label"] == "trained"]
     own.sort(key=lambda row: list(METHODS).index(row["method"]))
-    rows = [(title(row), row["figures"]) for row in own]
-    rows[1:1] = [(f"{title(row)}, strength 0.5", row["figures"]) for row in half]
-    return f"{heading(record)}\n\n{_table(record, rows, ('gain', 'words'))}"
+    at = max((row["kl"] for row in record["matched"]), default=0.0)
+    gains = {
+        row["method"]: row["figures"]["gain"]
+        for row in record["matched"]
+        if row["kl"] == at and row["figures"] and not row["changes"]
+    }
+    shown: list[tuple[str, Record]] = []
+    for row in own:
+        gain = {"matched": gains[row["method"]]} if row["method"] in gains else {}
+        shown.append((title(row), {**row["figures"], **gain}))
+        if row["method"] == "qadapter":
+            shown += [(f"{title(r)}, strength 0.5", r["figures"]) for r in half]
+    columns = [c for c in _columns(record) if c[1] not in ("gain", "words")]
+    columns.append((f"gain at KL {at:g}", "matched", cell))
+    return f"{heading(record)}\n\n{_table(columns, shown)}"
 
 
 def strength_table(record: Record) -> str:
@@ -139,7 +152,7 @@ def strength_table(record: Record) -> str:
         if row["noise"] == 0 and (blended or varied or stopped):
             name = title(row) if row["label"] == "trained" else f"{title(row)}, {row['label']}"
             rows.append((name, row["figures"]))
-    return f"{heading(record)}\n\n{_table(record, rows)}"
+    return f"{heading(record)}\n\n{_table(_columns(record), rows)}"
 
 
 def tests_table(record: Record) -> str:
@@ -162,6 +175,37 @@ def tests_table(record: Record) -> str:
     return f"{record['data']['name']}: {text}\n\n{harness.table(header, lines)}"
 
 
+def matched_table(record: Record) -> str:
+    """Gain at the same forgetting."""
+    kls = list(dict.fromkeys(row["kl"] for row in record["matched"]))
+    by_variant: dict[str, list[Record]] = {}
+    for row in sorted(record["matched"], key=lambda row: list(METHODS).index(row["method"])):
+        by_variant.setdefault(row["variant"], []).append(row)
+    header = ["", "seeds"]
+    for kl in kls:
+        header += [f"gain at KL {kl:g}", "Q-Adapter's less it", "p", "pairs right", "NLL change"]
+    lines = []
+    for rows in by_variant.values():
+        cells = [title(rows[0]), str(len(rows[0]["seeds"]))]
+        for row in rows:
+            figures, less = row["figures"] or {}, row["reference_less"] or {}
+            cells += [
+                cell(figures, "gain"),
+                cell({n: f[:3] for n, f in less.items()}, "gain", "+.2f"),
+                f"{less['gain'][3]:.4f}" if less else "",
+                share(figures, "accuracy"),
+                cell(figures, "nll_change", ".3f"),
+            ]
+        lines.append(cells)
+    text = (
+        "What each method has where its KL is the same, read off between the strengths of its "
+        "LoRA blended with the base, seed by seed. Intervals and p by a bootstrap over pairs, "
+        "conversations and seeds, which finds the place of that KL in every draw anew. Empty: not "
+        "reached at the largest strength."
+    )
+    return f"{record['data']['name']}: {text}\n\n{harness.table(header, lines)}"
+
+
 def noise_table(record: Record) -> str:
     """By the share of training pairs that were flipped."""
     noisy = {row["variant"] for row in record["rows"] if row["noise"] > 0}
@@ -172,9 +216,9 @@ def noise_table(record: Record) -> str:
     ]
     if not rows:
         return f"{record['data']['name']}: no run with flipped pairs."
-    answered = [name for _, name, _ in _columns(record) if name not in TESTED_TITLES]
-    answered += ["follows", "questions"]
-    return f"{heading(record)}\n\n{_table(record, rows, answered)}"
+    # Runs with noise are scored alone.
+    columns = [c for c in _columns(record) if c[1] in ("accuracy", "gain", "kl", "nll_change")]
+    return f"{heading(record)}\n\n{_table(columns, rows)}"
 
 
 def cost_table(record: Record) -> str:
@@ -239,6 +283,7 @@ def sweep_table(record: Record) -> str:
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "quality_short": ("quality", short_table),
     "quality_main": ("quality", main_table),
+    "quality_matched": ("quality", matched_table),
     "quality_strength": ("quality", strength_table),
     "quality_tests": ("quality", tests_table),
     "quality_noise": ("quality", noise_table),

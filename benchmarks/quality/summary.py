@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.quality import stats
+from benchmarks.quality import matched, stats
 from benchmarks.quality.settings import plain
 from benchmarks.quality.study import TRAINED, Study
 from qadapter import files
@@ -222,6 +222,7 @@ def summarise(
         "missing": {**missing, **study.missing_judges},
         "rows": rows(results),
         "tests": paired_tests(results),
+        "matched": matched.rows(results),
         "cost": cost(results),
         "decode": decode,
     }

@@ -12,7 +12,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from benchmarks import harness
+from benchmarks.quality import matched
 from benchmarks.quality.settings import Run
 from qadapter import files
 
@@ -53,18 +56,11 @@ def runs(method: str, settings: list[dict[str, Any]], seeds: Sequence[int]) -> l
 
 
 def at_kl(rows: list[dict[str, Any]], kl: float, figure: str) -> float | None:
-    """A variant's figure at some KL, between its strengths; None where it does not reach it.
-
-    Over the root of KL: a small strength s moves the gain by s and KL by s^2. Accuracy has no
-    value at 0, and is that of the least strength below it.
-    """
-    points = [(row["figures"]["kl"][0] ** 0.5, row["figures"][figure][0]) for row in rows]
-    points.sort()
-    points.insert(0, (0.0, 0.0 if figure in ("gain", "nll_change") else points[0][1]))
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x0 <= kl**0.5 <= x1 and x1 > x0:
-            return y0 + (y1 - y0) * (kl**0.5 - x0) / (x1 - x0)
-    return None
+    """A variant's figure at some KL, between its strengths; None where it does not reach it."""
+    kls, values = (np.array([row["figures"][n][0] for row in rows]) for n in ("kl", figure))
+    if kls.max() < kl:
+        return None
+    return float(matched.read_off(kl, kls, values, None if figure == "accuracy" else 0.0))
 
 
 def table(rows: list[dict[str, Any]], kls: Sequence[float]) -> str:
