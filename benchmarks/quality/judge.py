@@ -31,7 +31,7 @@ MOST_EMBEDDED = 800  # training pairs; a minute or two on two cores
 class Features(Protocol):
     name: str
 
-    def fit(self, texts: Sequence[str]) -> None: ...
+    def fit(self, texts: Sequence[str]) -> Tensor: ...  # the texts' own features
 
     def __call__(self, texts: Sequence[str]) -> Tensor: ...
 
@@ -41,13 +41,14 @@ class NGrams:
 
     name = "n-grams"
 
-    def fit(self, texts: Sequence[str]) -> None:
+    def fit(self, texts: Sequence[str]) -> Tensor:
         seen = torch.zeros(BUCKETS)
         for text in texts:
             seen[list(self._counts(text))] += 1
         self.rarity = torch.log((1 + len(texts)) / (1 + seen))
         # What is in a text or two says nothing about others.
         self.columns = (seen >= min(3, max(1, len(texts) // 50))).nonzero()[:, 0]
+        return self(texts)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         made = torch.zeros(len(texts), BUCKETS)
@@ -78,13 +79,17 @@ class Embeddings:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder).eval()
 
-    def fit(self, texts: Sequence[str]) -> None:
+    def fit(self, texts: Sequence[str]) -> Tensor:
         made = self._embed(texts)
         self.mean = made.mean(0)
         self.scale = made.std(0).clamp(min=1e-3) * math.sqrt(made.shape[1])
+        return self._standardised(made)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        return (self._embed(texts) - self.mean) / self.scale
+        return self._standardised(self._embed(texts))
+
+    def _standardised(self, made: Tensor) -> Tensor:
+        return (made - self.mean) / self.scale
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> Tensor:
@@ -131,8 +136,8 @@ class Judge:
             )
         self.features, self.name = features, features.name
         chosen, rejected = ([pair[side] for pair in pairs] for side in (0, 1))
-        features.fit([*chosen, *rejected])
-        differences = features(chosen) - features(rejected)
+        of_chosen, of_rejected = features.fit([*chosen, *rejected]).chunk(2)
+        differences = of_chosen - of_rejected
         penalty = _best_penalty(differences)
         self.weights = _fit(differences, penalty)
         correct = [self.wins(good, bad) for good, bad in heldout]
