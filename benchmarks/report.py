@@ -239,6 +239,7 @@ OVERALL: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "wins": report_suite.wins,
     "wins_short": report_suite.wins_short,
     "gpu": report_suite.gpu,
+    "quality_short": report_quality.short,
 }
 NOTHING = "Not measured yet."
 

@@ -5,7 +5,9 @@ from typing import Any
 
 def conditions(record: dict[str, Any]) -> str:
     machine = record["environment"]
-    what = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    count = machine["threads"]
+    threads = f"{count} thread{'s' if count > 1 else ''}"
+    what = machine.get("gpu") or f"{machine['cpu']}, {threads}"
     return f"{what}, torch {machine['torch']}, {machine['date'][:10]}"
 
 

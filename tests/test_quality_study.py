@@ -205,11 +205,12 @@ def test_noise_pictures_and_report(call, tmp_path):
     assert status == 0, error
     docs = tmp_path / "docs"
     docs.mkdir()
-    marks = [f"<!-- table:{name} -->\n<!-- /table -->\n" for name in report.TABLES]
+    names = [*report.TABLES, "quality_short"]
+    marks = [f"<!-- table:{name} -->\n<!-- /table -->\n" for name in names]
     (docs / "quality.md").write_text("# Quality\n\n" + "\n".join(marks))
     written = report.write(path.parent, docs, docs / "quality.md")
     page = (docs / "quality.md").read_text()
-    assert page.count("<!-- /table -->") == len(report.TABLES)
+    assert page.count("<!-- /table -->") == len(names)
     assert "50% flipped" in page and "strength 0.5" in page and "beta 0.3" in page
     assert "learning_rate 0.002" in page
     pictures = {picture.name for picture in written if picture.suffix == ".png"}

@@ -163,14 +163,22 @@ def frontier(record: dict[str, Any]) -> Any:
 
 def _scales(axis: Any, solid: list[tuple[float, float]], name: str) -> None:
     """Methods are a factor apart in KL; blends far beyond what was trained would hide the rest."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     kls, heights = ([v for v in side if v > 0] for side in zip(*solid, strict=True))
     axis.set_xscale("log")
     if kls:
         axis.set_xlim(min(kls) / 1.5, max(kls) * 2)
+    sides = [axis.xaxis]
     if name == "gain" and heights:
         # Gain grows as the root of KL: equally good methods lie on one straight line here.
         axis.set_yscale("log", nonpositive="clip")
         axis.set_ylim(min(heights) / 1.5, max(heights) * 2)
+        sides.append(axis.yaxis)
+    for side in sides:
+        side.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        side.set_major_formatter(StrMethodFormatter("{x:g}"))
+        side.set_minor_formatter(NullFormatter())
     if name != "gain":
         axis.set_ylim(min(axis.get_ylim()[0], 0.45), 1.04)
 

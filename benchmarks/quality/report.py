@@ -24,9 +24,13 @@ TESTED_TITLES = {
 }
 
 
+def _seeds(record: Record) -> int:
+    return max((len(row["seeds"]) for row in record["rows"]), default=1)
+
+
 def heading(record: Record) -> str:
     usual, counts, data = record["set"]["usual"], record["counts"], record["data"]["name"]
-    seeds = max((len(row["seeds"]) for row in record["rows"]), default=1)
+    seeds = _seeds(record)
     return (
         f"{data}: {record['base']}, {usual['steps']} updates of {usual['batch']} pairs (of "
         f"{usual['pairs']}), learning rate {usual['learning_rate']:g}, LoRA r={usual['lora_r']} on "
@@ -119,8 +123,14 @@ def main_table(record: Record) -> str:
     )
 
 
-def short_table(record: Record) -> str:
-    """For the README: as trained, Q-Adapter at half its strength too, and gain at one KL."""
+def short(records: list[Record]) -> str:
+    """For the README, of the study with the most seeds: all methods as trained, Q-Adapter at half
+    its strength too, gain at one KL."""
+    found = [record for record in records if record["benchmark"] == "quality"]
+    return _short_table(max(found, key=_seeds)) if found else "Not measured yet."
+
+
+def _short_table(record: Record) -> str:
     own = [row for row in record["rows"] if row["noise"] == 0 and not row["changes"]]
     half = [r for r in own if r["method"] == "qadapter" and r["label"] == "strength 0.5"]
     own = [row for row in own if row["label"] == "trained"]
@@ -281,7 +291,6 @@ def sweep_table(record: Record) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
-    "quality_short": ("quality", short_table),
     "quality_main": ("quality", main_table),
     "quality_matched": ("quality", matched_table),
     "quality_strength": ("quality", strength_table),
@@ -297,9 +306,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
 def text(record: Record) -> str:
     """What a run prints at its end."""
     return "\n\n".join(
-        make(record)
-        for results, make in TABLES.values()
-        if results == record["benchmark"] and make is not short_table
+        make(record) for results, make in TABLES.values() if results == record["benchmark"]
     )
 
 
@@ -330,6 +337,8 @@ def write(results: Path = RESULTS, docs: Path = DOCS, readme: Path | None = None
             if f"<!-- table:{name} -->" in after:
                 made = "\n\n".join(map(make, records[of])) or "Not measured yet."
                 after = replace(after, f"table:{name}", made)
+        if "<!-- table:quality_short -->" in after:
+            after = replace(after, "table:quality_short", short(records["quality"]))
         if after != before:
             page.write_text(after, encoding="utf-8")
             written.append(page)
