@@ -6,7 +6,7 @@ adapter stream with it on; their logits z_b and z_q are what `qadapter.functiona
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qadapter import _checks, files, generation, packed_attention, reference
-from qadapter import functional as QF
+from qadapter import _checks, files, generation, packed_attention, two_streams
 from qadapter.activations import recompute_cheap
 from qadapter.checkpoint import (
     CONFIG_NAME,
@@ -38,8 +37,6 @@ from qadapter.streams import Names, Streams
 from qadapter.wrapping import add_lora, load_base, refuse_unsupported
 
 logger = logging.getLogger(__name__)
-
-KL_ROWS = 32  # whose float32 logits exist at a time
 
 
 class QAdapterModel(nn.Module):
@@ -241,7 +238,7 @@ class QAdapterModel(nn.Module):
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         ]
         self._streams: dict[Names, Streams] = {}
-        self.selects_hidden_rows = self._head_is_plain()
+        self.selects_hidden_rows = two_streams.head_is_plain(self.hf_model)
 
     # Properties.
 
@@ -347,86 +344,28 @@ class QAdapterModel(nn.Module):
             logits = TwoStreamLogits(base_logits, self._stream_logits(input_ids, rows, arguments))
             if actions is None:
                 return logits
-            values = QF.residual_values(*logits, actions, **self.composition)
-            if kl_rows is None:
-                return TwoStreamValues(values, None)
-            with torch.no_grad():
-                base_logits, q_logits = logits
-                parts = kl_rows.split(KL_ROWS)
-                kl = self._kl((base_logits[at], q_logits[at]) for at in parts)
-            return TwoStreamValues(values, kl)
-
-        if unique_rows is not None and unique_index is not None and rows is not None:
-            rows, actions = rows[unique_rows], actions[unique_rows]
-            base_lse, base_logp, base_hidden = (
-                x if x is None else x[unique_rows] for x in (base_lse, base_logp, base_hidden)
+            return two_streams.values_of_logits(logits, actions, kl_rows, self.composition)
+        known = two_streams.KnownBase(base_lse, base_logp, base_hidden)
+        if unique_rows is None or unique_index is None or rows is None:
+            return two_streams.values_of_hidden(
+                self, input_ids, rows, arguments, actions, known, kl_rows
             )
-            kl_rows = kl_rows if kl_rows is None else unique_index[kl_rows]
-        m_is_zero = self.alpha_0 == self.center
-        known = base_lse is not None and (
-            base_logp is not None if m_is_zero else base_hidden is not None
+        made = two_streams.values_of_hidden(
+            self,
+            input_ids,
+            rows[unique_rows],
+            arguments,
+            actions[unique_rows],
+            known.rows(unique_rows),
+            None if kl_rows is None else unique_index[kl_rows],
         )
-        if not known:
-            base_hidden = self._base_hidden(input_ids, rows, arguments)
-        q_hidden = self._stream_hidden(input_ids, rows, arguments)
-        head = self.hf_model.get_output_embeddings()
-        values = QF.linear_residual_values(
-            base_hidden,
-            q_hidden,
-            head.weight,
-            actions,
-            bias=head.bias,
-            base_lse=base_lse,
-            base_logp=base_logp,
-            **self.composition,
-        )
-        if unique_index is not None:
-            values = ResidualValues(*(value[unique_index] for value in values))
-        if base_hidden is None or kl_rows is None:
-            return TwoStreamValues(values, None)
-        with torch.no_grad():
-            parts = kl_rows.split(KL_ROWS)
-            kl = self._kl((head(base_hidden[at]), head(q_hidden[at])) for at in parts)
-        return TwoStreamValues(values, kl)
+        values = ResidualValues(*(value[unique_index] for value in made.values))
+        return TwoStreamValues(values, made.kl)
 
-    @torch.no_grad()
     def base_statistics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What a training step needs of the base: base_lse, base_logp float32 [N] (base_logp is 0
         in rows without action), base_hidden [N, D], for a collated batch on the model's device."""
-        names = ("attention_mask", "position_ids", *packed_attention.ARGUMENTS)
-        arguments = {name: batch[name] for name in names if batch.get(name) is not None}
-        head = self.hf_model.get_output_embeddings()
-        if not self.selects_hidden_rows:
-            raise ValueError(
-                f"{type(self.hf_model).__name__} does more to its logits than one head on the last "
-                "hidden state; its base cannot be cached"
-            )
-        hidden = self._base_hidden(batch["input_ids"], batch["rows"], arguments)
-        nothing = torch.zeros(hidden.shape[0], device=hidden.device)
-        # One stream alone: with alpha_0 = center = 0 the value is its logsumexp.
-        values = QF.linear_residual_values(
-            None,
-            hidden,
-            head.weight,
-            batch["actions"],
-            bias=head.bias,
-            alpha_0=0.0,
-            center=0.0,
-            base_lse=nothing,
-            base_logp=nothing,
-        )
-        return {
-            "base_lse": values.value,
-            "base_logp": values.policy_logp,
-            "base_hidden": hidden,
-        }
-
-    def _kl(self, logits: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        parts = [
-            reference.kl_base_policy(base.float(), q.float(), **self.composition)
-            for base, q in logits
-        ]
-        return torch.cat(parts)
+        return two_streams.base_statistics(self, batch)
 
     def _base_hidden(
         self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
@@ -449,25 +388,6 @@ class QAdapterModel(nn.Module):
         arguments = packed_attention.arguments_for(model, input_ids, arguments)
         logits = model(**arguments).logits.flatten(0, 1)
         return logits if rows is None else logits[rows]
-
-    def _head_is_plain(self) -> bool:
-        """Whether logits are exactly head(last hidden state): tried, not read off the config."""
-        model: Any = self.hf_model
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or model.base_model is model:
-            return False
-        if head.weight.ndim != 2 or not head.weight.is_floating_point():
-            return False  # quantised
-        vocab = model.get_input_embeddings().weight.shape[0]
-        ids = torch.arange(1, 5, device=self.device).clamp(max=vocab - 1)[None]
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                hidden = model.base_model(input_ids=ids, use_cache=False)[0]
-                return torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
-        finally:
-            model.train(was_training)
 
     @torch.no_grad()
     def generate(

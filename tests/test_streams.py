@@ -8,7 +8,7 @@ import torch
 from conftest import make_base, make_model, perturb
 from peft import IA3Config, LoraConfig, get_peft_model
 
-from qadapter import QAdapterModel
+from qadapter import QAdapterModel, two_streams
 from qadapter.streams import Streams
 
 IDS = torch.randint(3, 97, (3, 7), generator=torch.Generator().manual_seed(3))
@@ -186,7 +186,7 @@ def test_a_head_with_bias():
     model = make_model()
     head = model.hf_model.lm_head
     head.bias = torch.nn.Parameter(3 * torch.randn(97), requires_grad=False)
-    model.selects_hidden_rows = model._head_is_plain()
+    model.selects_hidden_rows = two_streams.head_is_plain(model.hf_model)
     assert model.selects_hidden_rows
     for strength, other in ((0.6, 0.4), (2.0, -1.0)):
         got = model.generate(IDS, MASK, strength=strength, max_new_tokens=24, **GREEDY)
