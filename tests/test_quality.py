@@ -311,8 +311,12 @@ def test_methods_are_compared_at_the_same_kl():
         for variant, speed in (("qadapter", 5.0), ("sft", 4.0), ("dpo", 5.0))
         for seed in (0, 1)
     ]
-    results.append(_scored("sft", 0, 100.0, np.random.default_rng(0), noise=0.1))
-    rows = {(row["variant"], row["kl"]): row for row in matched.rows(results, (0.09, 9.0))}
+    noisy = [_scored(v, 0, 9.0, np.random.default_rng(0), 0.1) for v in ("sft", "qadapter")]
+    made = matched.rows(results + noisy, (0.09, 9.0))
+    # Noise is compared with as much noise.
+    less = [row["reference_less"] for row in made if row["noise"] and row["variant"] == "sft"]
+    assert less[0]["gain"] == [0.0, 0.0, 0.0, 1.0] and less[1] is None
+    rows = {(row["variant"], row["kl"]): row for row in made if not row["noise"]}
     assert rows["sft", 9.0]["figures"] is None and rows["sft", 9.0]["reference_less"] is None
     own, sft, dpo = (rows[name, 0.09] for name in ("qadapter", "sft", "dpo"))
     assert own["reference_less"] is None and own["seeds"] == [0, 1]

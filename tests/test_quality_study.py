@@ -282,3 +282,15 @@ def test_decoding_is_timed_to_the_last_token(base, tmp_path, files_of, monkeypat
 def test_an_untouched_policy_is_right_half_the_time():
     point = {"pairs": {"gain": [0.0, 1.0, -1.0]}}
     assert summary._accuracy(point)[0] == [0.5, 1.0, 0.0]
+
+
+def test_costs_are_of_runs_that_pass_the_base():
+    def result(seconds, threads=2, **other):
+        training = {"threads": threads, "seconds_per_pair": seconds, "peak_mib": 100 * seconds}
+        return {"variant": "qadapter", "changes": {}, "noise": 0.0, "training": training, **other}
+
+    results = [result(3.0), result(2.0), result(1.5, threads=1)]
+    results += [result(0.5, noise=0.1), result(0.1, changes={"gamma": 0.9}, variant="other")]
+    (row,) = summary.cost(results)
+    assert (row["runs"], row["threads"]) == (2, 2)
+    assert (row["seconds_per_pair"], row["peak_mib"]) == (2.0, 200.0)

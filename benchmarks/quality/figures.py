@@ -227,23 +227,33 @@ def noise(record: dict[str, Any]) -> Any:
     if not noisy:
         return None
     names = ["accuracy", "gain", "kl"]
-    figure = Figure(figsize=(5 * len(names), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(names))
+    # At the same forgetting too, a small one: noise makes the trained policies' steps smaller.
+    kl = min(row["kl"] for row in record["matched"])
+    figure = Figure(figsize=(4.4 * (len(names) + 1), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(names) + 1)
     for place, variant in enumerate(v for v in COLOURS if v in noisy):
         rows = [r for r in record["rows"] if r["variant"] == variant and r["label"] == "trained"]
-        rows.sort(key=lambda row: row["noise"])
-        for axis, name in zip(panels, names, strict=True):
-            shown = [row for row in rows if name in row["figures"]]
-            y = np.array([row["figures"][name] for row in shown])
+        at_kl = [
+            {**r, "figures": {"gain at KL": r["figures"]["gain"]}}
+            for r in record["matched"]
+            if r["variant"] == variant and r["kl"] == kl and r["figures"]
+        ]
+        for axis, name in zip(panels, [*names, "gain at KL"], strict=True):
+            shown = [row for row in rows + at_kl if name in row["figures"]]
+            if not shown:
+                continue
+            shown.sort(key=lambda row: row["noise"])
+            y = np.array([row["figures"][name][:3] for row in shown])
             # A little beside each other, so that the intervals can be told apart.
             x = [100 * row["noise"] + 0.4 * place for row in shown]
             axis.errorbar(
                 x, y[:, 0], np.abs(y[:, 1:] - y[:, :1]).T, fmt="o-", capsize=3,
                 color=COLOURS[variant], label=TITLES[variant],
             )  # fmt: skip
-    for axis, name in zip(panels, names, strict=True):
+    titles = [label_of(name) for name in names] + [f"gain where KL is {kl:g}"]
+    for axis, title in zip(panels, titles, strict=True):
         axis.set_xlabel("training pairs flipped, %")
-        axis.set_title(label_of(name), fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)

@@ -68,19 +68,20 @@ class Curve:
         return read_off(kl, kls, values, None if figure == "accuracy" else 0.0)
 
 
-def _curves(results: list[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], Curve]]:
-    """variant -> (its first result, its curve), of runs without noise."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+def _curves(
+    results: list[dict[str, Any]],
+) -> dict[tuple[str, float], tuple[dict[str, Any], Curve]]:
+    """(variant, noise) -> (its first result, its curve)."""
+    found: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
     for result in results:
-        if result["noise"] == 0:
-            found.setdefault(result["variant"], {})[result["seed"]] = result
+        found.setdefault((result["variant"], result["noise"]), {})[result["seed"]] = result
     made = {}
-    for variant, by_seed in found.items():
+    for key, by_seed in found.items():
         points = {
             seed: [p for p in result["points"] if not p["label"].startswith("step")]
             for seed, result in by_seed.items()
         }
-        made[variant] = (next(iter(by_seed.values())), Curve(points))
+        made[key] = (next(iter(by_seed.values())), Curve(points))
     return made
 
 
@@ -89,7 +90,8 @@ def rows(
     kls: Sequence[float] = KLS,
     reference: str = "qadapter",
 ) -> list[dict[str, Any]]:
-    """A row a variant and KL: figures there, and the reference's less them on the common seeds.
+    """A row a variant, noise and KL: figures there, and the reference's less them, with as much
+    noise, on the common seeds.
 
     None where a seed does not come to that KL at the largest strength. p is of the bootstrap: twice
     the share of draws on the other side of zero.
@@ -106,12 +108,13 @@ def rows(
         )  # draw 0 is the data itself
         for n in (any_curve.gain.shape[-1], any_curve.kl.shape[-1])
     )
-    for variant, (result, curve) in curves.items():
+    for (variant, noise), (result, curve) in curves.items():
         for kl in kls:
             row: dict[str, Any] = {
                 "variant": variant,
                 "method": result["method"],
                 "changes": result["changes"],
+                "noise": noise,
                 "kl": kl,
                 "seeds": curve.seeds,
                 "figures": None,
@@ -122,9 +125,9 @@ def rows(
                 continue
             drawn = {name: curve.at(kl, name, pairs, talks) for name in FIGURES}
             row["figures"] = {name: _interval(values)[:3] for name, values in drawn.items()}
-            if variant == reference or reference not in curves:
+            if variant == reference or (reference, noise) not in curves:
                 continue
-            own = curves[reference][1]
+            own = curves[reference, noise][1]
             common = [seed for seed in own.seeds if seed in curve.seeds]
             if not common or not own.reaches(kl):
                 continue

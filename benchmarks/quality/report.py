@@ -123,6 +123,10 @@ def main_table(record: Record) -> str:
     )
 
 
+def _matched(record: Record) -> list[Record]:
+    return [row for row in record["matched"] if row["noise"] == 0]
+
+
 def short(records: list[Record]) -> str:
     """For the README, of the study with the most seeds: all methods as trained, Q-Adapter at half
     its strength too, gain at one KL."""
@@ -135,10 +139,10 @@ def _short_table(record: Record) -> str:
     half = [r for r in own if r["method"] == "qadapter" and r["label"] == "strength 0.5"]
     own = [row for row in own if row["label"] == "trained"]
     own.sort(key=lambda row: list(METHODS).index(row["method"]))
-    at = max((row["kl"] for row in record["matched"]), default=0.0)
+    at = max((row["kl"] for row in _matched(record)), default=0.0)
     gains = {
         row["method"]: row["figures"]["gain"]
-        for row in record["matched"]
+        for row in _matched(record)
         if row["kl"] == at and row["figures"] and not row["changes"]
     }
     shown: list[tuple[str, Record]] = []
@@ -187,9 +191,9 @@ def tests_table(record: Record) -> str:
 
 def matched_table(record: Record) -> str:
     """Gain at the same forgetting."""
-    kls = list(dict.fromkeys(row["kl"] for row in record["matched"]))
+    kls = list(dict.fromkeys(row["kl"] for row in _matched(record)))
     by_variant: dict[str, list[Record]] = {}
-    for row in sorted(record["matched"], key=lambda row: list(METHODS).index(row["method"])):
+    for row in sorted(_matched(record), key=lambda row: list(METHODS).index(row["method"])):
         by_variant.setdefault(row["variant"], []).append(row)
     header = ["", "seeds"]
     for kl in kls:
@@ -219,15 +223,29 @@ def matched_table(record: Record) -> str:
 def noise_table(record: Record) -> str:
     """By the share of training pairs that were flipped."""
     noisy = {row["variant"] for row in record["rows"] if row["noise"] > 0}
-    rows = [
-        (f"{title(row)}, {row['noise']:.0%} flipped", row["figures"])
-        for row in sorted(record["rows"], key=lambda row: (row["variant"], row["noise"]))
-        if row["variant"] in noisy and row["label"] == "trained"
-    ]
-    if not rows:
+    if not noisy:
         return f"{record['data']['name']}: no run with flipped pairs."
+    rows, most = [], _seeds(record)
+    for row in sorted(record["rows"], key=lambda row: (row["noise"], row["variant"])):
+        if row["variant"] not in noisy or row["label"] != "trained":
+            continue
+        at = {
+            f"{what} {other['kl']:g}": figures["gain"][:3]
+            for other in record["matched"]
+            if (other["variant"], other["noise"]) == (row["variant"], row["noise"])
+            for what, figures in (("own", other["figures"]), ("less", other["reference_less"]))
+            if figures
+        }
+        fewer = f" (seeds: {len(row['seeds'])})" if len(row["seeds"]) < most else ""
+        name = f"{row['noise']:.0%} flipped, {title(row)}{fewer}"
+        rows.append((name, {**row["figures"], **at}))
     # Runs with noise are scored alone.
     columns = [c for c in _columns(record) if c[1] in ("accuracy", "gain", "kl", "nll_change")]
+    for kl in dict.fromkeys(row["kl"] for row in record["matched"]):
+        columns += [
+            (f"gain at KL {kl:g}", f"own {kl:g}", cell),
+            ("Q-Adapter's less it", f"less {kl:g}", lambda f, n: cell(f, n, "+.2f")),
+        ]
     return f"{heading(record)}\n\n{_table(columns, rows)}"
 
 
@@ -247,8 +265,9 @@ def cost_table(record: Record) -> str:
     text = (
         f"{record['data']['name']}: the median update's time by its pairs, and what training adds "
         f"to the resident memory, each the least over the runs ({conditions(record)}). The methods "
-        "of TRL also pass the base in every update; Q-Adapter could keep its figures "
-        "(`precompute_base`), which was off."
+        "of TRL also pass the base in every update, in micro-batches of 2 pairs at most, since "
+        "more did not fit; Q-Adapter could keep the base's figures (`precompute_base`), which was "
+        "off."
     )
     made = f"{text}\n\n{harness.table(header, lines)}"
     decode = record.get("decode")

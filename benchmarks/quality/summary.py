@@ -129,11 +129,13 @@ def _per_item(items: list[float], weights: list[float] | None) -> list[float]:
 def cost(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The least over a method's runs: what else ran on the machine only adds.
 
-    Of the runs with the most threads alone, since fewer are slower.
+    Of the runs with the most threads alone, since fewer are slower; without those with noise or
+    changed settings, whose base passes are cached.
     """
     made = []
-    for variant in dict.fromkeys(r["variant"] for r in results if not r["changes"]):
-        own = [r["training"] for r in results if r["variant"] == variant]
+    plain_runs = [r for r in results if not r["changes"] and not r["noise"]]
+    for variant in dict.fromkeys(r["variant"] for r in plain_runs):
+        own = [r["training"] for r in plain_runs if r["variant"] == variant]
         threads = max(t["threads"] for t in own)
         own = [t for t in own if t["threads"] == threads]
         made.append(
