@@ -213,6 +213,10 @@ def test_noise_pictures_and_report(call, tmp_path):
     assert page.count("<!-- /table -->") == len(names)
     assert "50% flipped" in page and "strength 0.5" in page and "beta 0.3" in page
     assert "learning_rate 0.002" in page
+    # Other betas and rates are in the tables, and not among the methods that are tested.
+    record = json.loads(path.read_text())
+    assert {test["against"] for test in record["tests"]} == {"sft", "dpo_own"}
+    assert {row["noise"] for row in record["matched"]} == {0.0, 0.5}
     pictures = {picture.name for picture in written if picture.suffix == ".png"}
     assert pictures == {f"quality-tiny-{name}.png" for name in ("frontier", "learning", "noise")}
     assert min((docs / name).stat().st_size for name in pictures) > 10_000

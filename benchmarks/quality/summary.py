@@ -90,11 +90,12 @@ def rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def paired_tests(
     results: list[dict[str, Any]], reference: str = "qadapter"
 ) -> list[dict[str, Any]]:
-    """The reference less every other method, as trained, without noise, on the seeds of both."""
+    """The reference less every other method, as trained, with the usual settings and without
+    noise, on the seeds of both."""
     groups = {
         variant: {point["result"]["seed"]: values(point) for point in points}
         for (variant, noise, label), points in _grouped(results).items()
-        if noise == 0 and label == TRAINED
+        if noise == 0 and label == TRAINED and not points[0]["result"]["changes"]
     }
     own = groups.get(reference, {})
     made: list[dict[str, Any]] = []
