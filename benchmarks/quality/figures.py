@@ -185,23 +185,22 @@ def _scales(axis: Any, solid: list[tuple[float, float]], name: str) -> None:
 
 def learning(record: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = ("accuracy", "gain", "kl")
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     panels = figure.subplots(1, 3)
-    for method, colour in COLOURS.items():
-        rows = [
-            row
-            for row in record["rows"]
-            if row["method"] == method
-            and row["noise"] == 0
-            and not row["changes"]
-            and (row["label"] == "trained" or row["label"].startswith("step"))
-        ]
-        rows.sort(key=lambda row: row["step"])
+    by_method: dict[str, list[Row]] = {method: [] for method in COLOURS}
+    for row in sorted(record["rows"], key=lambda row: row["step"]):
+        at_full = row["label"] == "trained" or row["label"].startswith("step")
+        if at_full and row["noise"] == 0 and not row["changes"]:
+            by_method[row["method"]].append(row)
+    # What has no checkpoints would be a straight line between others' curves.
+    most = max(map(len, by_method.values()))
+    by_method = {method: rows for method, rows in by_method.items() if rows and len(rows) == most}
+    for method, rows in by_method.items():
+        colour = COLOURS[method]
         for axis, name in zip(panels, names, strict=True):
-            if not rows:
-                continue
             mean, low, high = zip(*(row["figures"][name] for row in rows), strict=True)
             start = 0.5 if name == "accuracy" else 0.0
             steps = [0, *(row["step"] for row in rows)]
@@ -211,6 +210,7 @@ def learning(record: dict[str, Any]) -> Any:
             )
     for axis, name in zip(panels, names, strict=True):
         axis.set_xlabel("updates")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(label_of(name), fontsize=10)
         axis.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
