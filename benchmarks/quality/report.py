@@ -265,9 +265,8 @@ def cost_table(record: Record) -> str:
     text = (
         f"{record['data']['name']}: the median update's time by its pairs, and what training adds "
         f"to the resident memory, each the least over the runs ({conditions(record)}). The methods "
-        "of TRL also pass the base in every update, in micro-batches of 2 pairs at most, since "
-        "more did not fit; Q-Adapter could keep the base's figures (`precompute_base`), which was "
-        "off."
+        "of TRL also pass the base in every update; Q-Adapter could keep the base's figures "
+        "(`precompute_base`), which was off."
     )
     made = f"{text}\n\n{harness.table(header, lines)}"
     decode = record.get("decode")
