@@ -124,12 +124,12 @@ TOOLS = {"callgrind": ("valgrind", callgrind), "perf": ("perf", perf)}
 
 
 def missing_reason(tool: str) -> str:
-    from qadapter import _cpp
+    from qadapter.ops import cpp
 
     program = TOOLS[tool][0]
     if shutil.which(program) is None:
         return f"{program} is not installed"
-    return _cpp.available()[1]
+    return cpp.available()[1]
 
 
 def run(options: argparse.Namespace) -> recording.Recording:

@@ -39,7 +39,7 @@ from benchmarks.linear_problem import (
     with_cache,
 )
 from benchmarks.peers import cce, compiled, eager, liger, ours, quack, torch_lce, trl_chunked
-from qadapter.backends import implementation
+from qadapter.ops import backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = [(576, 49152), (576, 128256), (2048, 49152), (2048, 128256)]
@@ -197,7 +197,7 @@ CASE = ("dtype", "d", "v", "mode")
 def backend_of(options: argparse.Namespace) -> str:
     """Which of ours runs."""
     like = torch.empty(0, dtype=DTYPES[options.dtype[0]], device=options.device)
-    return implementation(like).__name__.removeprefix("qadapter._")
+    return backends.serving(like)
 
 
 def run(options: argparse.Namespace) -> recording.Recording:

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import recording, training_problem
 from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
-from qadapter.checkpoint import resolve_model
-from qadapter.data import load_preference_data
+from qadapter.model.checkpoint import resolve_model
+from qadapter.text.data import load_preference_data
 
 WAYS = {"default": {}, "logits": {"packing": False, "use_logits": True}}
 

@@ -40,7 +40,7 @@ from benchmarks.sampling_problem import (
     make_problem,
 )
 from qadapter import functional as QF
-from qadapter.backends import implementation
+from qadapter.ops import backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULTS: dict[str, tuple[list[int], list[int], list[str]]] = {  # batches, vocabularies, dtypes
@@ -76,17 +76,11 @@ def ours(backend: str) -> Sampler:
     return Sampler(f"qadapter {backend}", prepare)
 
 
-def has_sampler(backend: str, logits: Tensor) -> bool:
-    with qadapter.use_backend(backend):
-        return hasattr(implementation(logits), "sample")
-
-
 def our_backends(problem: Problem, chosen: list[str] | None) -> list[str]:
     """The one that is taken by itself first: the others' times are given as multiples of its."""
-    device, own = problem.q.device.type, implementation(problem.q).__name__
+    device, own = problem.q.device.type, backends.serving(problem.q)
     names = [b.name for b in qadapter.backends() if b.available and device in b.devices]
-    names = [name for name in names if has_sampler(name, problem.q)]
-    names.sort(key=lambda name: not own.endswith(f"_{name}"))
+    names.sort(key=lambda name: name != own)
     if chosen:
         return [name for name in names if name in chosen]
     large = problem.q.numel() > TORCH_ELEMENTS

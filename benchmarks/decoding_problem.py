@@ -18,9 +18,9 @@ from benchmarks import harness
 from benchmarks.peers import naive_decode
 from benchmarks.peers.hf_sampling import warpers
 from qadapter import QAdapterModel
-from qadapter.checkpoint import resolve_model
-from qadapter.data import load_preference_data
-from qadapter.prompts import encode_prompts
+from qadapter.model.checkpoint import resolve_model
+from qadapter.text.data import load_preference_data
+from qadapter.text.prompts import encode_prompts
 
 SHAPES: dict[str, dict[str, Any]] = {  # random weights
     "llama-8b": {  # that of Llama-3.1-8B

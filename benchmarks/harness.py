@@ -156,9 +156,9 @@ def read_function(tensor: Tensor) -> dict[str, Callable[[], Any]]:
     """Ways to read a tensor once; the fastest is the ceiling."""
     ways: dict[str, Callable[[], Any]] = {"sum": lambda: torch.sum(tensor)}
     if tensor.device.type == "cpu":
-        from qadapter import _cpp
+        from qadapter.ops import cpp
 
-        if _cpp.available()[0]:
+        if cpp.available()[0]:
             ways["probe"] = lambda: torch.ops.qadapter_C.read_probe(tensor)
     return ways
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import qadapter
-from qadapter import _cpp
 from qadapter import functional as QF
+from qadapter.ops import cpp, few_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 N, V, D = 32, 16384, 256  # of the logits; the head's vocabulary is a quarter of V
@@ -44,13 +44,13 @@ def linear_fwd(dtype: torch.dtype) -> Callable[[], Any]:
 
 def rows_linear(dtype: torch.dtype) -> Callable[[], Any]:
     x, weight = torch.randn(4, D).to(dtype), torch.randn(V // 4, D).to(dtype)
-    return lambda: _cpp.rows_linear(x, weight)
+    return lambda: few_rows.rows_linear(x, weight)
 
 
 def lora_add_(dtype: torch.dtype) -> Callable[[], Any]:
     out, x = torch.zeros(8, 4 * D).to(dtype), torch.randn(8, 4 * D).to(dtype)
     a, b = torch.randn(8, 4 * D).to(dtype), torch.randn(4 * D, 8).to(dtype)
-    return lambda: _cpp.lora_add_(out, x, a, b, 2.0, 0, 4)
+    return lambda: few_rows.lora_add_(out, x, a, b, 2.0, 0, 4)
 
 
 def sample(dtype: torch.dtype) -> Callable[[], Any]:
@@ -104,11 +104,11 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--repeat", type=int, default=2)
     options = parser.parse_args()
-    if not _cpp.available()[0]:
-        raise SystemExit(_cpp.available()[1])
+    if not cpp.available()[0]:
+        raise SystemExit(cpp.available()[1])
     with qadapter.use_backend("cpp"):
         run(options.case, options.repeat)
-    print(f"capability {_cpp.capability()}", flush=True)
+    print(f"capability {cpp.capability()}", flush=True)
 
 
 if __name__ == "__main__":

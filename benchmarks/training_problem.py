@@ -14,18 +14,15 @@ import qadapter
 from benchmarks import harness
 from benchmarks.decoding_problem import SHAPES, load_base
 from benchmarks.peers import released, trl_dpo
-from qadapter import QAdapterModel, packed_attention
+from qadapter import QAdapterModel
 from qadapter import functional as QF
-from qadapter.checkpoint import resolve_model
-from qadapter.data import (
-    PreferenceCollator,
-    eos_token_ids,
-    load_preference_data,
-    pad_token_id,
-    prepare_dataset,
-)
+from qadapter.model import packed_attention
+from qadapter.model.checkpoint import resolve_model
 from qadapter.outputs import ResidualValues
-from qadapter.packing import PackedPreferenceCollator
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.data import load_preference_data, prepare_dataset
+from qadapter.text.packing import PackedPreferenceCollator
+from qadapter.text.tokenization import eos_token_ids, pad_token_id
 
 DEMO = str(Path(qadapter.__file__).parent / "demo_data" / "train.jsonl")
 WAYS = ("ours", "cached", "released", trl_dpo.NAME)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import qadapter
-from qadapter.data import load_preference_data
+from qadapter.text.data import load_preference_data
 
 # The pairs of the demo: the chosen answer opens with "In short,", the rejected one does not.
 DATA = Path(qadapter.__file__).parent / "demo_data" / "train.jsonl"

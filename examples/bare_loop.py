@@ -14,8 +14,9 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 
 from qadapter import functional as QF
-from qadapter.data import PreferenceCollator, prepare_dataset
 from qadapter.outputs import PreferenceLoss
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.data import prepare_dataset
 
 
 def batch_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> PreferenceLoss:

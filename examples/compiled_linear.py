@@ -15,7 +15,8 @@ from _common import load_base, options, preference_pairs
 from torch import nn
 
 from qadapter import functional as QF
-from qadapter.data import PreferenceCollator, prepare_dataset
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.data import prepare_dataset
 
 
 class HiddenAdapter(nn.Module):

@@ -27,12 +27,14 @@ from typing import Any
 import datasets
 from tqdm.auto import tqdm
 
-from qadapter import QAdapterModel, cli_options, evaluation, files
-from qadapter.answers import answer
-from qadapter.data import load_preference_data
-from qadapter.demo_rule import follows
-from qadapter.partial import adapter_hash
-from qadapter.prompts import checked_strength, prompt_ids
+from qadapter import QAdapterModel, files
+from qadapter.cli import sampling
+from qadapter.cli.demo_rule import follows
+from qadapter.cli.partial import adapter_hash
+from qadapter.text.answers import answer
+from qadapter.text.data import load_preference_data
+from qadapter.text.prompts import checked_strength, prompt_ids
+from qadapter.training import evaluation
 
 STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0]
 AT_A_TIME = 12
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     datasets.disable_progress_bars()
     wanted = sorted({checked_strength(s, "--strength") for s in options.strength})
-    folder = cli_options.checked_folder(options.adapter)
+    folder = sampling.checked_folder(options.adapter)
     data = load_preference_data(options.data or evaluation.DEMO_DATA / "heldout.jsonl", "test")
     unrelated = evaluation.load_unrelated(options.unrelated)
     if options.max_examples is not None:
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     points = _points(path, settings)
     missing = [s for s in wanted if s not in points]
     if missing:
-        model, tokenizer = cli_options.load({"": folder}, options.base_model, options.dtype)
+        model, tokenizer = sampling.load({"": folder}, options.base_model, options.dtype)
         with tqdm(total=3 * len(missing)) as progress:
             for strength in missing:
                 progress.set_description(f"strength {strength:g}")

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter import packaged_model
-from qadapter.demo_rule import OPENING
+from qadapter.cli.demo_rule import OPENING
 
 SENTENCE_END = re.compile(r"(?<!\d)[.!?][\"')\]]*(?=\s|$)")
 MIN_WORDS = 20

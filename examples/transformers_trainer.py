@@ -17,7 +17,8 @@ from _common import load, options, preference_pairs
 from transformers import Trainer, TrainingArguments
 
 from qadapter import functional as QF
-from qadapter.data import PreferenceCollator, prepare_dataset
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.data import prepare_dataset
 
 
 class PreferenceTrainer(Trainer):

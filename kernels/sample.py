@@ -68,7 +68,7 @@ def sample(
     top_p: float,
     min_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """`qadapter.ops_sample` has the arguments."""
+    """`qadapter.ops.sample` has the arguments."""
     batch, vocab = q_logits.shape
     device = q_logits.device
     tokens = torch.empty(batch, dtype=torch.int64, device=device)

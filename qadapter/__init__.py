@@ -9,17 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from qadapter import functional, reference
-from qadapter.backends import backends, use_backend
+from qadapter.ops.backends import backends, use_backend
 from qadapter.outputs import PreferenceLoss, ResidualValues, Sample
+from qadapter.version import __version__
 
 if TYPE_CHECKING:
-    from qadapter.config import QAdapterConfig
-    from qadapter.modeling import QAdapterModel
+    from qadapter.model.modeling import QAdapterModel
+    from qadapter.model.packaged import packaged_model
     from qadapter.modules import QAdapterLinearLoss, QAdapterLoss
-    from qadapter.packaged import packaged_model
-    from qadapter.trainer import QAdapterTrainer
-
-__version__ = "0.1.0"
+    from qadapter.training.config import QAdapterConfig
+    from qadapter.training.trainer import QAdapterTrainer
 
 __all__ = [
     "PreferenceLoss",
@@ -30,6 +29,7 @@ __all__ = [
     "QAdapterTrainer",
     "ResidualValues",
     "Sample",
+    "__version__",
     "backends",
     "functional",
     "packaged_model",
@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 _LAZY = {
-    "QAdapterConfig": "qadapter.config",
+    "QAdapterConfig": "qadapter.training.config",
     "QAdapterLinearLoss": "qadapter.modules",
     "QAdapterLoss": "qadapter.modules",
-    "QAdapterModel": "qadapter.modeling",
-    "QAdapterTrainer": "qadapter.trainer",
-    "packaged_model": "qadapter.packaged",
+    "QAdapterModel": "qadapter.model.modeling",
+    "QAdapterTrainer": "qadapter.training.trainer",
+    "packaged_model": "qadapter.model.packaged",
 }
 
 

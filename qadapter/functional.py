@@ -8,10 +8,9 @@ are those of Q-Adapter (arXiv 2407.03856); `qadapter.reference` is the same in p
 import torch
 from torch import Tensor
 
-from qadapter import _checks, ops  # noqa: F401  (ops registers torch.ops.qadapter)
-from qadapter.functional_linear import linear_qadapter_loss, linear_residual_values
+from qadapter.ops import checks, linear, residual  # noqa: F401  (residual registers itself)
+from qadapter.ops import sample as sample_ops
 from qadapter.outputs import PreferenceLoss, ResidualValues, Sample
-from qadapter.sampling import sample
 
 __all__ = [
     "PreferenceLoss",
@@ -64,8 +63,8 @@ def residual_values(
             range is an error on a CPU; on a GPU, where looking would stall, it gives NaN in its
             row. So does, on any device, a row with a NaN or without a finite logit.
     """
-    alpha_0, alpha_tilde, center = _checks.composition(alpha_0, alpha_tilde, center)
-    _checks.statistics(base_logits, q_logits, actions, base_lse, base_logp, alpha_0 - center)
+    alpha_0, alpha_tilde, center = checks.composition(alpha_0, alpha_tilde, center)
+    checks.statistics(base_logits, q_logits, actions, base_lse, base_logp, alpha_0 - center)
     q, value, base_logp, policy_logp, base_lse, _, _ = torch.ops.qadapter.residual_fwd(
         base_logits, q_logits, actions, base_lse, base_logp, alpha_0, alpha_tilde, center
     )
@@ -113,13 +112,13 @@ def preference_loss(
             0 to N in non-decreasing steps (on a GPU the loss is NaN then).
     """
     q, value = values.q, values.value
-    _checks.tensor("values.q", q, 1, (torch.float32, torch.float64))
-    _checks.same("values.value", value, "values.q", q)
-    _checks.tensor("actions", actions, 1, (torch.int64,))
-    _checks.rows("actions", actions, q.shape[0], q.device, "values")
-    _checks.sequences(cu_seqlens, q.device)
-    _checks.denominators(denominators, q.device)
-    arguments = _checks.preference(gamma, reg_coef, bt_scale, value_at, length_norm)
+    checks.tensor("values.q", q, 1, (torch.float32, torch.float64))
+    checks.same("values.value", value, "values.q", q)
+    checks.tensor("actions", actions, 1, (torch.int64,))
+    checks.rows("actions", actions, q.shape[0], q.device, "values")
+    checks.sequences(cu_seqlens, q.device)
+    checks.denominators(denominators, q.device)
+    arguments = checks.preference(gamma, reg_coef, bt_scale, value_at, length_norm)
     return PreferenceLoss.of(
         torch.ops.qadapter.preference_fwd(q, value, actions, cu_seqlens, denominators, *arguments)
     )
@@ -149,11 +148,11 @@ def qadapter_loss(
     once and keeps four floats a row; backward reads each once more and writes the gradient of
     ``q_logits``, the only [N, V] tensor that is made.
     """
-    composition = _checks.composition(alpha_0, alpha_tilde, center)
-    _checks.statistics(base_logits, q_logits, actions, base_lse, base_logp, alpha_0 - center)
-    _checks.sequences(cu_seqlens, q_logits.device)
-    _checks.denominators(denominators, q_logits.device)
-    arguments = _checks.preference(gamma, reg_coef, bt_scale, value_at, length_norm)
+    composition = checks.composition(alpha_0, alpha_tilde, center)
+    checks.statistics(base_logits, q_logits, actions, base_lse, base_logp, alpha_0 - center)
+    checks.sequences(cu_seqlens, q_logits.device)
+    checks.denominators(denominators, q_logits.device)
+    arguments = checks.preference(gamma, reg_coef, bt_scale, value_at, length_norm)
     return PreferenceLoss.of(
         torch.ops.qadapter.loss_fwd(
             base_logits,
@@ -167,3 +166,226 @@ def qadapter_loss(
             *arguments,
         )
     )
+
+
+def linear_residual_values(
+    base_hidden: Tensor | None,
+    q_hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    *,
+    bias: Tensor | None = None,
+    alpha_0: float = 1.0,
+    alpha_tilde: float = 1.0,
+    center: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    base_lse: Tensor | None = None,
+    base_logp: Tensor | None = None,
+    chunk_size: int | None = None,
+    memory_mib: float | None = None,
+) -> ResidualValues:
+    """`residual_values` from hidden states and a frozen head, without the logits.
+
+    The logits of a row would be cap(logit_scale * (hidden W^T + bias)) with
+    cap(s) = logit_softcap * tanh(s / logit_softcap). They are formed in float32 for a few rows (on
+    the cpp backend for a few columns) at a time and reduced at once. As the head has no gradient,
+    that of the hidden state is known in the forward up to two factors a row, whatever the loss on
+    (q, value, policy_logp): forward costs three matrix products of 2 N D V FLOPs, or two where the
+    base's logits are not needed; backward next to nothing.
+
+    Args:
+        base_hidden: [N, D], last hidden states of the frozen base; no gradient ever flows to them.
+            None is allowed where alpha_0 == center and ``base_lse`` and ``base_logp`` are given.
+        q_hidden: [N, D], those of the adapter stream: float32, bfloat16 or float16 (float64 on the
+            torch backend).
+        weight: [V, D], the head, in the dtype of the hidden states or another one (then products
+            are taken in float32). It must not require a gradient.
+        actions: int64 [N], token ids; -100 marks a row without action.
+        bias: [V]; entries of -inf are masked tokens (a soft cap makes them finite: -logit_softcap).
+        alpha_0, alpha_tilde, center: see `residual_values`.
+        logit_scale, logit_softcap: what the model does to its logits.
+        base_lse, base_logp: float32 [N], known logsumexp and log-probability of the base. With
+            ``base_lse`` one product less is taken: none for the base where alpha_0 == center, else
+            one for both streams, on q_hidden + (alpha_0 - center) * base_hidden rounded to the
+            hidden states' dtype. They must belong to this base and these rows: a wrong value
+            shifts every result and cannot be noticed here.
+        chunk_size: rows whose logits may exist at a time; default, as many as fit in 48 MiB on a
+            CPU, 1 GiB on a GPU. The cpp backend takes it as an upper bound, and needs none.
+        memory_mib: the same as a budget in MiB.
+
+    Returns:
+        `ResidualValues`, float32 [N]; q, value and policy_logp are differentiable w.r.t. q_hidden.
+        Under autocast hidden states and head are cast as for any matrix product.
+
+    Raises:
+        ValueError: as `residual_values`; and for a ``weight`` or ``bias`` that requires a gradient.
+    """
+    alpha_0, alpha_tilde, center = checks.composition(alpha_0, alpha_tilde, center)
+    scale, softcap = checks.head(logit_scale, logit_softcap)
+    chunking = checks.chunk(chunk_size, memory_mib)
+    checks.linear_statistics(
+        base_hidden, q_hidden, weight, actions, bias, base_lse, base_logp, alpha_0 - center
+    )
+    base_hidden, q_rows, head_weight = linear.autocast(base_hidden, q_hidden, weight)
+    assert q_rows is not None
+    q, value, base_logp, policy_logp, base_lse, *_ = torch.ops.qadapter.linear_fwd(
+        base_hidden,
+        q_rows,
+        head_weight,
+        actions,
+        bias,
+        base_lse,
+        base_logp,
+        alpha_0,
+        alpha_tilde,
+        center,
+        scale,
+        softcap,
+        *chunking,
+        linear.needs_grad(q_rows),
+    )
+    return ResidualValues(q, value, base_logp.detach(), policy_logp, base_lse.detach())
+
+
+def linear_qadapter_loss(
+    base_hidden: Tensor | None,
+    q_hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    alpha_0: float = 1.0,
+    alpha_tilde: float = 1.0,
+    center: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    base_lse: Tensor | None = None,
+    base_logp: Tensor | None = None,
+    chunk_size: int | None = None,
+    memory_mib: float | None = None,
+    gamma: float = 1.0,
+    reg_coef: float = 0.1,
+    bt_scale: float = 1.0,
+    value_at: str = "next",
+    length_norm: str = "response",
+    denominators: Tensor | None = None,
+) -> PreferenceLoss:
+    """The whole Q-Adapter loss from hidden states: `preference_loss` of `linear_residual_values`.
+
+    Arguments, result and errors are those of the two functions. What is kept for backward is one
+    [N, D] tensor and a few floats a row.
+    """
+    composition = checks.composition(alpha_0, alpha_tilde, center)
+    scale, softcap = checks.head(logit_scale, logit_softcap)
+    chunking = checks.chunk(chunk_size, memory_mib)
+    checks.linear_statistics(
+        base_hidden, q_hidden, weight, actions, bias, base_lse, base_logp, alpha_0 - center
+    )
+    checks.sequences(cu_seqlens, q_hidden.device)
+    checks.denominators(denominators, q_hidden.device)
+    preference = checks.preference(gamma, reg_coef, bt_scale, value_at, length_norm)
+    base_hidden, q_rows, head_weight = linear.autocast(base_hidden, q_hidden, weight)
+    assert q_rows is not None
+    outputs = torch.ops.qadapter.linear_loss_fwd(
+        base_hidden,
+        q_rows,
+        head_weight,
+        actions,
+        bias,
+        base_lse,
+        base_logp,
+        cu_seqlens,
+        denominators,
+        *composition,
+        scale,
+        softcap,
+        *chunking,
+        linear.needs_grad(q_rows),
+        *preference,
+    )
+    return PreferenceLoss.of(outputs)
+
+
+def sample(
+    base_logits: Tensor | None,
+    q_logits: Tensor,
+    *,
+    alpha_0: float | Tensor = 1.0,
+    alpha_tilde: float | Tensor = 1.0,
+    center: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    position: int | Tensor | None = None,
+) -> Sample:
+    """Draw one token per row from softmax((Q + alpha_0 log pi_base) / alpha_tilde).
+
+    Args:
+        base_logits: [B, V] floating; may be None where alpha_0 == center (the base then cancels).
+        q_logits: [B, V] floating.
+        alpha_0, alpha_tilde, center: as in `residual_values`; the first two also as a float tensor
+            [B], a value per row.
+        temperature: divides the policy's logits; 0 takes the most probable token (lowest id first).
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: then the smallest set of most probable tokens that holds this mass, in (0, 1].
+        min_p: then the tokens with at least this share of the largest probability, in [0, 1].
+            Filters work on renormalised probabilities; ties go to the lowest token id.
+        seed: None (torch's global generator), an int (row b draws stream b of that seed), or
+            int64 [B], one stream per row whatever the batch.
+        position: None, an int or int64 [B]: which draw of its stream a row takes, such as the
+            position of the token in its sequence.
+
+    Returns:
+        `Sample`: tokens int64 [B], and logprobs float32 [B] under the filtered policy. At
+        temperature 0 they are those of the filtered policy at temperature 1. A row that holds a NaN
+        or +inf, or no token at all, gives token -1 with logprob NaN. Neither has a gradient.
+
+    Raises:
+        ValueError: an argument that does not fit, named.
+    """
+    checks.tensor("q_logits", q_logits, 2, checks.LOGIT_DTYPES)
+    alpha_0 = sample_ops.float_rows("alpha_0", alpha_0, q_logits)
+    alpha_tilde = sample_ops.float_rows("alpha_tilde", alpha_tilde, q_logits)
+    if not isinstance(alpha_tilde, Tensor):
+        checks.number("alpha_tilde", alpha_tilde, above=0.0)
+    center = checks.number("center", center)
+    if base_logits is not None:
+        checks.tensor("base_logits", base_logits, 2, checks.LOGIT_DTYPES)
+        checks.same("base_logits", base_logits, "q_logits", q_logits)
+    elif isinstance(alpha_0, Tensor) or alpha_0 != center:
+        raise ValueError(
+            "base_logits: may only be None where alpha_0 == center (both numbers), got None"
+        )
+    if checks.number("temperature", temperature) < 0:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature!r}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k: expected 0 (off) or a positive int, got {top_k!r}")
+    if not 0.0 < checks.number("top_p", top_p) <= 1.0:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    if not 0.0 <= checks.number("min_p", min_p) <= 1.0:
+        raise ValueError(f"min_p: expected a number in [0, 1], got {min_p!r}")
+    batch, vocab = q_logits.shape
+    if vocab == 0:
+        raise ValueError(f"q_logits: expected at least one column, got {tuple(q_logits.shape)}")
+
+    device = q_logits.device
+    base_weight = alpha_0 - center
+    no_base = not isinstance(base_weight, Tensor) and base_weight == 0
+    tokens, logprobs = torch.ops.qadapter.sample(
+        # A base without weight cancels, and need not be read.
+        None if base_logits is None or no_base else base_logits.detach(),
+        q_logits.detach(),
+        sample_ops.scales(alpha_tilde, temperature, device),
+        sample_ops.as_rows(base_weight, device),
+        sample_ops.row_keys(seed, batch, device),
+        sample_ops.int64_rows("position", 0 if position is None else position, batch, device),
+        temperature == 0,
+        min(top_k, vocab),
+        float(top_p),
+        float(min_p),
+    )
+    return Sample(tokens, logprobs)

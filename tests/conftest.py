@@ -18,10 +18,10 @@ WORDS = (  # noqa: SIM905
 @pytest.fixture(params=["avx512", "avx2", "plain"])
 def isa(request, monkeypatch):
     """The C++ kernels' vector code; skips what this CPU does not have."""
-    from qadapter import _cpp
+    from qadapter.ops import cpp
 
     monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
-    if _cpp.capability() != request.param:
+    if cpp.capability() != request.param:
         pytest.skip(f"this CPU has no {request.param}")
     return request.param
 
@@ -133,14 +133,14 @@ def cuda_device(request, monkeypatch):
     """Where the CUDA C++ kernels run: compiled for a host (`cuda_host`), and on a GPU."""
     import cuda_host
 
-    from qadapter import _cuda
+    from qadapter.ops import cuda
 
     if request.param == "cuda":
-        usable, reason = _cuda.available()
+        usable, reason = cuda.available()
         if not usable:
             pytest.skip(reason)
         return torch.device("cuda")
     if (reason := cuda_host.why_not()) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(_cuda, "_ops", cuda_host.load)
+    monkeypatch.setattr(cuda, "extension", cuda_host.load)
     return torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from conftest import make_base, make_model
 from torch import nn
 
-from qadapter.activations import recompute_cheap
+from qadapter.model.recompute import recompute_cheap
 
 
 def run(model):

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from qadapter import answers
-from qadapter.answers import side_by_side
-from qadapter.prompts import prompt_text, read_prompts
+from qadapter.text import answers
+from qadapter.text.answers import side_by_side
+from qadapter.text.prompts import prompt_text, read_prompts
 
 
 def test_other_kinds_of_files(tmp_path):

@@ -10,8 +10,10 @@ from conftest import make_base, make_model, perturb, preference_rows
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from qadapter import base_cache
-from qadapter.base_cache import (
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.data import prepare_dataset
+from qadapter.training import base_cache
+from qadapter.training.base_cache import (
     BaseCache,
     example_key,
     hidden_mib,
@@ -20,7 +22,6 @@ from qadapter.base_cache import (
     precompute,
     weights_hash,
 )
-from qadapter.data import PreferenceCollator, prepare_dataset
 
 COLLATE = PreferenceCollator(0)
 NOTHING = {"format": 1, "weights": "those of the tests"}

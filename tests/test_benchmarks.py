@@ -336,10 +336,11 @@ def test_a_tool_that_is_missing_is_said(tmp_path, monkeypatch):
 
 def test_the_driver_runs_every_kernel():
     from benchmarks import instruction_driver
-    from qadapter import _cpp, use_backend
+    from qadapter import use_backend
+    from qadapter.ops import cpp
 
-    if not _cpp.available()[0]:
-        pytest.skip(_cpp.available()[1])
+    if not cpp.available()[0]:
+        pytest.skip(cpp.available()[1])
     with use_backend("cpp"), torch.profiler.profile() as profile:
         instruction_driver.run(list(instruction_driver.CASES), 1)
     seen = {event.key for event in profile.key_averages()}

@@ -8,9 +8,10 @@ import pytest
 from conftest import make_base, perturb
 from peft import LoraConfig
 
-from qadapter import QAdapterModel, answers
+from qadapter import QAdapterModel
 from qadapter.cli import main
-from qadapter.prompts import encode_prompts
+from qadapter.text import answers
+from qadapter.text.prompts import encode_prompts
 
 
 @pytest.fixture(scope="module")

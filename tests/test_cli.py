@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import make_base, preference_rows
 
-from qadapter import evaluation
 from qadapter.cli import main
-from qadapter.generation import encode_prompts
+from qadapter.text.prompts import encode_prompts
+from qadapter.training import evaluation
 
 
 @pytest.fixture
@@ -150,7 +150,8 @@ def test_forgetting_is_zero_before_training(files, tiny_tokenizer):
     # The same number from whole-vocabulary softmaxes, one response at a time.
     import torch
 
-    from qadapter.data import eos_token_ids, prepare_dataset
+    from qadapter.text.data import prepare_dataset
+    from qadapter.text.tokenization import eos_token_ids
 
     total, count = 0.0, 0
     ids = eos_token_ids(moved, tiny_tokenizer)

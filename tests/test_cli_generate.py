@@ -7,10 +7,10 @@ import pytest
 from conftest import make_base, perturb
 from peft import LoraConfig
 
-from qadapter import QAdapterModel, cli_generate
-from qadapter.answers import derived_seed
-from qadapter.cli import main
-from qadapter.prompts import encode_prompts
+from qadapter import QAdapterModel
+from qadapter.cli import generate, main
+from qadapter.text.answers import derived_seed
+from qadapter.text.prompts import encode_prompts
 
 ROWS = [
     {"prompt": "tell me about the cat", "id": "a", "source": {"page": 3}},
@@ -120,7 +120,7 @@ def test_a_rows_seed_repeats_it_elsewhere(run):
 
 def interrupt_after(monkeypatch, count, error=KeyboardInterrupt):
     """Fails in the batch after ``count`` of them; returns the batches that were made."""
-    made, original = [], cli_generate._Maker.answers
+    made, original = [], generate._Maker.answers
 
     def answers_or_stop(self, batch, streamer=None):
         if len(made) == count:
@@ -128,7 +128,7 @@ def interrupt_after(monkeypatch, count, error=KeyboardInterrupt):
         made.append(list(batch))
         return original(self, batch, streamer)
 
-    monkeypatch.setattr(cli_generate._Maker, "answers", answers_or_stop)
+    monkeypatch.setattr(generate._Maker, "answers", answers_or_stop)
     return made
 
 
@@ -193,7 +193,7 @@ def test_a_failure_at_the_end_leaves_the_old_file(run, tmp_path, monkeypatch, ca
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_generate.files, "replacing_file", full)
+        patch.setattr(generate.files, "replacing_file", full)
         status, made = run()
     assert status == 2 and made == [{"old": 1}]
     assert "No space left" in last_error(capsys)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import EOS, PAIR, TOKENIZER, decode
 
-from qadapter.data import PreferenceCollator, tokenize_preference
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.tokenization import tokenize_preference
 
 IDS = st.lists(st.integers(0, 99), min_size=1, max_size=6)
 PAIRS = st.lists(

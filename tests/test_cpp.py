@@ -9,13 +9,14 @@ import math
 import pytest
 import torch
 
-from qadapter import _cpp, reference
+from qadapter import reference
+from qadapter.ops import cpp
 from qadapter.outputs import ResidualValues
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-if not _cpp.available()[0]:
-    pytest.skip(_cpp.available()[1], allow_module_level=True)
+if not cpp.available()[0]:
+    pytest.skip(cpp.available()[1], allow_module_level=True)
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +61,7 @@ def floor(base, q, alphas):
 
 
 def check_forward(base, q, actions, alphas, rows=slice(None)):
-    got = _cpp.residual_fwd(base, q, actions, None, None, *alphas)
+    got = cpp.residual_fwd(base, q, actions, None, None, *alphas)
     want = expected(base, q, actions, alphas, torch.float64)
     eager = expected(base, q, actions, alphas, torch.float32)
     for name, g, w, e in zip(FIELDS, got[:5], want, eager, strict=True):
@@ -77,7 +78,7 @@ def check_forward(base, q, actions, alphas, rows=slice(None)):
 def check_backward(base, q, actions, alphas, shift, log_sum, seed=0):
     generator = torch.Generator().manual_seed(seed)
     coef_p, coef_a = torch.randn(2, q.shape[0], generator=generator)
-    got = _cpp.residual_bwd(base, q, actions, shift, log_sum, coef_p, coef_a, *alphas)
+    got = cpp.residual_bwd(base, q, actions, shift, log_sum, coef_p, coef_a, *alphas)
     assert got.dtype == q.dtype
     assert got.is_contiguous()
 
@@ -153,7 +154,7 @@ def test_masked_tokens(isa, dtype, alphas):
     actions = torch.tensor([1, 0, 1200, 1202, 6, 7, -100, 9])
     got = check_forward(base, q, actions, alphas)
     check_backward(base, q, actions, alphas, *got[5:])
-    grad = _cpp.residual_bwd(base, q, actions, *got[5:], torch.ones(8), torch.zeros(8), *alphas)
+    grad = cpp.residual_bwd(base, q, actions, *got[5:], torch.ones(8), torch.zeros(8), *alphas)
     assert (grad[2, :1100] == 0).all()
 
 
@@ -168,14 +169,14 @@ def test_poison_stays_in_its_row(isa, dtype, alphas):
     base[7, 300] = NAN
     q[8, 0] = INF
     actions = torch.arange(9) * 70
-    got = _cpp.residual_fwd(base, q, actions, None, None, *alphas)
-    clean = _cpp.residual_fwd(clean_base, clean_q, actions, None, None, *alphas)
+    got = cpp.residual_fwd(base, q, actions, None, None, *alphas)
+    clean = cpp.residual_fwd(clean_base, clean_q, actions, None, None, *alphas)
     bad = torch.tensor([False, True, False, True, False, True, False, True, True])
     assert got[1].isnan().tolist() == bad.tolist()
     assert got[3][[1, 3, 5, 8]].isnan().all()
     for g, c in zip(got, clean, strict=True):
         assert torch.equal(g[~bad], c[~bad])
-    grad = _cpp.residual_bwd(base, q, actions, *got[5:], torch.ones(9), torch.ones(9), *alphas)
+    grad = cpp.residual_bwd(base, q, actions, *got[5:], torch.ones(9), torch.ones(9), *alphas)
     assert grad[[1, 3, 5, 8]].isnan().all()
     assert grad[~bad].isfinite().all()
 
@@ -183,12 +184,12 @@ def test_poison_stays_in_its_row(isa, dtype, alphas):
 def test_action_out_of_range(isa):
     base, q = logits(3, 50, torch.float32)
     actions = torch.tensor([50, -1, 3])
-    got = _cpp.residual_fwd(base, q, actions, None, None, 1.0, 1.0, 1.0)
+    got = cpp.residual_fwd(base, q, actions, None, None, 1.0, 1.0, 1.0)
     for field in got[:4]:
         assert field.isnan().tolist() == [True, True, False]
     assert got[4].isfinite().all()
     coef = torch.ones(3)
-    grad = _cpp.residual_bwd(base, q, actions, *got[5:], coef, coef, 1.0, 1.0, 1.0)
+    grad = cpp.residual_bwd(base, q, actions, *got[5:], coef, coef, 1.0, 1.0, 1.0)
     torch.testing.assert_close(grad.sum(-1), torch.tensor([1.0, 1.0, 2.0]))
 
 
@@ -196,23 +197,23 @@ def test_action_out_of_range(isa):
 @pytest.mark.parametrize("v", [1, 7, 1000, 50257])
 def test_equal_streams_give_exactly_zero(isa, dtype, v):
     base, _ = logits(4, v, dtype, scale=10)
-    got = _cpp.residual_fwd(base, base.clone(), some_actions(4, v), None, None, 1.0, 1.0, 1.0)
+    got = cpp.residual_fwd(base, base.clone(), some_actions(4, v), None, None, 1.0, 1.0, 1.0)
     assert (got[0] == 0).all()
     assert (got[1] == 0).all()
     assert torch.equal(got[2], got[3])
-    cached = _cpp.residual_fwd(base, base, some_actions(4, v), got[4], got[2], 1.0, 1.0, 1.0)
+    cached = cpp.residual_fwd(base, base, some_actions(4, v), got[4], got[2], 1.0, 1.0, 1.0)
     assert (cached[1] == 0).all()
 
 
 def test_maximum_is_exact_and_alone_gives_zero(isa):
     q = torch.full((1, 3000), -100.0)
     q[0, 2000] = 7.3
-    got = _cpp.residual_fwd(q, q, torch.tensor([2000]), None, None, 1.0, 0.7, 1.0)
+    got = cpp.residual_fwd(q, q, torch.tensor([2000]), None, None, 1.0, 0.7, 1.0)
     assert got[5].item() == q[0, 2000].item()
     assert got[6].item() == 0
     assert got[3].item() == 0
     lowest = torch.full((1, 64), torch.finfo(torch.float32).min)
-    got = _cpp.residual_fwd(lowest, lowest, torch.tensor([1]), None, None, 1.0, 1.0, 1.0)
+    got = cpp.residual_fwd(lowest, lowest, torch.tensor([1]), None, None, 1.0, 1.0, 1.0)
     assert got[6].item() == pytest.approx(math.log(64), rel=1e-6)
 
 
@@ -221,18 +222,18 @@ def test_cached_base_statistics(isa, dtype):
     base, q = logits(6, 900, dtype)
     actions = some_actions(6, 900)
     for alphas in [(1.0, 1.0, 1.0), (0.01, 1.0, 0.0)]:
-        full = _cpp.residual_fwd(base, q, actions, None, None, *alphas)
-        cached = _cpp.residual_fwd(base, q, actions, full[4], full[2], *alphas)
+        full = cpp.residual_fwd(base, q, actions, None, None, *alphas)
+        cached = cpp.residual_fwd(base, q, actions, full[4], full[2], *alphas)
         for f, c in zip(full, cached, strict=True):
             torch.testing.assert_close(c, f, rtol=1e-6, atol=4e-6)
     # with m == 0 nothing but z_b[a] is read of the base, and with both given not even that
-    full = _cpp.residual_fwd(base, q, actions, None, None, 1.0, 1.0, 1.0)
+    full = cpp.residual_fwd(base, q, actions, None, None, 1.0, 1.0, 1.0)
     hollow = torch.full_like(base, NAN)
     rows = torch.arange(6)[actions >= 0]
     hollow[rows, actions[rows]] = base[rows, actions[rows]]
     for other in (hollow, None):
         logp = full[2] if other is None else None
-        cached = _cpp.residual_fwd(other, q, actions, full[4], logp, 1.0, 1.0, 1.0)
+        cached = cpp.residual_fwd(other, q, actions, full[4], logp, 1.0, 1.0, 1.0)
         for f, c in zip(full, cached, strict=True):
             torch.testing.assert_close(c, f, rtol=1e-6, atol=4e-6)
 
@@ -243,14 +244,14 @@ def test_any_row_stride(isa, dtype):
     wide = torch.full((4, 1601), NAN, dtype=dtype)
     wide[:, 33:1534] = q
     view, actions, alphas = wide[:, 33:1534], some_actions(4, 1501), (0.5, 1.0, 1.0)
-    plain = _cpp.residual_fwd(base, q, actions, None, None, *alphas)
-    strided = _cpp.residual_fwd(base, view, actions, None, None, *alphas)
+    plain = cpp.residual_fwd(base, q, actions, None, None, *alphas)
+    strided = cpp.residual_fwd(base, view, actions, None, None, *alphas)
     for a, b in zip(plain, strided, strict=True):
         assert torch.equal(a, b)
     coef = torch.ones(4)
     assert torch.equal(
-        _cpp.residual_bwd(base, q, actions, *plain[5:], coef, coef, *alphas),
-        _cpp.residual_bwd(base, view, actions, *plain[5:], coef, coef, *alphas),
+        cpp.residual_bwd(base, q, actions, *plain[5:], coef, coef, *alphas),
+        cpp.residual_bwd(base, view, actions, *plain[5:], coef, coef, *alphas),
     )
     check_forward(base[:1].expand(4, -1), view, actions, alphas)
 
@@ -275,8 +276,8 @@ def test_threads_do_not_change_results(isa, n):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        got = _cpp.residual_fwd(base, q, actions, None, None, *alphas)
-        results.append((*got, _cpp.residual_bwd(base, q, actions, *got[5:], coef, coef, *alphas)))
+        got = cpp.residual_fwd(base, q, actions, None, None, *alphas)
+        results.append((*got, cpp.residual_bwd(base, q, actions, *got[5:], coef, coef, *alphas)))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
@@ -302,10 +303,10 @@ def test_one_rounding_to_nearest_even(isa, dtype):
     )
     q = torch.zeros(len(coef), 67, dtype=dtype)  # with these statistics exp(...) is 1 everywhere
     actions, zeros = torch.full((len(coef),), -100), torch.zeros(len(coef))
-    grad = _cpp.residual_bwd(None, q, actions, zeros, zeros, coef, zeros, 1.0, 1.0, 1.0)
+    grad = cpp.residual_bwd(None, q, actions, zeros, zeros, coef, zeros, 1.0, 1.0, 1.0)
     assert torch.equal(grad, coef.to(dtype)[:, None].expand_as(grad))
     actions.fill_(66)
-    grad = _cpp.residual_bwd(None, q, actions, zeros, zeros, zeros, coef, 1.0, 1.0, 1.0)
+    grad = cpp.residual_bwd(None, q, actions, zeros, zeros, zeros, coef, 1.0, 1.0, 1.0)
     assert torch.equal(grad[:, 66], coef.to(dtype))
 
 
@@ -313,21 +314,21 @@ def test_exponential(isa):
     """With these statistics the gradient is exp(q), nothing else."""
     q = -torch.cat([torch.linspace(0, 2, 40001), torch.linspace(2, 86, 40001)])[None]
     actions, zero, one = torch.tensor([-100]), torch.zeros(1), torch.ones(1)
-    got = _cpp.residual_bwd(None, q, actions, zero, zero, one, zero, 1.0, 1.0, 1.0)
+    got = cpp.residual_bwd(None, q, actions, zero, zero, one, zero, 1.0, 1.0, 1.0)
     want = q.double().exp()
     error = (got / want - 1).abs()
     assert (error <= EPS * (1.5 + 1.5 * q.abs())).all()  # 1.5 units of the result, and of y
     assert got[0, 0] == 1
     q = torch.tensor([[-INF, -1e4, -3e38, 0.0]])
-    got = _cpp.residual_bwd(None, q, actions, zero, zero, one, zero, 1.0, 1.0, 1.0)
+    got = cpp.residual_bwd(None, q, actions, zero, zero, one, zero, 1.0, 1.0, 1.0)
     assert got.tolist() == [[0, 0, 0, 1]]
 
 
 def test_zero_policy_coefficient(isa):
     base, q = logits(2, 77, torch.bfloat16)
-    got = _cpp.residual_fwd(base, q, torch.tensor([3, -100]), None, None, 1.0, 1.0, 1.0)
+    got = cpp.residual_fwd(base, q, torch.tensor([3, -100]), None, None, 1.0, 1.0, 1.0)
     coef_p, coef_a = torch.zeros(2), torch.tensor([0.3, 5.0])
-    grad = _cpp.residual_bwd(
+    grad = cpp.residual_bwd(
         base, q, torch.tensor([3, -100]), *got[5:], coef_p, coef_a, 1.0, 1.0, 1.0
     )
     assert grad[0, 3] == torch.tensor(0.3).bfloat16()
@@ -349,7 +350,7 @@ def test_preference(value_next, length_mean, index, given):
         actions = torch.randint(0, 9, (n,), generator=generator)
         actions[torch.rand(n, generator=generator) < 0.3] = -100
         denominators = torch.tensor([7.0, 0.5]) if given else None
-        got = _cpp.preference_fwd(
+        got = cpp.preference_fwd(
             q, value, actions, cu_seqlens, denominators, 0.9, 0.3, 2.0, value_next, length_mean
         )
         q, value = q.double().requires_grad_(), value.double().requires_grad_()
@@ -377,7 +378,7 @@ def test_preference(value_next, length_mean, index, given):
 @pytest.mark.parametrize("bounds", [[1, 2, 4], [0, 3, 2], [0, 2, 5], [0, -1, 4], [0, 9, 4]])
 def test_preference_with_bounds_that_do_not_fit(bounds):
     rows, actions = torch.ones(4), torch.zeros(4, dtype=torch.int64)
-    got = _cpp.preference_fwd(
+    got = cpp.preference_fwd(
         rows, rows, actions, torch.tensor(bounds), None, 1.0, 0.1, 1.0, True, True
     )
     assert all(field.isnan().all() for field in got)
@@ -386,5 +387,4 @@ def test_preference_with_bounds_that_do_not_fit(bounds):
 def test_capability_is_checked(monkeypatch):
     monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", "sse9")
     with pytest.raises(ValueError, match="sse9"):
-        _cpp.capability()
-    assert not _cpp.supports(torch.float64)
+        cpp.capability()

@@ -13,12 +13,13 @@ import sys
 import pytest
 import torch
 
-from qadapter import _cpp, reference
+from qadapter import reference
+from qadapter.ops import cpp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-if not _cpp.available()[0]:
-    pytest.skip(_cpp.available()[1], allow_module_level=True)
+if not cpp.available()[0]:
+    pytest.skip(cpp.available()[1], allow_module_level=True)
 
 INF, NAN = float("inf"), float("nan")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -33,7 +34,7 @@ def isa(request, monkeypatch):
         monkeypatch.delenv("QADAPTER_CPU_CAPABILITY", raising=False)
         return request.param
     monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
-    if _cpp.capability() != request.param:
+    if cpp.capability() != request.param:
         pytest.skip(f"this CPU has no {request.param}")
     return request.param
 
@@ -52,7 +53,7 @@ def make(rows, vocab, dim, hidden=F32, weight=F32, *, spread=3.0, seed=0):
 
 def run(base, q, weight, actions, alphas=ONES, *, bias=None, lse=None, logp=None, **rest):
     options = {"scale": 1.0, "cap": 0.0, "chunk": 0, "need_grad": True} | rest
-    out = _cpp.linear_fwd(
+    out = cpp.linear_fwd(
         *(base, q, weight, actions, bias, lse, logp, *alphas),
         *(options["scale"], options["cap"], options["chunk"], options["need_grad"]),
     )
@@ -351,12 +352,12 @@ def test_memory_is_bounded():
     """More rows need no more memory than their outputs; measured in a process of its own."""
     code = """
 import resource, torch
-from qadapter import _cpp
+from qadapter.ops import cpp as _cpp
 torch.set_num_threads(2)
 def call(rows):
     h, w = torch.ones(rows, 16), torch.zeros(64, 16)
     a = torch.zeros(rows, dtype=torch.int64)
-    _cpp.linear_fwd(h, h, w, a, None, None, None, 1., 1., 1., 1., 0., 0, True)
+    cpp.linear_fwd(h, h, w, a, None, None, None, 1., 1., 1., 1., 0., 0, True)
 call(2000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 call(200_000)

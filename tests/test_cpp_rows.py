@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from qadapter import _cpp
+from qadapter.ops import cpp, few_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-if not _cpp.available()[0]:
-    pytest.skip(_cpp.available()[1], allow_module_level=True)
+if not cpp.available()[0]:
+    pytest.skip(cpp.available()[1], allow_module_level=True)
 
 INF, NAN = float("inf"), float("nan")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -28,7 +28,7 @@ def isa(request, monkeypatch):
         monkeypatch.delenv("QADAPTER_CPU_CAPABILITY", raising=False)
     else:
         monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
-        if _cpp.capability() != request.param:
+        if cpp.capability() != request.param:
             pytest.skip(f"this CPU has no {request.param}")
     forget()
     yield request.param
@@ -37,8 +37,8 @@ def isa(request, monkeypatch):
 
 
 def forget():
-    _cpp._rows.cache_clear()
-    _cpp.rows_linear_limit.cache_clear()
+    few_rows._operations.cache_clear()
+    few_rows.rows_linear_limit.cache_clear()
 
 
 def random(*shape, dtype=F32, seed=0):
@@ -56,7 +56,7 @@ def problem(rows, out, dim, dtype, *, bias=True):
 
 def check_linear(x, weight, bias=None):
     """rows_linear of these; its errors are bounded element by element."""
-    got = _cpp.rows_linear(x, weight, bias)
+    got = few_rows.rows_linear(x, weight, bias)
     exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert got.dtype == x.dtype and got.shape == exact.shape and got.is_contiguous()
     rounding = torch.finfo(x.dtype).eps / 2
@@ -83,7 +83,7 @@ def test_linear_of_every_rest(dtype, dim):
 def test_linear_is_no_worse_than_torch(dtype):
     x, weight, bias = problem(8, 300, 1536, dtype)
     exact = linear(x.double(), weight.double(), bias.double())
-    ours = (_cpp.rows_linear(x, weight, bias).double() - exact).abs().max()
+    ours = (few_rows.rows_linear(x, weight, bias).double() - exact).abs().max()
     theirs = (linear(x, weight, bias).double() - exact).abs().max()
     assert ours <= 2 * theirs
 
@@ -91,13 +91,13 @@ def test_linear_is_no_worse_than_torch(dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_row_does_not_depend_on_the_others(dtype):
     x, weight, bias = problem(37, 131, 577, dtype)
-    alone = torch.cat([_cpp.rows_linear(x[i : i + 1], weight, bias) for i in range(len(x))])
+    alone = torch.cat([few_rows.rows_linear(x[i : i + 1], weight, bias) for i in range(len(x))])
     for rows in range(1, 38):
-        assert torch.equal(_cpp.rows_linear(x[:rows], weight, bias), alone[:rows])
-        assert torch.equal(_cpp.rows_linear(x[-rows:], weight, bias), alone[-rows:])
+        assert torch.equal(few_rows.rows_linear(x[:rows], weight, bias), alone[:rows])
+        assert torch.equal(few_rows.rows_linear(x[-rows:], weight, bias), alone[-rows:])
     with_nan = x.clone()
     with_nan[1] = NAN
-    got = _cpp.rows_linear(with_nan, weight, bias)
+    got = few_rows.rows_linear(with_nan, weight, bias)
     assert got[1].isnan().all()
     assert torch.equal(got[2:], alone[2:]) and torch.equal(got[0], alone[0])
 
@@ -105,11 +105,11 @@ def test_a_row_does_not_depend_on_the_others(dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_an_output_does_not_depend_on_the_threads_or_its_place(dtype):
     x, weight, bias = problem(5, 1003, 320, dtype)
-    one = _cpp.rows_linear(x, weight, bias)
+    one = few_rows.rows_linear(x, weight, bias)
     for threads in (2, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(_cpp.rows_linear(x, weight, bias), one)
-    assert torch.equal(_cpp.rows_linear(x, weight[5:], bias[5:]), one[:, 5:])
+        assert torch.equal(few_rows.rows_linear(x, weight, bias), one)
+    assert torch.equal(few_rows.rows_linear(x, weight[5:], bias[5:]), one[:, 5:])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -129,16 +129,16 @@ def test_strides(dtype):
     ]
     for x in views:
         assert torch.equal(
-            check_linear(x, weight, bias), _cpp.rows_linear(x.contiguous(), weight, bias)
+            check_linear(x, weight, bias), few_rows.rows_linear(x.contiguous(), weight, bias)
         )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_nothing_to_do(dtype):
     weight, bias = random(5, 8, dtype=dtype), random(5, dtype=dtype)
-    assert _cpp.rows_linear(weight[:0], weight).shape == (0, 5)
-    assert _cpp.rows_linear(weight, weight[:0]).shape == (5, 0)
-    assert torch.equal(_cpp.rows_linear(weight[:, :0], weight[:, :0], bias), bias.repeat(5, 1))
+    assert few_rows.rows_linear(weight[:0], weight).shape == (0, 5)
+    assert few_rows.rows_linear(weight, weight[:0]).shape == (5, 0)
+    assert torch.equal(few_rows.rows_linear(weight[:, :0], weight[:, :0], bias), bias.repeat(5, 1))
 
 
 def test_extreme_values():
@@ -149,7 +149,7 @@ def test_extreme_values():
         x, weight = x.to(dtype).repeat(1, 40), weight.to(dtype).repeat(1, 40)
         x[:, 3:], weight[:, 3:] = 0, 0
         assert torch.equal(
-            _cpp.rows_linear(x, weight).float().nan_to_num(12345.0),
+            few_rows.rows_linear(x, weight).float().nan_to_num(12345.0),
             linear(x.double(), weight.double()).to(dtype).float().nan_to_num(12345.0),
         )
 
@@ -157,11 +157,11 @@ def test_extreme_values():
 def test_bfloat16_is_rounded_to_nearest_even():
     # 1 + 2^-8 lies halfway, 1 + 2^-8 + 2^-20 does not; half a unit above the largest is infinity
     weight = torch.tensor([[1.0, 2**-8, 0.0], [1.0, 2**-8, 2**-20], [1.0, 3 * 2**-8, 0.0]])
-    got = _cpp.rows_linear(torch.ones(1, 3, dtype=BF16), weight.to(BF16))
+    got = few_rows.rows_linear(torch.ones(1, 3, dtype=BF16), weight.to(BF16))
     assert got.tolist() == [[1.0, 1.0078125, 1.015625]]
     big = torch.finfo(BF16).max
     pair = torch.tensor([[big, 2.0**119]], dtype=BF16)
-    assert _cpp.rows_linear(torch.ones(1, 2, dtype=BF16), pair).item() == INF
+    assert few_rows.rows_linear(torch.ones(1, 2, dtype=BF16), pair).item() == INF
 
 
 def test_linear_refuses():
@@ -179,7 +179,7 @@ def test_linear_refuses():
     ]
     for arguments, message in bad:
         with pytest.raises(RuntimeError, match=message):
-            _cpp.rows_linear(*arguments)
+            few_rows.rows_linear(*arguments)
 
 
 def lora_problem(rows, out, dim, rank, dtype, low_rank):
@@ -198,7 +198,7 @@ def check_lora(out, x, a, b, scaling, start, stop):
     exact[start:stop] += scaling * (part @ a.double().T @ b.double().T)
     terms = before.double().abs()
     terms[start:stop] += abs(scaling) * (part.abs() @ a.double().abs().T @ b.double().abs().T)
-    _cpp.lora_add_(out, x, a, b, scaling, start, stop)
+    few_rows.lora_add_(out, x, a, b, scaling, start, stop)
     rounding = torch.finfo(x.dtype).eps / 2
     sums = EPS * (8 + x.shape[-1] ** 0.5 + a.shape[0] ** 0.5)
     assert ((out.double() - exact).abs() <= 1.01 * rounding * exact.abs() + sums * terms).all()
@@ -231,7 +231,7 @@ def test_lora_takes_strided_factors(dtype):
     wide_a[:, 5:55], wide_b[:, 3:11] = a, b
     expected = out.clone()
     check_lora(expected, x, a, b, 1.0, 0, 3)
-    _cpp.lora_add_(out, x, wide_a[:, 5:55], wide_b[:, 3:11], 1.0, 0, 3)
+    few_rows.lora_add_(out, x, wide_a[:, 5:55], wide_b[:, 3:11], 1.0, 0, 3)
     assert torch.equal(out, expected)
 
 
@@ -240,13 +240,13 @@ def test_a_lora_row_does_not_depend_on_the_others(dtype):
     out, x, a, b = lora_problem(37, 45, 70, 8, dtype, F32)
     alone = out.clone()
     for i in range(37):
-        _cpp.lora_add_(alone, x, a, b, 0.3, i, i + 1)
+        few_rows.lora_add_(alone, x, a, b, 0.3, i, i + 1)
     for start, stop in ((0, 37), (5, 22), (1, 3)):
         got = out.clone()
-        _cpp.lora_add_(got, x, a, b, 0.3, start, stop)
+        few_rows.lora_add_(got, x, a, b, 0.3, start, stop)
         assert torch.equal(got[start:stop], alone[start:stop])
     torch.set_num_threads(3)
-    _cpp.lora_add_(out, x, a, b, 0.3, 0, 37)
+    few_rows.lora_add_(out, x, a, b, 0.3, 0, 37)
     assert torch.equal(out, alone)
 
 
@@ -269,14 +269,14 @@ def test_lora_refuses():
     before = out.clone()
     for arguments, message in bad:
         with pytest.raises(RuntimeError, match=message):
-            _cpp.lora_add_(*arguments)
+            few_rows.lora_add_(*arguments)
     assert torch.equal(out, before)
 
 
 def test_limits(monkeypatch):
     for dtype in (F32, BF16, F16, torch.float64):
-        assert _cpp.rows_linear_limit(dtype) in range(65)
-    assert _cpp.rows_linear_limit(F16) == _cpp.rows_linear_limit(torch.float64) == 0
-    monkeypatch.setattr(_cpp, "_load", lambda: "no extension")
-    _cpp.rows_linear_limit.cache_clear()
-    assert _cpp.rows_linear_limit(BF16) == 0
+        assert few_rows.rows_linear_limit(dtype) in range(65)
+    assert few_rows.rows_linear_limit(F16) == few_rows.rows_linear_limit(torch.float64) == 0
+    monkeypatch.setattr(cpp, "why_not_loaded", lambda: "no extension")
+    few_rows.rows_linear_limit.cache_clear()
+    assert few_rows.rows_linear_limit(BF16) == 0

@@ -9,12 +9,13 @@ import math
 import pytest
 import torch
 
-from qadapter import _cpp, _torch, reference
+from qadapter import reference
+from qadapter.ops import cpp, sample_torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-if not _cpp.available()[0]:
-    pytest.skip(_cpp.available()[1], allow_module_level=True)
+if not cpp.available()[0]:
+    pytest.skip(cpp.available()[1], allow_module_level=True)
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,8 +79,8 @@ def arguments(base, q, filters=(0, 1.0, 0.0), *, weight=0.5, scale=1.25, greedy=
 def both(*args, **kwargs):
     """The C++ result, after it was found equal to torch's."""
     args = arguments(*args, **kwargs)
-    tokens, logprobs = _cpp.sample(*args)
-    expected_tokens, expected = _torch.sample(*args)
+    tokens, logprobs = cpp.sample(*args)
+    expected_tokens, expected = sample_torch.sample(*args)
     assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
     assert tokens.tolist() == expected_tokens.tolist()
     # Masses are float32 here: a token that ends within 1e-7 of top_p may fall on either side.
@@ -135,7 +136,7 @@ def test_layouts(isa, filters):
         wide[:, 7:1010] = logits("flat", 5, 1003).to(dtype)
         q, base = wide[:, 7:1010], wide.flip(0)[:, 7:1010]
         expected = both(base.contiguous(), q.contiguous(), filters)
-        for got, want in zip(_cpp.sample(*arguments(base, q, filters)), expected, strict=True):
+        for got, want in zip(cpp.sample(*arguments(base, q, filters)), expected, strict=True):
             assert torch.equal(got, want)
     row = logits("flat", 1, 1003).expand(4, -1)
     tokens, _ = both(None, row, filters, seed=torch.full((4,), 5))
@@ -147,13 +148,13 @@ def test_layouts(isa, filters):
 def test_threads_and_batches_do_not_matter(filters, threads):
     """Bit for bit: also where a row is shared by several threads."""
     q, base = logits("flat", 9, 40_003), logits("peaked", 9, 40_003, seed=1)
-    whole = _cpp.sample(*arguments(base, q, filters))
+    whole = cpp.sample(*arguments(base, q, filters))
     torch.set_num_threads(threads)
-    again = _cpp.sample(*arguments(base, q, filters))
+    again = cpp.sample(*arguments(base, q, filters))
     assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1])
     for rows in (slice(0, 1), slice(4, 5), slice(5, 7)):
         seed = (torch.arange(9) * 3 + 11)[rows]
-        part = _cpp.sample(*arguments(base[rows], q[rows], filters, seed=seed))
+        part = cpp.sample(*arguments(base[rows], q[rows], filters, seed=seed))
         assert torch.equal(part[0], whole[0][rows]) and torch.equal(part[1], whole[1][rows])
 
 
@@ -224,7 +225,7 @@ def test_flushed_subnormals(isa, filters):
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU does not flush subnormals")
     try:
-        tokens, logprobs = _cpp.sample(*arguments(None, q, filters))
+        tokens, logprobs = cpp.sample(*arguments(None, q, filters))
     finally:
         torch.set_flush_denormal(False)
     assert torch.equal(tokens, expected[0]) and torch.equal(logprobs, expected[1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qadapter import cpu_attention, packed_attention
+from qadapter.model import cpu_attention, packed_attention
 
 
 def case(queries, keys, heads, groups, dim, dtype):

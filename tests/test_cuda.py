@@ -12,7 +12,7 @@ import itertools
 import pytest
 import torch
 
-from qadapter import _cuda, _torch
+from qadapter.ops import cuda, residual_torch
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -65,24 +65,24 @@ def check(cuda_device, base, q, actions, composition, *, cached=False, splits=0,
     if cached:
         lse = wide[0].logsumexp(-1).float()
         logp = (wide[0].gather(1, actions.clamp(min=0)[:, None])[:, 0] - lse).float()
-    exact = _torch.residual_fwd(
+    exact = residual_torch.residual_fwd(
         *wide, actions, *(None if t is None else t.double() for t in (lse, logp)), *composition
     )
-    eager = _torch.residual_fwd(base, q, actions, lse, logp, *composition)
+    eager = residual_torch.residual_fwd(base, q, actions, lse, logp, *composition)
     ours_base = None if base is None else placed(base, cuda_device, base_offset, gap)
     ours_q = placed(q, cuda_device, offset, gap)
     known = [None if t is None else t.to(cuda_device) for t in (lse, logp)]
     here = actions.to(cuda_device)
-    ours = _cuda.residual_fwd(ours_base, ours_q, here, *known, *composition, splits=splits)
+    ours = cuda.residual_fwd(ours_base, ours_q, here, *known, *composition, splits=splits)
     agree(ours, exact, eager)
 
     coefs = torch.randn(2, rows, generator=torch.Generator().manual_seed(7))
     coefs[0, -1] = 0.0
     sums = [t.cpu() for t in ours[5:]]
     on_rows = (*sums, *coefs)
-    want = _torch.residual_bwd(*wide, actions, *(t.double() for t in on_rows), *composition)
-    plain = _torch.residual_bwd(base, q, actions, *on_rows, *composition)
-    got = _cuda.residual_bwd(
+    want = residual_torch.residual_bwd(*wide, actions, *(t.double() for t in on_rows), *composition)
+    plain = residual_torch.residual_bwd(base, q, actions, *on_rows, *composition)
+    got = cuda.residual_bwd(
         ours_base, ours_q, here, *(t.to(cuda_device) for t in on_rows), *composition
     )
     assert got.dtype == dtype and got.is_contiguous()
@@ -127,14 +127,16 @@ def test_rows_without_base_logits(cuda_device):
     logp = (base.double().gather(1, actions.clamp(min=0)[:, None])[:, 0] - lse).float()
     composition = (1.0, 0.7, 1.0)
     known = (actions, lse, logp)
-    want = _torch.residual_fwd(None, q.double(), actions, lse.double(), logp.double(), *composition)
-    eager = _torch.residual_fwd(None, q, *known, *composition)
-    ours = _cuda.residual_fwd(
+    want = residual_torch.residual_fwd(
+        None, q.double(), actions, lse.double(), logp.double(), *composition
+    )
+    eager = residual_torch.residual_fwd(None, q, *known, *composition)
+    ours = cuda.residual_fwd(
         None, q.to(cuda_device), *(t.to(cuda_device) for t in known), *composition
     )
     agree(ours, want, eager)
     with pytest.raises(RuntimeError, match="base_logits may be missing only"):
-        _cuda.residual_fwd(
+        cuda.residual_fwd(
             None, q.to(cuda_device), *(t.to(cuda_device) for t in known), 0.5, 0.7, 1.0
         )
 
@@ -145,7 +147,7 @@ def test_equal_streams_cancel_exactly(cuda_device, dtype, splits):
     base, _, actions = make(3, 12345, dtype)
     for layout in ((0, 0), (1, 1), (0, 1)):
         streams = [placed(base, cuda_device, offset) for offset in layout]
-        ours = _cuda.residual_fwd(
+        ours = cuda.residual_fwd(
             *streams, actions.to(cuda_device), None, None, 1.0, 1.0, 1.0, splits=splits
         )
         assert (ours[0] == 0).all() and (ours[1] == 0).all(), layout
@@ -162,7 +164,7 @@ def test_masked_tokens_and_poison(cuda_device, dtype, composition):
     base[7, 3] = NAN
     check(cuda_device, base, q, actions, composition)
     actions[8], actions[0] = 700, -3
-    ours = _cuda.residual_fwd(
+    ours = cuda.residual_fwd(
         base.to(cuda_device), q.to(cuda_device), actions.to(cuda_device), None, None, *composition
     )
     for row in (0, 8):
@@ -172,9 +174,9 @@ def test_masked_tokens_and_poison(cuda_device, dtype, composition):
 
 def test_no_rows(cuda_device):
     base, q, actions = (t[:0].to(cuda_device) for t in make(2, 9, torch.float32))
-    ours = _cuda.residual_fwd(base, q, actions, None, None, 1.0, 1.0, 1.0)
+    ours = cuda.residual_fwd(base, q, actions, None, None, 1.0, 1.0, 1.0)
     assert all(t.shape == (0,) for t in ours)
-    grad = _cuda.residual_bwd(base, q, actions, *ours[:4], 1.0, 1.0, 1.0)
+    grad = cuda.residual_bwd(base, q, actions, *ours[:4], 1.0, 1.0, 1.0)
     assert grad.shape == (0, 9)
 
 
@@ -195,6 +197,6 @@ def test_wrong_arguments_are_refused(cuda_device):
     base, q, actions = (t.to(cuda_device) for t in make(3, 40, torch.float32))
     for wrong in (base[:2], base[:, :39], base.half(), base.t().contiguous().t()):
         with pytest.raises(RuntimeError, match="qadapter: expected"):
-            _cuda.residual_fwd(wrong, q, actions, None, None, 1.0, 1.0, 1.0)
+            cuda.residual_fwd(wrong, q, actions, None, None, 1.0, 1.0, 1.0)
     with pytest.raises(RuntimeError, match="qadapter: expected"):
-        _cuda.residual_fwd(base, q, actions.int(), None, None, 1.0, 1.0, 1.0)
+        cuda.residual_fwd(base, q, actions.int(), None, None, 1.0, 1.0, 1.0)

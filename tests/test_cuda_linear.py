@@ -7,7 +7,7 @@ what is added up; for u the roundings of p and of u itself to their dtypes.
 import pytest
 import torch
 
-from qadapter import _cuda, _torch
+from qadapter.ops import cuda, linear_torch
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,10 +42,10 @@ def check(device, tensors, composition, *, head=(1.0, 0.0), cached=False, chunk=
         lse = z.logsumexp(-1).float()
         logp = (z.gather(1, actions.clamp(min=0)[:, None])[:, 0] - lse).float()
     args = (base, q, weight, actions, bias, lse, logp, *composition, *head, chunk, True)
-    exact = _torch.linear_fwd(*map(widened, args))
-    plain = _torch.linear_fwd(*args)
+    exact = linear_torch.linear_fwd(*map(widened, args))
+    plain = linear_torch.linear_fwd(*args)
     here = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
-    ours = _cuda.linear_fwd(*here, cluster=cluster)
+    ours = cuda.linear_fwd(*here, cluster=cluster)
     for name, a, b, c in zip(NAMES, ours, exact, plain, strict=False):
         a = a.double().cpu()
         assert torch.equal(a.isnan(), b.isnan()), name
@@ -108,7 +108,7 @@ def test_equal_streams_cancel_exactly(cuda_device, dtype, cluster):
         None if t is None else t.to(cuda_device) for t in make(4, 16, 1234, dtype)
     )
     args = (base, base, weight, actions, None, None, None, 1.0, 1.0, 1.0, 1.0, 0.0, 0, True)
-    ours = _cuda.linear_fwd(*args, cluster=cluster)
+    ours = cuda.linear_fwd(*args, cluster=cluster)
     assert (ours[0] == 0).all() and (ours[1] == 0).all()
 
 
@@ -143,7 +143,7 @@ def test_p_without_its_action_lies_over_the_chunk(cuda_device):
         statistics = torch.full((5, rows), NAN, device=cuda_device)
         here = (actions.to(cuda_device), statistics)
         numbers = (vocab, 0.0, 1.4426950408889634 / 0.8, 1.0, 0.0, True, cluster, 0)
-        _cuda._ops().linear_chunk(chunk, None, p, None, *here, *numbers)
+        cuda.extension().linear_chunk(chunk, None, p, None, *here, *numbers)
         x = z[:rows, :vocab].double() / 0.8
         want = x.softmax(-1)
         want[0, 5] = want[2, 1000] = 0
@@ -180,7 +180,7 @@ def test_wrong_chunks_are_refused(cuda_device):
     z = torch.zeros(2, 64, device=cuda_device)
     actions, statistics = (torch.zeros(n, device=cuda_device) for n in (2, 10))
     numbers = (50, 0.0, 1.0, 1.0, 0.0, True, 1, 0)
-    kernel = _cuda._ops().linear_chunk
+    kernel = cuda.extension().linear_chunk
     fitting = (actions.long(), statistics.view(5, 2))
     for chunk, p, rest in (
         (z[:, :63], None, fitting),

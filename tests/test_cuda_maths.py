@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qadapter._torch_sample import row_keys, uniform
+from qadapter.ops.philox import row_keys, uniform
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG2E = math.log2(math.e)

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from qadapter import _cuda, _torch, reference
+from qadapter import reference
+from qadapter.ops import cuda, sample_torch
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,8 +72,8 @@ def moved(args, device):
 def both(device, base, q, filters=(0, 1.0, 0.0), **kwargs):
     """The CUDA result, after it was found equal to torch's."""
     args = arguments(base, q, filters, **kwargs)
-    tokens, logprobs = (t.cpu() for t in _cuda.sample(*moved(args, device)))
-    expected_tokens, expected = _torch.sample(*args)
+    tokens, logprobs = (t.cpu() for t in cuda.sample(*moved(args, device)))
+    expected_tokens, expected = sample_torch.sample(*args)
     assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
     assert tokens.tolist() == expected_tokens.tolist()
     # Masses are float32 here: a token that ends within 1e-7 of top_p may fall on either side.
@@ -123,7 +124,7 @@ def test_small_scales_from_greedy_to_flat(cuda_device, filters):
             assert tokens.tolist() == q.argmax(-1).tolist()
     for scale in (0.0, -1.0, NAN, INF):
         args = arguments(None, q, filters, scale=scale)
-        tokens, logprobs = _cuda.sample(*moved(args, cuda_device))
+        tokens, logprobs = cuda.sample(*moved(args, cuda_device))
         assert (tokens == -1).all() and logprobs.isnan().all()
 
 
@@ -132,7 +133,7 @@ def test_small_batches_do_not_change_a_row(cuda_device, filters):
     """Not its neighbours, nor where in memory it lies."""
     base, q = (logits("flat", 5, 1003, seed).half() for seed in (1, 2))
     args = moved(arguments(base, q, filters), cuda_device)
-    together = _cuda.sample(*args)
+    together = cuda.sample(*args)
     for row in range(5):
         for offset in (0, 3):
             one = list(args)
@@ -141,7 +142,7 @@ def test_small_batches_do_not_change_a_row(cuda_device, filters):
                 buffer[offset:] = args[i][row]
                 one[i] = buffer[offset:][None]
             one[3], one[4] = args[3][row : row + 1], args[4][row : row + 1]
-            alone = _cuda.sample(*one)
+            alone = cuda.sample(*one)
             assert all(
                 torch.equal(a[row : row + 1], b) for a, b in zip(together, alone, strict=True)
             )
@@ -155,8 +156,8 @@ def test_small_seeds(cuda_device):
     draws = []
     for position in (0, 1, 2**40):
         args[5] = torch.full((6,), position)
-        draws.append(_cuda.sample(*moved(args, cuda_device))[0].tolist())
-        assert draws[-1] == _torch.sample(*args)[0].tolist()
+        draws.append(cuda.sample(*moved(args, cuda_device))[0].tolist())
+        assert draws[-1] == sample_torch.sample(*args)[0].tolist()
     assert draws[0] != draws[1] != draws[2]
 
 
@@ -168,7 +169,7 @@ def test_the_distribution(cuda_device, filters):
     named = dict(zip(("top_k", "top_p", "min_p"), filters, strict=True))
     expected = reference.filtered_logprobs(None, q.double() * 1.25, **named)[0].exp()
     args = arguments(None, q.expand(count, -1), filters)
-    tokens = _cuda.sample(*moved(args, cuda_device))[0].cpu()
+    tokens = cuda.sample(*moved(args, cuda_device))[0].cpu()
     seen = torch.bincount(tokens, minlength=10).double()
     assert (seen[expected == 0] == 0).all()
     kept = expected > 0
@@ -192,5 +193,5 @@ def test_the_order_of_threads_does_not_matter(cuda_device, monkeypatch):
 
 def test_no_rows(cuda_device):
     args = moved(arguments(None, torch.zeros(0, 5), (0, 1.0, 0.0)), cuda_device)
-    tokens, logprobs = _cuda.sample(*args)
+    tokens, logprobs = cuda.sample(*args)
     assert tokens.shape == logprobs.shape == (0,)

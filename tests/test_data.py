@@ -10,13 +10,9 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from qadapter import tokenization
-from qadapter.data import (
-    PromptTooLongError,
-    load_preference_data,
-    prepare_dataset,
-    tokenize_preference,
-)
+from qadapter.text import tokenization
+from qadapter.text.data import load_preference_data, prepare_dataset
+from qadapter.text.tokenization import PromptTooLongError, tokenize_preference
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import qadapter
-from qadapter.data import load_preference_data
-from qadapter.demo_rule import follows
+from qadapter.cli.demo_rule import follows
+from qadapter.text.data import load_preference_data
 
 FOLDER = Path(qadapter.__file__).parent / "demo_data"
 

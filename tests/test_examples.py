@@ -15,7 +15,8 @@ from conftest import perturb
 from torch.nn.utils.rnn import pad_sequence
 
 from qadapter import reference
-from qadapter.data import PreferenceCollator, prepare_dataset
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.data import prepare_dataset
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -10,8 +10,9 @@ from conftest import make_base, perturb, preference_rows
 from peft import LoraConfig
 
 from qadapter import QAdapterModel
-from qadapter.data import eos_token_ids, load_preference_data, prepare_dataset
-from qadapter.prompts import encode_prompts
+from qadapter.text.data import load_preference_data, prepare_dataset
+from qadapter.text.prompts import encode_prompts
+from qadapter.text.tokenization import eos_token_ids
 
 SOURCE = Path(__file__).parents[1] / "examples" / "frontier.py"
 

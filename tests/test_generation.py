@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_base, make_model
 
-from qadapter.generation import stream_weights
+from qadapter.composition import stream_weights
 
 IDS = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -158,13 +158,16 @@ def test_generate_leaves_the_mode_alone():
 
 def test_weights():
     model = make_model(center=1.0)
-    assert stream_weights(model) == (1.0, 0.0)
-    assert stream_weights(model, strength=0.0) == (0.0, 1.0)
-    assert stream_weights(model, strength=0.25) == (0.25, 0.75)
-    assert stream_weights(model, alpha_0=4.0, alpha_tilde=4.0) == (0.25, 0.75)
+    assert stream_weights(model.compositions["default"]) == (1.0, 0.0)
+    assert stream_weights(model.compositions["default"], strength=0.0) == (0.0, 1.0)
+    assert stream_weights(model.compositions["default"], strength=0.25) == (0.25, 0.75)
+    assert stream_weights(model.compositions["default"], alpha_0=4.0, alpha_tilde=4.0) == (
+        0.25,
+        0.75,
+    )
     model = make_model(center=0.0, alpha_0=0.01)
-    assert stream_weights(model) == (1.0, 0.01)
-    assert stream_weights(model, strength=0.5) == (0.5, 1.0)
+    assert stream_weights(model.compositions["default"]) == (1.0, 0.01)
+    assert stream_weights(model.compositions["default"], strength=0.5) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(

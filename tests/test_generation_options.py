@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from qadapter import QAdapterModel
-from qadapter.decoding import split_processors
+from qadapter.model.decoding import split_processors
 
 IDS = torch.randint(5, 97, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)

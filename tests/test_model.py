@@ -9,7 +9,7 @@ from conftest import make_base, make_model, perturb
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from qadapter import QAdapterModel
-from qadapter.checkpoint import fingerprint
+from qadapter.model.checkpoint import fingerprint
 
 IDS = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)

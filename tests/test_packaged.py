@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qadapter import packaged
-from qadapter.packaged import default_cache_dir, packaged_model
+from qadapter.model import packaged
+from qadapter.model.packaged import default_cache_dir, packaged_model
 
 
 @pytest.fixture

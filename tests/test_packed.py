@@ -9,9 +9,9 @@ from test_collator import PAIRS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qadapter import functional as QF
-from qadapter import packed_attention
-from qadapter.data import PreferenceCollator
-from qadapter.packing import PackedPreferenceCollator
+from qadapter.model import packed_attention
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.packing import PackedPreferenceCollator
 
 KINDS = ["llama", "llama-tied", "qwen2", "gpt2"]
 

@@ -17,8 +17,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.quality import data, generate, judge, matched, score, stats, sweep, tasks
 from benchmarks.quality.settings import FULL, MAIN, METHODS, QUICK, TRL, Run, changed
 from qadapter import reference
-from qadapter.data import eos_token_ids
-from qadapter.prompts import prompt_ids
+from qadapter.text.prompts import prompt_ids
+from qadapter.text.tokenization import eos_token_ids
 
 
 def test_full_ends_with_whole_seeds_and_holds_what_is_asked():

@@ -12,16 +12,17 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from qadapter import _cpp, reference, use_backend
 from qadapter import functional as QF
-from qadapter.sampling import philox_4x32
+from qadapter import reference, use_backend
+from qadapter.ops import cpp
+from qadapter.ops.philox import philox_4x32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 INF, NAN = float("inf"), float("nan")
 BACKENDS = [
     "torch",
-    pytest.param("cpp", marks=pytest.mark.skipif(not _cpp.available()[0], reason="not built")),
+    pytest.param("cpp", marks=pytest.mark.skipif(not cpp.available()[0], reason="not built")),
 ]
 
 

@@ -8,8 +8,9 @@ import torch
 from conftest import make_base, make_model, perturb
 from peft import IA3Config, LoraConfig, get_peft_model
 
-from qadapter import QAdapterModel, two_streams
-from qadapter.streams import Streams
+from qadapter import QAdapterModel
+from qadapter.model import values
+from qadapter.model.streams import Streams
 
 IDS = torch.randint(3, 97, (3, 7), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones_like(IDS)
@@ -186,7 +187,7 @@ def test_a_head_with_bias():
     model = make_model()
     head = model.hf_model.lm_head
     head.bias = torch.nn.Parameter(3 * torch.randn(97), requires_grad=False)
-    model.selects_hidden_rows = two_streams.head_is_plain(model.hf_model)
+    model.selects_hidden_rows = values.head_is_plain(model.hf_model)
     assert model.selects_hidden_rows
     for strength, other in ((0.6, 0.4), (2.0, -1.0)):
         got = model.generate(IDS, MASK, strength=strength, max_new_tokens=24, **GREEDY)
@@ -343,7 +344,7 @@ def test_refuses_adapters(tmp_path):
 def test_a_stream_that_is_not_its_own_is_noticed(dtype, monkeypatch):
     model = build("llama", lora("llama"))
     model.to(dtype)
-    assert Streams(model, (None, "default")).reason is None
+    assert Streams(model.peft_model, (None, "default")).reason is None
     right = Streams.hidden
 
     def mixed(self, *args):
@@ -351,4 +352,4 @@ def test_a_stream_that_is_not_its_own_is_noticed(dtype, monkeypatch):
         return torch.cat([base, 0.5 * (base + adapter)])
 
     monkeypatch.setattr(Streams, "hidden", mixed)
-    assert "differs by" in (Streams(model, (None, "default")).reason or "")
+    assert "differs by" in (Streams(model.peft_model, (None, "default")).reason or "")

@@ -9,7 +9,7 @@ from conftest import make_model, preference_rows
 from datasets import Dataset
 
 from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
-from qadapter.trainer import last_complete_checkpoint
+from qadapter.training.trainer import last_complete_checkpoint
 
 
 def trainer(tmp_path, tokenizer, *, moved=False, model=None, rows=12, callbacks=None, **config):

@@ -6,8 +6,8 @@ from conftest import make_model
 from test_trainer import trainer
 
 from qadapter import QAdapterConfig
-from qadapter.data import PreferenceCollator
-from qadapter.packing import PackedPreferenceCollator
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.packing import PackedPreferenceCollator
 
 
 def curve(run):

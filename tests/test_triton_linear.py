@@ -42,9 +42,9 @@ else:
     import triton.language as tl
 
     from qadapter import reference
-    from qadapter._triton import linear_fwd
     from qadapter.kernels import linear_chunk
     from qadapter.kernels import linear_fwd as linear_module
+    from qadapter.ops.triton import linear_fwd
 
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -45,10 +45,12 @@ else:
     import triton.language as tl
 
     import qadapter
-    from qadapter import _torch, _triton, reference
     from qadapter import functional as QF
-    from qadapter._torch_sample import row_keys, uniform
+    from qadapter import reference
     from qadapter.kernels.sample_common import row_uniform
+    from qadapter.ops import sample_torch
+    from qadapter.ops import triton as triton_backend
+    from qadapter.ops.philox import row_keys, uniform
 
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -95,9 +97,9 @@ def exact_logprobs(base, q, scale=1.0, weight=0.7, **filters):
 def check(base, q, *, scale=1.0, weight=0.7, greedy=False, **filters):
     """Tokens as the torch backend draws them, log-probabilities as specified."""
     given = {"scale": rows64(scale), "weight": rows64(weight), "greedy": greedy, **filters}
-    tokens, logprobs = draw(_triton, base, q, **given)
+    tokens, logprobs = draw(triton_backend, base, q, **given)
     assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
-    assert torch.equal(tokens, draw(_torch, base, q, **given)[0])
+    assert torch.equal(tokens, draw(sample_torch, base, q, **given)[0])
     exact = exact_logprobs(base, q, scale, weight, **filters).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs.double(), exact, rtol=2e-6, atol=3e-6)
     return tokens, logprobs
@@ -192,7 +194,7 @@ if INTERPRETED or ON_GPU:
             chosen = order[torch.cat([below, above, ends]).clamp(0, DRAWS - 1).unique()]
         far = (u[chosen][:, None] - cumulative).abs().amin(1) > 4e-7
         tokens, logprobs = draw(
-            _triton,
+            triton_backend,
             base.expand(len(chosen), -1),
             q.expand(len(chosen), -1),
             seed=chosen.to(DEVICE),
@@ -239,7 +241,9 @@ if INTERPRETED or ON_GPU:
         u = uniform(seeds, torch.zeros_like(seeds))
         seeds = torch.stack([u.argmax(), u.argmin()]).to(DEVICE)
         position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        tokens, logprobs = draw(_triton, equal, equal, seed=seeds, position=position, **filters)
+        tokens, logprobs = draw(
+            triton_backend, equal, equal, seed=seeds, position=position, **filters
+        )
         assert tokens.tolist() == [kept - 1, 0]
         torch.testing.assert_close(logprobs.cpu(), torch.full((2,), -math.log(kept)))
 
@@ -253,10 +257,10 @@ if INTERPRETED or ON_GPU:
         weight[5], scale[6] = INF, 0.0
         base[7], weight[7] = NAN, 0.0  # without weight the base is not looked at
         base[8, :60] = -INF  # masked, also under a negative weight
-        tokens, logprobs = draw(_triton, base, q, scale=scale, weight=weight, **filters)
+        tokens, logprobs = draw(triton_backend, base, q, scale=scale, weight=weight, **filters)
         assert tokens[1:7].tolist() == [-1] * 6 and logprobs[1:7].isnan().all()
         fine = [0, 7, 8]
-        expected = draw(_torch, base, q, scale=scale, weight=weight, **filters)
+        expected = draw(sample_torch, base, q, scale=scale, weight=weight, **filters)
         assert torch.equal(tokens, expected[0])
         torch.testing.assert_close(logprobs[fine], expected[1][fine], rtol=2e-6, atol=3e-6)
         assert tokens[8] >= 60
@@ -273,21 +277,23 @@ if INTERPRETED or ON_GPU:
             "seed": seed,
             "position": torch.tensor([0, 5, 2**33, 7], device=DEVICE),
         }
-        tokens, logprobs = draw(_triton, base, q, **own, **filters)
-        assert torch.equal(tokens, draw(_torch, base, q, **own, **filters)[0])
+        tokens, logprobs = draw(triton_backend, base, q, **own, **filters)
+        assert torch.equal(tokens, draw(sample_torch, base, q, **own, **filters)[0])
         for row in (1, 3):
             alone = {name: value[row : row + 1] for name, value in own.items()}
             for copy in (lambda t: t, torch.clone):
                 part = slice(row, row + 1)
-                token, logprob = draw(_triton, copy(base[part]), copy(q[part]), **alone, **filters)
+                token, logprob = draw(
+                    triton_backend, copy(base[part]), copy(q[part]), **alone, **filters
+                )
                 assert torch.equal(token, tokens[part]) and torch.equal(logprob, logprobs[part])
 
     def test_one_seed_for_all_rows():
         base, q = (t.expand(6, -1) for t in streams(1, 64))
         seed, position = (torch.tensor([n], device=DEVICE) for n in (11, 4))
         given = {"scale": rows64(0.1), "position": position}
-        shared = draw(_triton, base, q, seed=seed, **given)
-        own = draw(_triton, base, q, seed=row_keys(seed, 6), **given)
+        shared = draw(triton_backend, base, q, seed=seed, **given)
+        own = draw(triton_backend, base, q, seed=row_keys(seed, 6), **given)
         assert torch.equal(shared[0], own[0]) and torch.equal(shared[1], own[1])
         assert shared[0].unique().numel() > 1
 
@@ -298,8 +304,8 @@ if INTERPRETED or ON_GPU:
             wide[:, 0, start : start + 128] = q
             view = wide[:, 0, start : start + 128]
             for filters in ({}, {"top_k": 9}):
-                expected = draw(_triton, base, q, **filters)
-                got = draw(_triton, base, view, **filters)
+                expected = draw(triton_backend, base, q, **filters)
+                got = draw(triton_backend, base, view, **filters)
                 assert torch.equal(got[0], expected[0])
                 torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=1e-6)
             wide.fill_(NAN)
@@ -343,11 +349,11 @@ if INTERPRETED or ON_GPU:
         base, q = streams(4, 50_000, torch.bfloat16)
         position = torch.zeros(4, dtype=torch.int64, device=DEVICE)
         filters = {"top_k": 50, "top_p": 0.9}
-        draw(_triton, base, q, position=position, **filters)
+        draw(triton_backend, base, q, position=position, **filters)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            tokens, _logprobs = draw(_triton, base, q, position=position, **filters)
+            tokens, _logprobs = draw(triton_backend, base, q, position=position, **filters)
         for step in range(3):
             position.fill_(step)
             graph.replay()
-            assert torch.equal(tokens, draw(_torch, base, q, position=position, **filters)[0])
+            assert torch.equal(tokens, draw(sample_torch, base, q, position=position, **filters)[0])

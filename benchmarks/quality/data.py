@@ -9,9 +9,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from qadapter import demo_rule, evaluation
-from qadapter.data import load_preference_data, prepare_dataset
-from qadapter.evaluation import DEMO_DATA, load_unrelated
+from qadapter.cli import demo_rule
+from qadapter.text.data import load_preference_data, prepare_dataset
+from qadapter.training import evaluation
+from qadapter.training.evaluation import DEMO_DATA, load_unrelated
 
 Row = dict[str, Any]
 RULES: dict[str, Callable[[str], bool]] = {"in-short": demo_rule.follows}

@@ -7,8 +7,8 @@ from typing import Any
 from benchmarks.quality.score import Blend
 from benchmarks.quality.tasks import Question
 from qadapter import QAdapterModel
-from qadapter.answers import answer
-from qadapter.prompts import prompt_ids
+from qadapter.text.answers import answer
+from qadapter.text.prompts import prompt_ids
 
 AT_A_TIME = 16
 QUESTION_TOKENS = 8

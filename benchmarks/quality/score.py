@@ -8,7 +8,8 @@ from torch import Tensor
 
 from qadapter import QAdapterModel
 from qadapter import functional as QF
-from qadapter.data import collate_sequences, pad_token_id
+from qadapter.text.collator import collate_sequences
+from qadapter.text.tokenization import pad_token_id
 
 CHUNK = 256  # rows whose float32 logits exist at a time
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qadapter.config import RELEASED_PRESET
+from qadapter.training.config import RELEASED_PRESET
 
 Settings = dict[str, Any]
 

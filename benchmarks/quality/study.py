@@ -23,8 +23,8 @@ from benchmarks.quality import generate, judge, score, tasks
 from benchmarks.quality.settings import Run, Set, Settings, digest, plain
 from benchmarks.quality.train import MissingMethodError, Trained, composition, new_model, train
 from qadapter import QAdapterModel, files
-from qadapter.checkpoint import resolve_model
-from qadapter.data import eos_token_ids
+from qadapter.model.checkpoint import resolve_model
+from qadapter.text.tokenization import eos_token_ids
 
 BASE = score.Blend(0.0, 1.0)
 TRAINED = "trained"

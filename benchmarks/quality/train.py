@@ -22,8 +22,9 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from benchmarks import harness
 from benchmarks.quality.settings import TRL, Settings
 from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
-from qadapter.data import collate_sequences, pad_token_id
-from qadapter.wrapping import load_base
+from qadapter.model.wrapping import load_base
+from qadapter.text.collator import collate_sequences
+from qadapter.text.tokenization import pad_token_id
 
 Row = dict[str, Any]
 Weights = dict[str, torch.Tensor]

@@ -8,7 +8,7 @@
 // Bytes: W once, 2 O K in bfloat16; x and y are small beside it and stay in the cache. Floor: that
 // over the read bandwidth. Operations: 2 M O K; at one vdpbf16ps (64 operations) a cycle they take
 // M / 64 cycles per byte of W. A core that reads 4 bytes a cycle is bound by them from M = 16 on.
-// For many rows a blocked product, which packs W, is faster: qadapter/_cpp.py has the limits.
+// For many rows a blocked product, which packs W, is faster: qadapter/ops/cpp.py has the limits.
 //
 // What a row gives depends neither on the other rows, their number nor the threads.
 

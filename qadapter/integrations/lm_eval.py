@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from qadapter.generation import stream_weights
-from qadapter.modeling import QAdapterModel
+from qadapter.composition import stream_weights
+from qadapter.model.modeling import QAdapterModel
 
 try:
     from lm_eval.api.registry import register_model
@@ -75,7 +75,8 @@ class QAdapterLM(HFLM):
         # On a command line they come as text.
         knobs = {"strength": strength, "alpha_0": alpha_0, "alpha_tilde": alpha_tilde}
         self.knobs: dict[str, Any] = {k: None if v is None else float(v) for k, v in knobs.items()}
-        self.weights = stream_weights(own, **self.knobs)  # checks them
+        trained = (own.alpha_0, own.alpha_tilde, own.center)
+        self.weights = stream_weights(trained, **self.knobs)  # checks them
         super().__init__(pretrained=own.hf_model, tokenizer=tokenizer, backend="causal", **kwargs)
         self.two_streams = own
 

@@ -1,0 +1,5 @@
+"""The command line, one file per command: qadapter train | generate | chat | eval | demo | env."""
+
+from qadapter.cli.commands import main
+
+__all__ = ["main"]

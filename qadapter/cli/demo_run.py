@@ -1,0 +1,176 @@
+"""What ``qadapter demo`` does: a small real model learns one visible preference, and it is checked.
+
+The preference: an answer opens with a summary, "In short, ...". Pairs, held-out questions and
+unrelated text come with the package; whether an answer follows the preference is decided by a rule
+(`qadapter.cli.demo_rule.follows`) on text that the customised model generates.
+"""
+
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from qadapter import files
+from qadapter.cli.demo_rule import follows
+from qadapter.model.checkpoint import resolve_model
+from qadapter.model.modeling import QAdapterModel
+from qadapter.text.data import load_preference_data
+from qadapter.text.prompts import encode_prompts
+from qadapter.training import evaluation
+from qadapter.training.plots import plot_training
+from qadapter.training.trainer import QAdapterConfig, QAdapterTrainer
+
+PREFERENCE = 'an answer opens with "In short, ..."'
+STRENGTHS = (0.5, 1.0, 2.0)
+MAX_NEW_TOKENS = 64
+SHOWN = 4
+
+RECIPE: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "max_steps": 20,
+    "per_device_train_batch_size": 6,
+    "warmup_steps": 3,
+}
+"""The loss is the default one; what else was tried, and why it did not take, is in docs/demo.md."""
+
+
+def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = None) -> dict:
+    """Train, generate, measure, print; writes adapter, report.json, answers.json and training.png.
+
+    Returns the report. Takes some minutes on two CPU cores.
+    """
+    output = Path(output)
+    started = time.perf_counter()
+    source = resolve_model(model)
+    two_streams = QAdapterModel.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    held_out = load_preference_data(evaluation.DEMO_DATA / "heldout.jsonl")
+    train_data = load_preference_data(evaluation.DEMO_DATA / "train.jsonl")
+    questions = [messages[-1]["content"] for messages in held_out["prompt"]]
+    print(f"Preference: {PREFERENCE}. {len(train_data)} pairs, base {model}.\n")
+
+    recipe = {**RECIPE, **({} if max_steps is None else {"max_steps": max_steps})}
+    trainer = QAdapterTrainer(
+        two_streams,
+        QAdapterConfig(
+            output_dir=str(output / "adapter"),
+            eval_strategy="steps",
+            eval_steps=max(1, recipe["max_steps"] // 4),
+            eval_on_start=True,
+            per_device_eval_batch_size=8,
+            logging_steps=max(1, recipe["max_steps"] // 20),
+            save_strategy="no",
+            report_to="none",
+            seed=0,
+            **recipe,
+        ),
+        train_dataset=train_data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    training_started = time.perf_counter()
+    trainer.train()
+    training_seconds = time.perf_counter() - training_started
+    trainer.save_model(str(output / "adapter"))
+    plot = plot_training(
+        trainer.state.log_history,
+        output / "training.png",
+        title=f"{model}: {PREFERENCE}",
+    )
+
+    answers = {"base": _answers(two_streams, tokenizer, questions, 0.0)}
+    forgetting = {}
+    for strength in STRENGTHS:
+        name = f"strength {strength:g}"
+        answers[name] = _answers(two_streams, tokenizer, questions, strength)
+        forgetting[name] = _forgetting(two_streams, tokenizer, strength)
+    report = {
+        "model": model,
+        "preference_text": PREFERENCE,
+        "recipe": recipe,
+        "questions": len(questions),
+        "follows": {name: sum(map(follows, texts)) / len(texts) for name, texts in answers.items()},
+        "forgetting": forgetting,
+        "preference": evaluation.evaluate_preferences(two_streams, tokenizer, held_out),
+        "training_seconds": round(training_seconds, 1),
+        "total_seconds": round(time.perf_counter() - started, 1),
+    }
+    files.write_json(output / "report.json", report)
+    files.write_json(
+        output / "answers.json",
+        [
+            {"question": q, **{name: texts[i] for name, texts in answers.items()}}
+            for i, q in enumerate(questions)
+        ],
+    )
+    print(_side_by_side(questions[:SHOWN], answers))
+    print(_summary(report))
+    print(f"\nadapter {output / 'adapter'}, plot {plot or '(needs matplotlib)'}, all answers "
+          f"{output / 'answers.json'}")  # fmt: skip
+    print(
+        f'try: qadapter generate --adapter {output / "adapter"} --strength 1 --prompt "Why is the '
+        'sky blue?"'
+    )
+    return report
+
+
+def _answers(
+    model: QAdapterModel, tokenizer: Any, questions: Sequence[str], strength: float
+) -> list[str]:
+    """Greedy answers; at strength 0 the base's own."""
+    texts = []
+    batches = [questions[i : i + 16] for i in range(0, len(questions), 16)]
+    for batch in tqdm(batches, desc=f"Answering at strength {strength:g}"):
+        inputs: dict[str, Any] = encode_prompts(tokenizer, batch, None, True, model.device)
+        ids = model.generate(
+            **inputs, strength=strength, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _forgetting(model: QAdapterModel, tokenizer: Any, strength: float) -> dict[str, Any]:
+    """KL and change in log-likelihood on unrelated text, of the policy at a strength."""
+    trained = (model.alpha_0, model.alpha_tilde, model.center)
+    model.set_composition(1 / strength, 1 / strength, model.center)
+    try:
+        return evaluation.evaluate_forgetting(model, tokenizer, evaluation.load_unrelated())
+    finally:
+        model.set_composition(*trained)
+
+
+def _side_by_side(questions: Sequence[str], answers: dict[str, list[str]]) -> str:
+    lines = ["", "Held-out questions", ""]
+    for i, question in enumerate(questions):
+        lines.append(f"  {question}")
+        for name, texts in answers.items():
+            mark = "yes" if follows(texts[i]) else "no "
+            text = textwrap.shorten(texts[i], 300, placeholder=" ...")
+            body = textwrap.wrap(text, 78) or ["(nothing)"]
+            lines.append(f"    {name:13} {mark} {body[0]}")
+            lines += [" " * 22 + line for line in body[1:]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _summary(report: dict[str, Any]) -> str:
+    lines = [
+        f"Answers to {report['questions']} held-out questions, checked by rule, and forgetting on "
+        "unrelated text",
+        "                 follow   KL(base || policy)   change in log-likelihood",
+    ]
+    for name, share in report["follows"].items():
+        line = f"  {name:13} {share:7.0%}"
+        if name in report["forgetting"]:
+            figures = report["forgetting"][name]
+            line += f"   {figures['kl_base_policy']:10.4f} nats   {-figures['delta_nll']:+10.4f}"
+        lines.append(line + (" nats a token" if name in report["forgetting"] else ""))
+    lines += ["", evaluation.table({"preference": report["preference"]}), ""]
+    seconds = report["training_seconds"], report["total_seconds"]
+    lines.append("training {:.0f} s, everything {:.0f} s".format(*seconds))
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""``qadapter eval``: preference accuracy on held-out pairs, and forgetting on unrelated text."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qadapter.cli import sampling
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval", help="preference accuracy on held-out pairs, and forgetting on unrelated text"
+    )
+    parser.add_argument("--adapter", required=True, help="folder of a saved adapter")
+    parser.add_argument("--base-model", help="where the base is, if not where it was at training")
+    parser.add_argument("--data", required=True, help="held-out pairs: a file or a Hub id")
+    parser.add_argument("--split", default="test", help="split of a Hub data set")
+    parser.add_argument(
+        "--unrelated",
+        help="pairs whose chosen responses are text that has nothing to do with the preference; "
+        "default, general questions that come with the package",
+    )
+    parser.add_argument("--json", help="write the report there too")
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs a batch")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--max-examples", type=int, help="use the first so many of each file")
+    parser.add_argument("--value-at", choices=["next", "same"], help="default: as trained")
+    parser.add_argument("--length-norm", choices=["response", "none"], help="default: as trained")
+    parser.add_argument("--dtype", default="auto")
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from qadapter import files
+    from qadapter.text.data import load_preference_data
+    from qadapter.training import evaluation
+
+    data = sampling.head(load_preference_data(options.data, options.split), options.max_examples)
+    unrelated = sampling.head(evaluation.load_unrelated(options.unrelated), options.max_examples)
+    folders = {sampling.FIRST: sampling.checked_folder(options.adapter)}
+    model, tokenizer = sampling.load(folders, options.base_model, options.dtype)
+    trained = {}
+    if (Path(options.adapter) / "training_args.json").exists():
+        trained = files.read_json(Path(options.adapter) / "training_args.json")
+    common = {"batch_size": options.batch_size, "max_length": options.max_length}
+    report = {
+        "adapter": str(options.adapter),
+        "data": str(options.data),
+        "unrelated": str(options.unrelated or "packaged"),
+        "alpha_0": model.alpha_0,
+        "alpha_tilde": model.alpha_tilde,
+        "center": model.center,
+        "gamma": model.gamma,
+        "preference": evaluation.evaluate_preferences(
+            model,
+            tokenizer,
+            data,
+            value_at=options.value_at or trained.get("value_at", "next"),
+            length_norm=options.length_norm or trained.get("length_norm", "none"),
+            **common,
+        ),
+        "forgetting": evaluation.evaluate_forgetting(model, tokenizer, unrelated, **common),
+    }
+    if options.json:
+        files.write_json(options.json, report)
+    print(evaluation.table(report))
+    return 0

@@ -1,0 +1,173 @@
+"""The options that generate, chat and eval share: which adapters, how to sample."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qadapter.text.prompts import checked_seed, checked_strength
+
+FIRST = "default"  # what the model calls the adapter that it was loaded with
+
+
+class Blend(NamedTuple):
+    """Adapters by the user's names, in order, and their weights."""
+
+    folders: dict[str, str]
+    weights: dict[str, float]
+
+    def adapters(self, weights: dict[str, float] | None = None) -> dict[str, float] | None:
+        """``adapters=`` of generate; None where one adapter counts as trained."""
+        weights = self.weights if weights is None else weights
+        if len(weights) == 1 and set(weights.values()) == {1.0}:
+            return None
+        return {self.internal(name): weight for name, weight in weights.items()}
+
+    def internal(self, name: str) -> str:
+        return FIRST if name == next(iter(self.folders)) else name
+
+
+def add_adapters(parser: Any) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="[NAME=]DIR",
+        help="folder of a saved adapter; repeat with a name each to blend several",
+    )
+    parser.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=W",
+        help="weight of an adapter's residual Q-function in the blend; default 1",
+    )
+    parser.add_argument("--base-model", help="where the base is, if not where it was at training")
+    parser.add_argument("--dtype", default="auto", help="dtype of the base, such as bfloat16")
+
+
+def add_sampling(parser: Any, temperature: float, top_p: float) -> None:
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help="0 is greedy; default %(default)s"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0 keeps all")
+    parser.add_argument("--top-p", type=float, default=top_p, help="then those that hold this mass")
+    parser.add_argument("--min-p", type=float, default=0.0, help="then this share of the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages")
+    parser.add_argument("--stop", action="append", default=[], help="text that ends an answer")
+    parser.add_argument("--seed", type=int, help="of the draws; default, a new one each time")
+
+
+def check_sampling(options: argparse.Namespace) -> None:
+    """ValueError that names the option."""
+    expected = {
+        "max_new_tokens": (options.max_new_tokens >= 1, "1 or more"),
+        "temperature": (0 <= options.temperature < float("inf"), "0 (greedy) or more"),
+        "top_k": (options.top_k >= 0, "0 (off) or more"),
+        "top_p": (0 < options.top_p <= 1, "a number in (0, 1]"),
+        "min_p": (0 <= options.min_p <= 1, "a number in [0, 1]"),
+        "repetition_penalty": (0 < options.repetition_penalty < float("inf"), "more than 0"),
+        "stop": (all(options.stop), "some text"),
+    }
+    for name, (fits, what) in expected.items():
+        if not fits:
+            got = getattr(options, name)
+            raise ValueError(f"--{name.replace('_', '-')}: expected {what}, got {got!r}")
+    if options.seed is not None:
+        checked_seed(options.seed, "--seed")
+    strengths = options.strength
+    for strength in strengths if isinstance(strengths, list) else [strengths]:
+        if strength is not None:
+            checked_strength(strength, "--strength")
+
+
+def sampling_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """As keywords of ``model.generate``."""
+    # All of them, also those that are off: a base's own generation settings do not count here.
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+    settings |= {"repetition_penalty": options.repetition_penalty}
+    if options.temperature > 0:
+        settings |= {"do_sample": True, "temperature": options.temperature}
+        settings |= {"top_k": options.top_k, "top_p": options.top_p}
+        settings |= {"min_p": options.min_p or None}
+    return settings
+
+
+def parse_blend(adapters: Sequence[str], weights: Sequence[str]) -> Blend:
+    """--adapter and --weight, checked. ValueError names the option and what came."""
+    folders: dict[str, str] = {}
+    for value in adapters:
+        name, found, folder = value.partition("=")
+        if not found or Path(value).is_dir():
+            name, folder = FIRST, value
+            if len(adapters) > 1:
+                raise ValueError(
+                    f"--adapter: several adapters need a name each (NAME=DIR), got {value}"
+                )
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"--adapter: a name is letters, digits, _ and -, got {name!r}")
+        if name in folders:
+            raise ValueError(f"--adapter: the name {name} is given twice")
+        if name == FIRST and folders:
+            raise ValueError(f"--adapter: the name {FIRST} is the first adapter's; give it first")
+        folders[name] = checked_folder(folder)
+    blend = Blend(folders, dict.fromkeys(folders, 1.0))
+    return blend._replace(weights=blend.weights | parse_weights(weights, blend, "--weight"))
+
+
+def head(dataset: Any, count: int | None) -> Any:
+    """The first ``count`` rows of a data set; None takes all."""
+    return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+
+
+def checked_folder(folder: str) -> str:
+    from qadapter.model.checkpoint import is_adapter_folder
+
+    if not is_adapter_folder(folder):
+        raise ValueError(f"--adapter: {folder} is not the folder of a saved adapter")
+    return folder
+
+
+def parse_weights(values: Sequence[str], blend: Blend, what: str) -> dict[str, float]:
+    """NAME=W, each a finite number for an adapter of the blend."""
+    weights = {}
+    for value in values:
+        name, found, text = value.partition("=")
+        if not found:
+            raise ValueError(f"{what}: expected NAME=NUMBER, got {value!r}")
+        if name not in blend.folders:
+            known = ", ".join(blend.folders)
+            raise ValueError(f"{what}: there is no adapter {name!r}; known are {known}")
+        weights[name] = parse_number(text, f"{what}: {name}")
+    return weights
+
+
+def parse_number(text: str, what: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not abs(number) < float("inf"):
+        raise ValueError(f"{what}: expected a number, got {text!r}")
+    return number
+
+
+def load(folders: dict[str, str], base_model: str | None, dtype: str) -> tuple[Any, Any]:
+    """The model with all adapters, on the GPU if there is one, and its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from qadapter.model.modeling import QAdapterModel
+
+    (first, *others) = folders.items()
+    model = QAdapterModel.from_pretrained(first[1], base_model=base_model, dtype=dtype)
+    for name, folder in others:
+        model.load_adapter(folder, name)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    own = (Path(first[1]) / "tokenizer_config.json").exists()
+    source = first[1] if own else model.config._name_or_path
+    return model, AutoTokenizer.from_pretrained(source)

@@ -1,0 +1,101 @@
+"""``qadapter train``: every field of QAdapterConfig is an option."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from qadapter.cli.sampling import head
+
+
+@dataclass
+class TrainArguments:
+    """What ``qadapter train`` takes besides the fields of QAdapterConfig."""
+
+    model: str = field(metadata={"help": "Hub id, folder, adapter folder, or smollm2."})
+    data: str = field(metadata={"help": "Preference pairs: .jsonl, .json, .parquet or a Hub id."})
+    output: str | None = field(default=None, metadata={"help": "Folder for the adapter."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs."})
+    preset: str = field(
+        default="default",
+        metadata={
+            "help": "released: the research code's settings.",
+            "choices": ["default", "released"],
+        },
+    )
+    split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    max_examples: int | None = field(
+        default=None, metadata={"help": "Use the first so many pairs."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules with LoRA, such as q_proj v_proj; default all linear layers."},
+    )
+    dtype: str = field(default="auto", metadata={"help": "dtype of the base, such as bfloat16."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
+
+
+def train(argv: Sequence[str]) -> int:
+    from transformers import HfArgumentParser
+
+    from qadapter.model.checkpoint import is_adapter_folder, resolve_model
+    from qadapter.model.modeling import QAdapterModel
+    from qadapter.text.data import load_preference_data
+    from qadapter.training.plots import plot_training
+    from qadapter.training.trainer import RELEASED_PRESET, QAdapterConfig, QAdapterTrainer
+
+    parser = HfArgumentParser(cast(Any, (TrainArguments, QAdapterConfig)), prog="qadapter train")
+    arguments = list(argv)
+    if not any(a.split("=")[0] in ("--output_dir", "--output-dir") for a in arguments):
+        output = _peek(arguments, "--output")
+        arguments += ["--output_dir", output] if output else []
+    if _peek(arguments, "--preset") == "released":
+        # Before the user's own options, which win.
+        preset = [f"--{name}={value}" for name, value in RELEASED_PRESET.items()]
+        arguments = preset + arguments
+    options, config = parser.parse_args_into_dataclasses(arguments)
+    if options.output is None and config.output_dir in (None, "trainer_output"):
+        raise ValueError("--output: give the folder for the adapter")
+
+    dataset = head(load_preference_data(options.data, options.split), options.max_examples)
+    held_out = load_preference_data(options.eval_data, "test") if options.eval_data else None
+    source = resolve_model(options.model)
+    lora = None if is_adapter_folder(source) else _lora_config(options)
+    model = QAdapterModel.from_pretrained(source, lora_config=lora, dtype=options.dtype)
+    trainer = QAdapterTrainer(model, config, train_dataset=dataset, eval_dataset=held_out)
+    trainer.train(resume_from_checkpoint=options.resume or config.resume_from_checkpoint)
+    if held_out is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    trainer.save_model(config.output_dir)
+    trainer.save_state()
+    plot = plot_training(trainer.state.log_history, Path(config.output_dir) / "training.png")
+    print(f"adapter saved to {config.output_dir}" + (f", plot {plot}" if plot else ""))
+    return 0
+
+
+def _peek(arguments: Sequence[str], option: str) -> str | None:
+    value = None
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            value = arguments[i + 1]
+        elif argument.startswith(option + "="):
+            value = argument.split("=", 1)[1]
+    return value
+
+
+def _lora_config(options: TrainArguments) -> Any:
+    from peft import LoraConfig
+
+    targets: Any = options.target_modules or ["all-linear"]
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )

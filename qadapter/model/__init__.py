@@ -1,0 +1,10 @@
+"""The two-stream model: a frozen causal LM and the same LM with a LoRA.
+
+modeling.py          QAdapterModel: owns both streams, runs them for training
+values.py            what a loss needs of the streams' hidden states or logits
+packed_attention.py  a batch without padding; cpu_attention.py, recompute.py: less time, memory
+streams.py           all streams in one forward, for decoding
+decoding.py          the loop: a token a step; generate.py: transformers' arguments for it
+wrapping.py          which models and adapters can be composed; checkpoint.py, saving.py: files
+packaged.py          a small real model that comes as a package
+"""

@@ -1,0 +1,170 @@
+"""Decoding from the composed policy: which of transformers' arguments mean what, and which cannot.
+
+The streams and their weights are given (`qadapter.composition.blend`); transformers prepares the
+cache, the processors and the criteria, and `qadapter.model.decoding.decode` is its loop.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.configuration_utils import CompileConfig, GenerationMode
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+from qadapter.model.decoding import GenerateOutput, TwoStreamDecoder, decode, row_keys
+from qadapter.model.streams import Streams, evaluating
+from qadapter.ops import checks
+
+__all__ = ["GenerateOutput", "check_prompts", "generate"]
+
+_UNSUPPORTED = {
+    "assistant_model": "speculative decoding",
+    "prompt_lookup_num_tokens": "speculative decoding",
+    "negative_prompt_ids": "classifier-free guidance",
+    "guidance_scale": "classifier-free guidance",
+    "past_key_values": "a cache from outside (it would have to hold all streams)",
+    "inputs_embeds": "embeddings as input",
+    "position_ids": "positions from outside (they follow from attention_mask)",
+    "penalty_alpha": "contrastive search",
+    "dola_layers": "DoLa",
+    "custom_generate": "another decoding loop",
+    "synced_gpus": "sharded generation",
+    "prefill_chunk_size": "prefill in chunks",
+    "output_attentions": "returning attention",
+    "output_hidden_states": "returning hidden states",
+    "token_healing": "token healing",
+}
+_CACHES = (None, "dynamic", "dynamic_full", "static")
+# Turned off is as good as not given.
+_OFF = {"guidance_scale": 1}
+
+
+def _refuse(get: Any) -> None:
+    for name, what in _UNSUPPORTED.items():
+        asked = get(name)
+        if asked is not None and asked is not False and asked != _OFF.get(name, object()):
+            raise ValueError(f"{name}: {what} is not supported with two streams, got {asked!r}")
+    if (beams := get("num_beams") or 1) > 1:
+        raise ValueError(f"num_beams: beam search is not supported with two streams, got {beams}")
+    if (cache := get("cache_implementation")) not in _CACHES:
+        known = ", ".join(str(name) for name in _CACHES)
+        raise ValueError(f"cache_implementation: expected one of {known}, got {cache!r}")
+
+
+def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """ValueError unless they are prompts, padded on the left."""
+    checks.tensor("input_ids", input_ids, 2, (torch.int64, torch.int32))
+    if input_ids.shape[1] == 0:
+        raise ValueError("input_ids: expected at least one token per prompt, got none")
+    if input_ids.shape[0] == 0:
+        raise ValueError("input_ids: expected at least one prompt, got none")
+    if attention_mask is None:
+        return
+    checks.same("attention_mask", attention_mask, "input_ids", input_ids, dtype=False)
+    if not attention_mask[:, -1].all():
+        raise ValueError(
+            "attention_mask: prompts must be padded on the left, got padding at the end of row "
+            f"{int((attention_mask[:, -1] == 0).nonzero()[0])} "
+            "(tokenizer.padding_side = 'left')"
+        )
+
+
+def generate(
+    streams: Streams,
+    weights: Tensor,
+    head: nn.Module | None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    seed: int | Tensor | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    output_logprobs: bool = False,
+    **generation_kwargs: Any,
+) -> Any:
+    """Generate from softmax(sum_i weights_i z_i) over the streams.
+
+    Args:
+        streams: which run.
+        weights: float64 [streams, B], what the logits of each count in each row.
+        head: as `TwoStreamDecoder` takes it.
+        The others are those of `QAdapterModel.generate`, which says what is returned and raised.
+    """
+    batch = input_ids.shape[0]
+    if isinstance(seed, Tensor):
+        checks.tensor("seed", seed, 1, (torch.int64,))
+        checks.rows("seed", seed, batch, seed.device, "input_ids")
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(f"seed: expected None, an int or an int64 tensor [B], got {seed!r}")
+    config = generation_kwargs.get("generation_config")
+    _refuse(lambda name: generation_kwargs.get(name, getattr(config, name, None)))
+    if output_logprobs and not generation_kwargs.get(
+        "return_dict_in_generate", getattr(config, "return_dict_in_generate", False)
+    ):
+        raise ValueError("output_logprobs: expected return_dict_in_generate=True with it")
+    _stop_strings(generation_kwargs, tokenizer)
+    custom = ("logits_processor", "prefix_allowed_tokens_fn", "output_scores", "output_logits")
+    rows_may_leave = not any(generation_kwargs.get(name) for name in custom)
+
+    def run(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        _refuse(lambda name: getattr(generation_config, name, None))  # the model's own settings
+        mode = generation_config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(f"generation_config: {mode} is not supported with two streams")
+        for name in model_kwargs:
+            if name in generation_kwargs and name != "use_cache":
+                raise ValueError(f"{name}: is not supported with two streams")
+        rows = input_ids.shape[0]
+        cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
+        compile_config = None
+        if cache is not None and generation_config.cache_implementation == "static":
+            compile_config = generation_config.compile_config
+            if compile_config is None and input_ids.is_cuda:
+                compile_config = CompileConfig()
+            if generation_config.disable_compile:
+                compile_config = None
+        expanded = weights.repeat_interleave(rows // batch, 1).to(input_ids.device, torch.float32)
+        decoder = TwoStreamDecoder(streams, expanded, head, cache, compile_config)
+        keys = row_keys(seed, batch, rows, input_ids.device)
+        return decode(
+            decoder,
+            keys,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            streamer=streamer,
+            output_logprobs=output_logprobs,
+            rows_may_leave=rows_may_leave and cache is not None and not cache.is_compileable,
+        )
+
+    with evaluating(streams.peft_model):
+        return cast(Any, streams.hf_model).generate(
+            input_ids, attention_mask=attention_mask, custom_generate=run, **generation_kwargs
+        )
+
+
+def _stop_strings(generation_kwargs: dict[str, Any], tokenizer: Any) -> None:
+    """Make stop strings a criterion here: transformers hides the tokenizer from other loops."""
+    config = generation_kwargs.get("generation_config")
+    strings = generation_kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if not strings:
+        return
+    if tokenizer is None:
+        raise ValueError(f"stop_strings: expected tokenizer= with it, got {strings!r} alone")
+    if config is not None and config.stop_strings:
+        generation_kwargs["generation_config"] = type(config).from_dict(
+            {**config.to_dict(), "stop_strings": None}
+        )
+    criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+    generation_kwargs["stopping_criteria"] = StoppingCriteriaList(
+        [*(generation_kwargs.get("stopping_criteria") or ()), criterion]
+    )

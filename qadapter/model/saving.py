@@ -1,0 +1,87 @@
+"""A saved adapter: written, read back with its base, attached to a model that is there."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from qadapter import files
+from qadapter.composition import Composition
+from qadapter.model.checkpoint import (
+    CONFIG_NAME,
+    base_alias,
+    check_same_base,
+    fingerprint,
+    is_adapter_folder,
+    model_card,
+    read_config,
+    resolve_model,
+)
+from qadapter.model.wrapping import load_base
+from qadapter.ops import checks
+from qadapter.version import __version__
+
+
+def save(peft_model: PeftModel, composition: dict[str, float], directory: str | Path) -> None:
+    """See `QAdapterModel.save_pretrained`; ``composition`` has the alphas, center and gamma."""
+    base: Any = peft_model.get_base_model()
+    config = {
+        "qadapter_version": __version__,
+        **composition,
+        "base_model": base_alias(str(base.config._name_or_path or "")),
+        "base_fingerprint": fingerprint(base),
+    }
+    with files.replacing_directory(directory) as temporary:
+        peft_model.save_pretrained(
+            str(temporary),
+            safe_serialization=True,
+            selected_adapters=[str(peft_model.active_adapter)],
+        )
+        files.write_json(temporary / CONFIG_NAME, config)
+        (temporary / "README.md").write_text(model_card(config), encoding="utf-8")
+
+
+def load(
+    source: str, base_model: str | Path | None, dtype: torch.dtype | str, kwargs: dict[str, Any]
+) -> tuple[PeftModel, dict[str, float]]:
+    """A saved adapter on its base, and the composition that it was saved with."""
+    saved = read_config(source)
+    base_source = resolve_model(base_model if base_model is not None else saved["base_model"])
+    base = load_base(base_source, dtype, kwargs)
+    check_same_base(saved["base_fingerprint"], fingerprint(base), source, base_source)
+    peft_model = PeftModel.from_pretrained(base, source, is_trainable=True)
+    return peft_model, {name: saved[name] for name in ("alpha_0", "alpha_tilde", "center", "gamma")}
+
+
+def load_weights(peft_model: PeftModel, directory: str | Path) -> None:
+    """See `QAdapterModel.load_adapter_weights`."""
+    _saved_for(peft_model, directory)
+    peft_model.load_adapter(str(directory), peft_model.active_adapter, is_trainable=True)
+
+
+def attach(peft_model: PeftModel, directory: str | Path, name: str) -> Composition:
+    """See `QAdapterModel.load_adapter`; returns how the adapter is composed."""
+    if not is_adapter_folder(str(directory)):
+        raise ValueError(f"directory: {directory} is not the folder of a saved adapter")
+    if not name or "." in name:
+        raise ValueError(f"name: expected a name without dots, got {name!r}")
+    if name in peft_model.peft_config:
+        raise ValueError(f"name: there is an adapter {name!r} already")
+    saved = _saved_for(peft_model, directory)
+    alphas = checks.composition(saved["alpha_0"], saved["alpha_tilde"], saved["center"])
+    try:
+        peft_model.load_adapter(str(directory), name, is_trainable=False)
+    except Exception:
+        if name in peft_model.peft_config:
+            peft_model.delete_adapter(name)
+        raise
+    return Composition(*alphas)
+
+
+def _saved_for(peft_model: PeftModel, directory: str | Path) -> dict[str, Any]:
+    """The config of an adapter that was saved for the base of ``peft_model``."""
+    saved = read_config(directory)
+    here = fingerprint(peft_model.get_base_model())
+    check_same_base(saved["base_fingerprint"], here, str(directory), "this model")
+    return saved

@@ -1,0 +1,55 @@
+"""What transformers' Trainer asks of a model, for one whose base is frozen."""
+
+from typing import Any, Self, cast
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class TrainerHooks(nn.Module):
+    """Training mode and gradient checkpointing of a PEFT model; a base class."""
+
+    peft_model: PeftModel
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The transformers model, LoRA layers in place."""
+        return cast(PreTrainedModel, self.peft_model.get_base_model())
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for the adapter alone.
+
+        The base is frozen, so its dropout would be noise between the two streams: it stays off.
+        LoRA's own dropout and the layers that do gradient checkpointing follow ``mode``.
+        """
+        super().train(mode)
+        if mode:
+            for name, module in self.peft_model.named_modules():
+                is_lora = isinstance(module, BaseTunerLayer) or ".lora_" in name
+                module.training = is_lora or isinstance(module, GradientCheckpointingLayer)
+        return self
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute activations in backward; the base stream keeps none and is not affected."""
+        model = self.hf_model
+        model.enable_input_require_grads()
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=activation_checkpointing_kwargs, **kwargs
+            )
+        else:
+            model.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.hf_model.gradient_checkpointing_disable()
+        self.hf_model.disable_input_require_grads()

@@ -1,0 +1,117 @@
+"""What a loss needs of the two streams, from their logits or, without making those, from hidden
+states."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qadapter import functional as QF
+from qadapter import reference
+from qadapter.model.streams import evaluating
+from qadapter.outputs import TwoStreamLogits, TwoStreamValues
+
+KL_ROWS = 32  # whose float32 logits exist at a time
+
+
+class KnownBase(NamedTuple):
+    """Results of the base stream that need not be computed: float32 [N], [N] and [N, D]."""
+
+    lse: Tensor | None
+    logp: Tensor | None
+    hidden: Tensor | None
+
+    def rows(self, index: Tensor) -> "KnownBase":
+        return KnownBase(*(None if known is None else known[index] for known in self))
+
+    def suffices(self, alpha_0: float, center: float) -> bool:
+        """Whether the base need not run: where alpha_0 = center its logits cancel from Q's soft
+        value, and only their statistics are left."""
+        rest = self.logp if alpha_0 == center else self.hidden
+        return self.lse is not None and rest is not None
+
+
+def values_of_logits(
+    logits: TwoStreamLogits, actions: Tensor, kl_rows: Tensor | None, composition: dict[str, Any]
+) -> TwoStreamValues:
+    values = QF.residual_values(*logits, actions, **composition)
+    return TwoStreamValues(values, _kl(nn.Identity(), logits, kl_rows, composition))
+
+
+def values_of_hidden(
+    head: Any,
+    base_hidden: Tensor | None,
+    q_hidden: Tensor,
+    actions: Tensor,
+    known: KnownBase,
+    kl_rows: Tensor | None,
+    composition: dict[str, Any],
+) -> TwoStreamValues:
+    """From the last hidden states of both streams, and what is known of the base instead of its
+    own; no logits but those of ``kl_rows``."""
+    values = QF.linear_residual_values(
+        base_hidden,
+        q_hidden,
+        head.weight,
+        actions,
+        bias=head.bias,
+        base_lse=known.lse,
+        base_logp=known.logp,
+        **composition,
+    )
+    if base_hidden is None:
+        return TwoStreamValues(values, None)
+    return TwoStreamValues(values, _kl(head, (base_hidden, q_hidden), kl_rows, composition))
+
+
+@torch.no_grad()
+def _kl(
+    head: nn.Module,
+    streams: tuple[Tensor, Tensor],
+    kl_rows: Tensor | None,
+    composition: dict[str, Any],
+) -> Tensor | None:
+    """KL(base || policy) float32 [K] at ``kl_rows``; the streams are what ``head`` takes."""
+    if kl_rows is None:
+        return None
+    parts = [
+        reference.kl_base_policy(*(head(stream[at]).float() for stream in streams), **composition)
+        for at in kl_rows.split(KL_ROWS)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def base_statistics(head: Any, hidden: Tensor, actions: Tensor) -> dict[str, Tensor]:
+    """See `QAdapterModel.base_statistics`; ``hidden`` [N, D] of the base."""
+    nothing = torch.zeros(hidden.shape[0], device=hidden.device)
+    # One stream alone: with alpha_0 = center = 0 the value is its logsumexp.
+    values = QF.linear_residual_values(
+        None,
+        hidden,
+        head.weight,
+        actions,
+        bias=head.bias,
+        alpha_0=0.0,
+        center=0.0,
+        base_lse=nothing,
+        base_logp=nothing,
+    )
+    return {"base_lse": values.value, "base_logp": values.policy_logp, "base_hidden": hidden}
+
+
+def head_is_plain(model: PreTrainedModel) -> bool:
+    """Whether logits are exactly head(last hidden state): tried, not read off the config."""
+    head: Any = model.get_output_embeddings()
+    trunk: Any = model.base_model
+    if not isinstance(head, nn.Linear) or trunk is model:
+        return False
+    if head.weight.ndim != 2 or not head.weight.is_floating_point():
+        return False  # quantised
+    embedding: Any = model.get_input_embeddings()
+    vocab = embedding.weight.shape[0]
+    ids = torch.arange(1, 5, device=model.device).clamp(max=vocab - 1)[None]
+    with evaluating(model), torch.no_grad():
+        hidden = trunk(input_ids=ids, use_cache=False)[0]
+        return torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)

@@ -1,0 +1,94 @@
+"""From tokenised pairs to packs: one row of real tokens a batch, what is the same there once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qadapter.model import packed_attention
+from qadapter.text.collator import IGNORE_ACTION
+
+
+class PackedPreferenceCollator:
+    """Collate P tokenised pairs into one row of tokens without padding, for a packed forward.
+
+    What is the same is there once. Pairs with the same prompt form a group: the prompt, then their
+    different responses, each of which attends to the prompt (`model.packed_attention`). The last
+    token of a response that ended is an action but no state, so it is left out. The call gives
+
+    - ``input_ids``, ``position_ids`` int64 [1, T]; the positions of a response go on from its
+      prompt's
+    - ``rows``, ``actions``, ``cu_seqlens``: as :class:`PreferenceCollator`; a position that is a
+      state of several sequences is in ``rows`` several times
+    - where rows agree in position and action, ``unique_rows`` int64 [U] and ``unique_index``
+      int64 [N]: rows that differ, and which of them each row is
+    - the arguments of `qadapter.model.packed_attention.layout`, flash-attention's four among them
+
+    Args:
+        share_prompt: False lays out every response behind a prompt of its own.
+    """
+
+    def __init__(self, share_prompt: bool = True) -> None:
+        self.share_prompt = share_prompt
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        # (prompt, states behind it, actions) of the chosen, then of the rejected
+        sequences = [
+            (tuple(feature["prompt_ids"]), *_response(feature, column))
+            for column in ("chosen", "rejected")
+            for feature in features
+        ]
+        groups: dict[Any, dict[tuple[int, ...], int]] = {}
+        for number, (prompt, states, _) in enumerate(sequences):
+            own = prompt if self.share_prompt else number
+            groups.setdefault(own, {}).setdefault(states, number)
+        ids: list[int] = []
+        starts: dict[Any, tuple[int, dict[tuple[int, ...], int]]] = {}
+        for own, responses in groups.items():
+            ids.extend(sequences[next(iter(responses.values()))][0])
+            end, begin = len(ids) - 1, {}
+            for states in responses:
+                begin[states] = len(ids)
+                ids.extend(states)
+            starts[own] = end, begin
+        rows: list[int] = []
+        actions: list[int] = []
+        ends = [0]
+        for number, (prompt, states, taken) in enumerate(sequences):
+            prompt_end, begin = starts[prompt if self.share_prompt else number]
+            rows.extend((prompt_end, *range(begin[states], begin[states] + len(states))))
+            actions.extend(taken)
+            ends.append(len(rows))
+        lengths = [
+            [len(sequences[next(iter(responses.values()))][0]), *map(len, responses)]
+            for responses in groups.values()
+        ]
+        return {
+            "input_ids": torch.tensor([ids], dtype=torch.int64),
+            "rows": torch.tensor(rows, dtype=torch.int64),
+            "actions": torch.tensor(actions, dtype=torch.int64),
+            "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
+            **_unique(rows, actions),
+            **packed_attention.layout(lengths),
+        }
+
+
+def _unique(rows: list[int], actions: list[int]) -> dict[str, torch.Tensor]:
+    first: dict[tuple[int, int], int] = {}
+    index = [first.setdefault(pair, len(first)) for pair in zip(rows, actions, strict=True)]
+    if len(first) == len(rows):
+        return {}
+    unique = [0] * len(first)
+    for row in reversed(range(len(rows))):
+        unique[index[row]] = row
+    return {"unique_rows": torch.tensor(unique), "unique_index": torch.tensor(index)}
+
+
+def _response(feature: Mapping[str, Any], column: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens behind the prompt that are states, and the action of every row."""
+    response = tuple(feature[f"{column}_ids"])
+    if not feature["prompt_ids"] or not response:
+        raise ValueError(f"a pair without a token in its prompt or in '{column}_ids'")
+    if feature.get(f"{column}_truncated", False):
+        return response, (*response, IGNORE_ACTION)
+    return response[:-1], response

@@ -1,0 +1,111 @@
+"""QAdapterConfig on transformers.TrainingArguments, and the released code's settings."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from qadapter.ops import checks
+
+RELEASED_PRESET: dict[str, Any] = {
+    "alpha_0": 0.01,
+    "alpha_tilde": 1.0,
+    "center": 0.0,
+    "gamma": 1.0,
+    "reg_coef": 0.1,
+    "bt_scale": 1.0,
+    "value_at": "same",
+    "length_norm": "response",
+}
+"""The released research code's settings, with this package's masks and length normalisation."""
+
+
+@dataclass
+class QAdapterConfig(TrainingArguments):
+    """transformers.TrainingArguments plus the loss and the data. See `qadapter.functional`.
+
+    ``alpha_0``, ``alpha_tilde``, ``center`` and ``gamma`` belong to the model; None keeps what the
+    model has (1 for a new one), a number is written into the model and saved with it.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
+    alpha_0: float | None = field(
+        default=None, metadata={"help": "Weight of log pi_base in the policy."}
+    )
+    alpha_tilde: float | None = field(
+        default=None, metadata={"help": "Entropy weight (temperature) of the policy."}
+    )
+    center: float | None = field(
+        default=None, metadata={"help": "1: Q = z_q - z_b, a true residual; 0: Q = z_q."}
+    )
+    gamma: float | None = field(default=None, metadata={"help": "Discount."})
+    reg_coef: float = field(default=0.1, metadata={"help": "Weight of the mean squared reward."})
+    bt_scale: float = field(default=0.1, metadata={"help": "Inverse temperature of Bradley-Terry."})
+    value_at: str = field(
+        default="next", metadata={"help": "next: r = Q - gamma V(s'); same: V(s), as released."}
+    )
+    length_norm: str = field(
+        default="none", metadata={"help": "none: sum of r over the response; response: its mean."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Prompt and response are cut to so many tokens."}
+    )
+    drop_long_prompts: bool = field(
+        default=False,
+        metadata={"help": "Drop pairs whose prompt fills max_length (else an error)."},
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "One row of real tokens and prompts computed once, where the model can."},
+    )
+    use_logits: bool = field(
+        default=False,
+        metadata={"help": "Make the logits of both streams, to cross-check the default."},
+    )
+    precompute_base: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute what the base contributes once, before training, and keep it on disk: "
+            "where alpha_0 == center (the default) steps then run no base pass at all."
+        },
+    )
+    base_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of that cache, default <output_dir>/base-cache; reusable."},
+    )
+    base_hidden_mib: float = field(
+        default=0.0,
+        metadata={
+            "help": "Where alpha_0 != center: keep the base's hidden states too if they fit in so "
+            "many MiB of disk; else a step saves one product of three and still runs the base."
+        },
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The collator needs columns that no model signature names.
+        self.remove_unused_columns = False
+        if not torch.cuda.is_available():
+            # It would only warn that there is nothing to pin for.
+            self.dataloader_pin_memory = False
+        for name in ("alpha_0", "center", "gamma"):
+            if getattr(self, name) is not None:
+                setattr(self, name, checks.number(name, getattr(self, name)))
+        if self.alpha_tilde is not None:
+            self.alpha_tilde = checks.number("alpha_tilde", self.alpha_tilde, above=0.0)
+        if isinstance(self.precompute_base, str | Path):
+            self.base_cache_dir = str(self.precompute_base)
+            self.precompute_base = True
+        checks.number("base_hidden_mib", self.base_hidden_mib)
+        checks.number("reg_coef", self.reg_coef)
+        checks.number("bt_scale", self.bt_scale, above=0.0)
+        checks.choice("value_at", self.value_at, ("next", "same"))
+        checks.choice("length_norm", self.length_norm, ("response", "none"))
+        if self.max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")

@@ -1,0 +1,236 @@
+"""What a trained adapter did: preference accuracy, and what it cost the base.
+
+Forgetting is measured per token on text that has nothing to do with the preference:
+KL(pi_base || pi) over the whole vocabulary, and the change in negative log-likelihood of the text.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from qadapter import functional as QF
+from qadapter import reference
+from qadapter.model.modeling import QAdapterModel, TwoStreamLogits
+from qadapter.outputs import ResidualValues
+from qadapter.text.collator import collate_sequences
+from qadapter.text.data import load_preference_data, prepare_dataset
+from qadapter.text.tokenization import eos_token_ids, pad_token_id
+
+KL_CHUNK = 64
+DEMO_DATA = Path(__file__).parent / "demo_data"
+UNRELATED = DEMO_DATA / "unrelated.jsonl"
+
+
+class _Forgetting:
+    """Running sums over scored rows."""
+
+    def __init__(self) -> None:
+        self.tokens, self.kl, self.base_nll, self.policy_nll = 0, 0.0, 0.0, 0.0
+
+    def add(
+        self,
+        model: QAdapterModel,
+        logits: TwoStreamLogits,
+        values: ResidualValues,
+        actions: Tensor,
+        count: int,
+    ) -> None:
+        """The first ``count`` rows of a batch."""
+        scored = (actions != -100)[:count]
+        self.tokens += int(scored.sum())
+        self.base_nll -= float(values.base_logp[:count].double().sum())
+        self.policy_nll -= float(values.policy_logp[:count].double().sum())
+        for start in range(0, count, KL_CHUNK):
+            part = slice(start, min(count, start + KL_CHUNK))
+            kl = reference.kl_base_policy(
+                logits.base_logits[part].float(),
+                logits.q_logits[part].float(),
+                **model.composition,
+            )
+            self.kl += float(kl[scored[part]].double().sum())
+
+    def report(self) -> dict[str, Any]:
+        count = max(1, self.tokens)
+        base, policy = self.base_nll / count, self.policy_nll / count
+        return {
+            "tokens": self.tokens,
+            "kl_base_policy": self.kl / count,
+            "nll_base": base,
+            "nll_policy": policy,
+            "delta_nll": policy - base,
+        }
+
+
+def evaluate_preferences(
+    model: QAdapterModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    batch_size: int = 4,
+    max_length: int = 1024,
+    drop_long_prompts: bool = True,
+    value_at: str = "next",
+    length_norm: str = "none",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """How the residual rewards rank held-out pairs, and what happened on the chosen responses.
+
+    ``accuracy`` is the share of pairs whose chosen response has the larger reward (0 for the
+    untrained adapter with center=1, where every margin is 0), with its standard error;
+    ``accuracy_base`` ranks by the base's own mean log-likelihood, ``accuracy_policy`` by that of
+    the composed policy. ``chosen`` holds `evaluate_forgetting`'s figures on the chosen responses.
+    """
+    prepared = _prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
+    margins: list[Tensor] = []
+    base_margins: list[Tensor] = []
+    policy_margins: list[Tensor] = []
+    chosen = _Forgetting()
+    for batch in _batches(prepared, ("chosen", "rejected"), batch_size, tokenizer, progress):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        logits, actions = _forward(model, batch), batch["actions"]
+        cu_seqlens = batch["cu_seqlens"]
+        values = QF.residual_values(
+            logits.base_logits, logits.q_logits, actions, **model.composition
+        )
+        outputs = QF.preference_loss(
+            values,
+            actions,
+            cu_seqlens,
+            gamma=model.gamma,
+            value_at=value_at,
+            length_norm=length_norm,
+        )
+        margins.append(outputs.margins.cpu())
+        for logp, into in ((values.base_logp, base_margins), (values.policy_logp, policy_margins)):
+            likelihood = QF.preference_loss(
+                values._replace(q=logp, value=torch.zeros_like(logp)), actions, cu_seqlens
+            )
+            into.append(likelihood.margins.cpu())
+        chosen.add(model, logits, values, actions, int(cu_seqlens[outputs.margins.numel()]))
+    all_margins = torch.cat(margins)
+    accuracy = _share_above_zero(all_margins)
+    count = all_margins.numel()
+    return {
+        "pairs": count,
+        "dropped": len(dataset) - count,
+        "accuracy": accuracy,
+        "accuracy_se": (accuracy * (1 - accuracy) / count) ** 0.5,
+        "mean_margin": float(all_margins.mean()),
+        "accuracy_base": _share_above_zero(torch.cat(base_margins)),
+        "accuracy_policy": _share_above_zero(torch.cat(policy_margins)),
+        "chosen": chosen.report(),
+    }
+
+
+def evaluate_forgetting(
+    model: QAdapterModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    batch_size: int = 4,
+    max_length: int = 1024,
+    drop_long_prompts: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """KL(base || policy) and the change in negative log-likelihood, nats per token.
+
+    ``dataset`` is in the preference format; its ``chosen`` responses are the text.
+    """
+    prepared = _prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
+    sums = _Forgetting()
+    for batch in _batches(prepared, ("chosen",), batch_size, tokenizer, progress):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        logits, actions = _forward(model, batch), batch["actions"]
+        values = QF.residual_values(
+            logits.base_logits, logits.q_logits, actions, **model.composition
+        )
+        sums.add(model, logits, values, actions, actions.numel())
+    return {"responses": len(prepared), **sums.report()}
+
+
+def load_unrelated(path: str | Path | None = None) -> Dataset:
+    """Text for `evaluate_forgetting`; None takes the general questions and answers shipped here.
+
+    Rows are preference pairs, or have ``prompt`` and ``response`` alone (.jsonl).
+    """
+    source = Path(UNRELATED if path is None else path)
+    if source.suffix == ".jsonl" and source.is_file():
+        with source.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        if rows and all("response" in row and "prompt" in row for row in rows):
+            texts = [(row["prompt"], row["response"]) for row in rows]
+            return Dataset.from_list([{"prompt": p, "chosen": r, "rejected": r} for p, r in texts])
+    return load_preference_data(str(path))
+
+
+def _prepare(
+    model: QAdapterModel, tokenizer: Any, dataset: Dataset, max_length: int, drop: bool
+) -> Dataset:
+    return prepare_dataset(
+        dataset,
+        tokenizer,
+        max_length=max_length,
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        drop_long_prompts=drop,
+    )
+
+
+def _batches(
+    prepared: Dataset, columns: Sequence[str], batch_size: int, tokenizer: Any, progress: bool
+) -> Any:
+    """Batches of examples of like length, so that little of them is padding."""
+    rows = list(prepared)
+    rows.sort(key=lambda row: len(row["prompt_ids"]) + max(len(row[f"{c}_ids"]) for c in columns))
+    starts = range(0, len(rows), batch_size)
+    for start in tqdm(starts, desc="Evaluating", disable=not progress):
+        part = rows[start : start + batch_size]
+        sequences = [
+            (row["prompt_ids"], row[f"{column}_ids"], row[f"{column}_truncated"])
+            for column in columns
+            for row in part
+        ]
+        yield collate_sequences(sequences, pad_token_id(tokenizer))
+
+
+@torch.no_grad()
+def _forward(model: QAdapterModel, batch: dict[str, Tensor]) -> TwoStreamLogits:
+    model.eval()
+    return model(batch["input_ids"], batch["attention_mask"], batch["rows"])
+
+
+def _share_above_zero(margins: Tensor) -> float:
+    return float((margins > 0).double().mean())
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report of ``qadapter eval`` as aligned text."""
+    lines = []
+    preference = report.get("preference")
+    if preference:
+        lines += [
+            f"preference ({preference['pairs']} pairs, {preference['dropped']} dropped)",
+            f"  accuracy                     {preference['accuracy']:8.3f} "
+            f"+- {preference['accuracy_se']:.3f}",
+            f"  mean margin                  {preference['mean_margin']:8.4f}",
+            f"  accuracy of base likelihood  {preference['accuracy_base']:8.3f}",
+            f"  accuracy of policy likelihood{preference['accuracy_policy']:8.3f}",
+        ]
+    sections = {
+        "chosen responses of the data": preference and preference["chosen"],
+        "forgetting, unrelated text": report.get("forgetting"),
+    }
+    for title, figures in sections.items():
+        if figures:
+            lines += [
+                f"{title} ({figures['tokens']} tokens)",
+                f"  KL(base || policy) per token {figures['kl_base_policy']:8.4f} nats",
+                f"  negative log-likelihood      {figures['nll_base']:8.4f} -> "
+                f"{figures['nll_policy']:.4f} ({figures['delta_nll']:+.4f})",
+            ]
+    return "\n".join(lines)

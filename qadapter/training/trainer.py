@@ -1,0 +1,386 @@
+"""QAdapterTrainer on transformers.Trainer.
+
+Everything but the loss is the Trainer's: data loading, accumulation, checkpoints, resume, progress
+bar, distribution. A step runs both streams over the real tokens of a micro-batch, packed, and goes
+from the hidden states of the response rows to the loss without ever making logits. Sums are divided
+by the totals of the whole accumulated batch, so gradient accumulation gives the gradient of the
+unaccumulated run also where responses differ in length.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
+
+from qadapter import files
+from qadapter import functional as QF
+from qadapter.model import packed_attention
+from qadapter.model.modeling import QAdapterModel
+from qadapter.outputs import PreferenceLoss, ResidualValues
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.data import prepare_dataset
+from qadapter.text.packing import PackedPreferenceCollator
+from qadapter.text.tokenization import eos_token_ids, pad_token_id
+from qadapter.training import base_cache
+from qadapter.training.base_cache import BaseCache, CachedCollator
+from qadapter.training.config import RELEASED_PRESET, QAdapterConfig
+
+__all__ = ["RELEASED_PRESET", "QAdapterConfig", "QAdapterTrainer", "last_complete_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+KL_ROWS = 32
+"""Rows of a training batch whose exact KL(base || policy) is logged; evaluation takes all rows."""
+
+
+class QAdapterTrainer(Trainer):
+    """Train the adapter of a `QAdapterModel` on preference pairs.
+
+    Args:
+        model: a `QAdapterModel`; or a `peft.PeftModel`, a transformers model, a Hub id or a folder,
+            from which one is made.
+        args: `QAdapterConfig`; default ``QAdapterConfig("qadapter-output")``.
+        train_dataset, eval_dataset: `datasets.Dataset` in TRL's preference format (prompt, chosen,
+            rejected; strings or messages; the prompt may be implicit), or already tokenised by
+            `qadapter.text.data.prepare_dataset`. ``eval_dataset`` may be a dict of data sets.
+        processing_class: the tokenizer; default, the one saved with the model.
+        peft_config: LoRA of a new adapter, where ``model`` does not have one.
+        **kwargs: as transformers.Trainer takes them.
+
+    Logs TRL's names (``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``,
+    ``rewards/accuracies``, ``logps/chosen``, ``logps/rejected``) and ``loss/bt``, ``reg_loss``,
+    ``q/mean``, ``value/mean`` and ``kl``, KL(base || policy) per response token in nats.
+    """
+
+    args: QAdapterConfig
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: QAdapterModel | PeftModel | PreTrainedModel | str | Path,
+        args: QAdapterConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = QAdapterConfig(output_dir="qadapter-output") if args is None else args
+        if not isinstance(args, QAdapterConfig):
+            raise ValueError(f"args: expected a QAdapterConfig, got {type(args).__name__}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"torch sees {args.n_gpu} GPUs in one process, which would be nn.DataParallel: it "
+                "cuts batches through pairs. Start one process a GPU (torchrun, accelerate launch) "
+                "or set CUDA_VISIBLE_DEVICES"
+            )
+        model = _as_qadapter_model(model, peft_config)
+        composition = ("alpha_0", "alpha_tilde", "center")
+        if any(getattr(args, name) is not None for name in composition):
+            asked = [getattr(args, name) for name in composition]
+            now = [getattr(model, name) for name in composition]
+            model.set_composition(*(n if a is None else a for a, n in zip(asked, now, strict=True)))
+        model.gamma = model.gamma if args.gamma is None else args.gamma
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+
+        def prepare(dataset: Any, what: str) -> Any:
+            if isinstance(dataset, dict):
+                return {name: prepare(split, f"{what} {name}") for name, split in dataset.items()}
+            return dataset and prepare_dataset(
+                dataset,
+                processing_class,
+                max_length=args.max_length,
+                eos_token_ids=eos_token_ids(model, processing_class),
+                drop_long_prompts=args.drop_long_prompts,
+                num_proc=args.dataset_num_proc,
+                desc=f"Tokenizing {what} pairs",
+            )
+
+        if args.precompute_base and (args.use_logits or not model.selects_hidden_rows):
+            raise ValueError(
+                "precompute_base: expected a model whose logits are one plain head on the last "
+                "hidden state, and use_logits=False; got "
+                + ("use_logits=True" if args.use_logits else type(model.hf_model).__name__)
+            )
+        if data_collator is None:
+            data_collator = _collator(model, args, processing_class)
+        self._sums: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=prepare(train_dataset, "training"),
+            eval_dataset=prepare(eval_dataset, "evaluation"),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
+
+    # Data.
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's, with the base's values in its batches where they are cached."""
+        if not self.args.precompute_base or self.train_dataset is None:
+            return super().get_train_dataloader()
+        cache = self._precomputed_base()
+        plain, self.data_collator = self.data_collator, CachedCollator(self.data_collator, cache)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+    def _precomputed_base(self) -> BaseCache:
+        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        directory = self.args.base_cache_dir or Path(str(self.args.output_dir)) / "base-cache"
+        made_with = base_cache.identity(
+            own, self.processing_class, self.args.max_length, autocast=dtype
+        )
+        with_hidden = own.alpha_0 != own.center and self._hidden_states_fit(own)
+        with self.accelerator.main_process_first():
+            cache = BaseCache.open(directory, made_with, with_hidden)
+            if self.accelerator.is_main_process:
+                with torch.autocast(own.device.type, dtype, enabled=dtype is not None):
+                    computed, reused = base_cache.precompute(
+                        own,
+                        self.train_dataset,
+                        cache,
+                        self.data_collator,
+                        progress=not self.args.disable_tqdm,
+                    )
+                logger.info("base cache %s: %d computed, %d there", directory, computed, reused)
+        cache.reload()
+        return cache
+
+    def _hidden_states_fit(self, own: QAdapterModel) -> bool:
+        dim = own.config.get_text_config().hidden_size
+        needed = base_cache.hidden_mib(self.train_dataset, dim, own.hf_model.dtype.itemsize)
+        fits = needed <= self.args.base_hidden_mib
+        if not fits:
+            logger.warning(
+                "alpha_0 != center: the base's hidden states would take %.0f MiB on disk, above "
+                "base_hidden_mib=%g, so that every step runs the base; its logsumexp is cached",
+                needed,
+                self.args.base_hidden_mib,
+            )
+        return fits
+
+    # The loss.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        """Micro-batches of one update, each told the totals that its sums are divided by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = sum((len(batch["cu_seqlens"]) - 1) // 2 for batch in batches)
+        actions = sum(int((batch["actions"] != -100).sum()) for batch in batches)
+        for batch in batches:
+            batch["denominators"] = torch.tensor([pairs, actions], dtype=torch.float32)
+        return batches, actions
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
+        mode = "train" if model.training else "eval"
+        actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
+        forward = {k: v for k, v in inputs.items() if k not in ("cu_seqlens", "denominators")}
+        rows = _spread(actions.shape[0], KL_ROWS if mode == "train" else None)
+        values, kl = model(
+            **forward, kl_rows=rows.to(actions.device), use_logits=self.args.use_logits
+        )
+        outputs = QF.preference_loss(
+            values,
+            actions,
+            cu_seqlens,
+            gamma=own.gamma,
+            reg_coef=self.args.reg_coef,
+            bt_scale=self.args.bt_scale,
+            value_at=self.args.value_at,
+            length_norm=self.args.length_norm,
+            denominators=inputs.get("denominators"),
+        )
+        with torch.no_grad():
+            self._record(mode, inputs, values, outputs, kl)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # Metrics: sums stay on the device until they are logged.
+
+    def _record(
+        self,
+        mode: str,
+        inputs: dict[str, Any],
+        values: ResidualValues,
+        outputs: PreferenceLoss,
+        kl: Tensor | None,
+    ) -> None:
+        actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
+        has_action = actions != -100
+        num_pairs = outputs.margins.numel()
+        is_chosen = torch.arange(len(actions), device=actions.device) < cu_seqlens[num_pairs]
+        chosen_logp = torch.where(is_chosen, values.policy_logp, 0).sum()
+        pairs = torch.tensor(float(num_pairs), device=actions.device)
+        tokens = has_action.sum().float()
+        # bt_loss and reg_loss come divided by these; undone, they add up over micro-batches.
+        denominators = inputs.get("denominators")
+        per_pair, per_action = (pairs, tokens) if denominators is None else denominators
+        sums = {
+            "rewards/chosen": (outputs.chosen_rewards.sum(), pairs),
+            "rewards/rejected": (outputs.rejected_rewards.sum(), pairs),
+            "rewards/margins": (outputs.margins.sum(), pairs),
+            "rewards/accuracies": (outputs.accuracy * pairs, pairs),
+            "logps/chosen": (chosen_logp, pairs),
+            "logps/rejected": (values.policy_logp.sum() - chosen_logp, pairs),
+            "loss/bt": (outputs.bt_loss * per_pair, pairs),
+            "reg_loss": (outputs.reg_loss * per_action, tokens),
+            "q/mean": (values.q.sum(), tokens),
+            "value/mean": (torch.where(has_action, values.value, 0).sum(), tokens),
+        }
+        if kl is not None:
+            sums["kl"] = (kl.sum(), torch.tensor(float(kl.numel()), device=kl.device))
+        for name, (total, count) in sums.items():
+            pair = torch.stack([total.detach().double(), count.double()])
+            self._sums[mode].setdefault(name, []).append(pair)
+
+    def _drain(self, mode: str) -> dict[str, float]:
+        """Means since the last call, over all processes."""
+        sums, self._sums[mode] = self._sums[mode], {}
+        if not sums:
+            return {}
+        totals = torch.stack([torch.stack(pairs).sum(0) for pairs in sums.values()])
+        totals = self.accelerator.reduce(totals, reduction="sum").cpu()
+        means = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
+        return dict(zip(sums, means, strict=True))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._drain("train")}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._sums["eval"] = {}
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = self._drain("eval")
+        if means:
+            # Over all pairs and actions; the Trainer's is a mean over batches.
+            means["loss"] = means["loss/bt"] + self.args.reg_coef * means["reg_loss"]
+        own = {f"{prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **own})
+
+    # Files.
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if resume_from_checkpoint is True:
+            last = last_complete_checkpoint(str(self.args.output_dir))
+            if last is None:
+                raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
+            resume_from_checkpoint = str(last)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        target = Path(output_dir or str(self.args.output_dir))
+        own: QAdapterModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with files.replacing_directory(target) as temporary:
+            own.save_pretrained(temporary / "adapter")
+            for item in (temporary / "adapter").iterdir():
+                item.rename(temporary / item.name)
+            (temporary / "adapter").rmdir()
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(str(temporary))
+            # JSON, where the Trainer would pickle its arguments.
+            files.write_json(temporary / "training_args.json", self.args.to_dict())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"could not save {folder}, which is removed again: {error}") from error
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_adapter_weights(
+            resume_from_checkpoint
+        )
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best checkpoint, %s", self.state.best_model_checkpoint)
+        best = str(self.state.best_model_checkpoint)
+        self.accelerator.unwrap_model(self.model).load_adapter_weights(best)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: `QAdapterModel.save_pretrained` writes the card, which fits the method."""
+
+
+def _collator(model: QAdapterModel, args: QAdapterConfig, tokenizer: Any) -> Any:
+    if args.packing:
+        reason = packed_attention.enable(model.hf_model)
+        if reason is None:
+            return PackedPreferenceCollator()
+        logger.warning("Batches are padded instead of packed: %s", reason)
+    return PreferenceCollator(pad_token_id(tokenizer))
+
+
+def _as_qadapter_model(model: Any, peft_config: LoraConfig | None) -> QAdapterModel:
+    if isinstance(model, str | Path):
+        return QAdapterModel.from_pretrained(model, lora_config=peft_config)
+    if peft_config is not None and isinstance(model, QAdapterModel | PeftModel):
+        raise ValueError("peft_config: the model already has an adapter")
+    if isinstance(model, QAdapterModel):
+        return model
+    if isinstance(model, PeftModel):
+        return QAdapterModel(model)
+    if isinstance(model, PreTrainedModel):
+        return QAdapterModel.from_base(model, lora_config=peft_config)
+    raise ValueError(
+        "model: expected a QAdapterModel, a peft or transformers model, a name or a folder, got "
+        f"{type(model).__name__}"
+    )
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end (its trainer state is written last)."""
+    steps = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and (path / "trainer_state.json").exists():
+            steps[int(match[1])] = path
+    return steps[max(steps)] if steps else None
+
+
+def _spread(total: int, count: int | None) -> Tensor:
+    """At most ``count`` row numbers spread evenly over ``total``; all of them for None."""
+    if count is None or total <= count:
+        return torch.arange(total)
+    return torch.linspace(0, total - 1, count).long()
