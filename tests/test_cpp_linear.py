@@ -352,7 +352,7 @@ def test_memory_is_bounded():
     """More rows need no more memory than their outputs; measured in a process of its own."""
     code = """
 import resource, torch
-from qadapter.ops import cpp as _cpp
+from qadapter.ops import cpp
 torch.set_num_threads(2)
 def call(rows):
     h, w = torch.ones(rows, 16), torch.zeros(64, 16)

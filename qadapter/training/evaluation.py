@@ -23,7 +23,7 @@ from qadapter.text.data import load_preference_data, prepare_dataset
 from qadapter.text.tokenization import eos_token_ids, pad_token_id
 
 KL_CHUNK = 64
-DEMO_DATA = Path(__file__).parent / "demo_data"
+DEMO_DATA = Path(__file__).parents[1] / "demo_data"
 UNRELATED = DEMO_DATA / "unrelated.jsonl"
 
 
@@ -166,7 +166,7 @@ def load_unrelated(path: str | Path | None = None) -> Dataset:
         if rows and all("response" in row and "prompt" in row for row in rows):
             texts = [(row["prompt"], row["response"]) for row in rows]
             return Dataset.from_list([{"prompt": p, "chosen": r, "rejected": r} for p, r in texts])
-    return load_preference_data(str(path))
+    return load_preference_data(str(source))
 
 
 def _prepare(
