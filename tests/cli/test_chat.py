@@ -1,4 +1,4 @@
-"""``qadapter chat`` answers piped lines as the policy does; neither Ctrl-C nor a bad line ends it."""
+"""``qadapter chat`` answers piped lines as the policy does; bad lines and Ctrl-C do not end it."""
 
 import io
 import os
