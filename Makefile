@@ -7,9 +7,9 @@
 #   VENV=path             where it is
 #   SYSTEM_SITE=1         it also sees that interpreter's packages, so that a torch that is there
 #                         (a CUDA build, say) is used instead of the pinned one
-#   PYTEST_ARGS="-k ops"  passed to pytest
+#   PYTEST_ARGS=tests/ops  passed to pytest; --durations=20 shows what takes long
 #   WORKERS=2             processes that test runs in; 0 for this one
-#   MATRIX_ARGS="--list"  passed to tests/install_matrix.py (wheel-test)
+#   MATRIX_ARGS="--list"  passed to tests/packaging/install_matrix.py (wheel-test)
 
 VENV ?= .venv
 SYSTEM_SITE ?= 0
@@ -80,14 +80,14 @@ test-slow: install
 	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
 
 wheel-test: install
-	$(PY) tests/install_matrix.py $(MATRIX_ARGS)
+	$(PY) -m tests.packaging.install_matrix $(MATRIX_ARGS)
 
 # Needs a GPU. The small shapes only: the tools are slow.
 cuda-sanitize: install
 	@set -e; for tool in memcheck racecheck; do \
 	    echo "== $$tool"; \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 \
-	        $(PY) -m pytest -q -m gpu -k small tests/test_cuda.py tests/test_cuda_linear.py tests/test_cuda_sample.py; \
+	        $(PY) -m pytest -q -m gpu -k small tests/csrc/cuda; \
 	done
 
 lint: install

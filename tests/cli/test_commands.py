@@ -1,0 +1,175 @@
+"""Every command does what it says on a tiny model, and bad arguments end in one clear line."""
+
+import json
+
+import pytest
+
+from qadapter.cli import main
+from qadapter.text.prompts import encode_prompts
+from qadapter.training import evaluation
+from tests.tiny_models import make_base
+from tests.tiny_text import preference_rows
+
+
+@pytest.fixture
+def files(tmp_path, tiny_tokenizer):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    for name, rows in (("train", preference_rows(12)), ("test", preference_rows(5))):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    return tmp_path
+
+
+def train(files, *options):
+    return main(
+        [
+            "train", "--model", str(files / "base"), "--data", str(files / "train.jsonl"),
+            "--output", str(files / "out"), "--max-steps", "4", "--learning-rate", "1e-2",
+            "--logging-steps", "1", "--per-device-train-batch-size", "4", "--report-to", "none",
+            "--use-cpu", "--bt-scale", "5", "--save-strategy", "steps", "--save-steps", "2",
+            *options,
+        ]
+    )  # fmt: skip
+
+
+def test_train_generate_eval(files, capsys):
+    assert train(files, "--eval-data", str(files / "test.jsonl")) == 0
+    names = {p.name for p in (files / "out").iterdir()}
+    assert {"adapter_model.safetensors", "qadapter_config.json", "checkpoint-4"} <= names
+    assert not (files / "out" / "training_args.bin").exists()
+
+    adapter = str(files / "out")
+    texts = []
+    for strength in ("0", "1"):
+        capsys.readouterr()
+        command = ["generate", "--adapter", adapter, "--prompt", "tell me about the red cat"]
+        assert main([*command, "--strength", strength, "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert all(text.strip() for text in texts)
+
+    report_path = files / "report.json"
+    command = ["eval", "--adapter", adapter, "--data", str(files / "test.jsonl")]
+    unrelated = ["--unrelated", str(files / "train.jsonl")]
+    assert main([*command, *unrelated, "--json", str(report_path), "--max-length", "64"]) == 0
+    report = json.loads(report_path.read_text())
+    assert report["preference"]["pairs"] == 5
+    assert report["preference"]["accuracy"] == 1.0
+    assert report["forgetting"]["kl_base_policy"] > 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_resume_and_adapter_as_start(files):
+    assert train(files) == 0
+    assert train(files, "--max-steps", "6", "--resume") == 0
+    state = json.loads((files / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+    assert train(files, "--model", str(files / "out"), "--output", str(files / "out2")) == 0
+
+
+def test_the_released_preset(files):
+    assert train(files, "--preset", "released", "--gamma", "0.9") == 0
+    saved = json.loads((files / "out" / "qadapter_config.json").read_text())
+    assert (saved["alpha_0"], saved["center"], saved["gamma"]) == (0.01, 0.0, 0.9)
+    arguments = json.loads((files / "out" / "training_args.json").read_text())
+    assert arguments["value_at"] == "same"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "--adapter", "{dir}/base", "--prompt", "a"], "not the folder of a saved"),
+        (["eval", "--adapter", "{dir}/base", "--data", "{dir}/nothing.jsonl"], "nothing.jsonl"),
+        (["eval", "--adapter", "{dir}/base", "--data", "{dir}/broken.jsonl"], "line 2"),
+        (
+            [
+                "train",
+                "--model",
+                "{dir}/none",
+                "--data",
+                "{dir}/train.jsonl",
+                "--output",
+                "{dir}/o",
+            ],
+            "no such folder",
+        ),
+        (["train", "--model", "{dir}/base", "--data", "{dir}/train.jsonl"], "--output"),
+        (
+            [
+                "train",
+                "--model",
+                "{dir}/base",
+                "--data",
+                "{dir}/columns.jsonl",
+                "--output",
+                "{dir}/o",
+            ],
+            "rejected",
+        ),
+    ],
+)
+def test_errors_are_one_line(files, capsys, command, message):
+    (files / "broken.jsonl").write_text(json.dumps(preference_rows(1)[0]) + "\n{oops\n")
+    (files / "columns.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    assert main([part.format(dir=files) for part in command]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("qadapter: error: ") and message in error
+    assert not (files / "o").exists()
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "transformers", "cpp", "triton", "max err"):
+        assert word in out
+
+
+def test_help(capsys):
+    assert main([]) == 2
+    assert "train" in capsys.readouterr().out
+
+
+def test_prompts_are_padded_left_with_one_bos(tiny_tokenizer):
+    batch = encode_prompts(tiny_tokenizer, ["a cat", "the big red dog"], None, True, "cpu")
+    assert batch["attention_mask"].tolist()[0][:2] == [0, 0]
+    assert batch["attention_mask"][:, -1].all()
+    plain = encode_prompts(tiny_tokenizer, ["a cat"], None, False, "cpu")
+    assert plain["input_ids"].shape == (1, 2)
+
+
+def test_forgetting_is_zero_before_training(files, tiny_tokenizer):
+    from datasets import Dataset
+
+    from tests.tiny_models import make_model
+
+    rows = Dataset.from_list(preference_rows(6))
+    start = make_model(moved=False)
+    figures = evaluation.evaluate_forgetting(start, tiny_tokenizer, rows, progress=False)
+    assert figures["kl_base_policy"] == 0.0 and figures["delta_nll"] == 0.0
+    moved = make_model(moved=True)
+    figures = evaluation.evaluate_forgetting(moved, tiny_tokenizer, rows, progress=False)
+    assert figures["kl_base_policy"] > 0.01
+    # The same number from whole-vocabulary softmaxes, one response at a time.
+    import torch
+
+    from qadapter.text.data import prepare_dataset
+    from qadapter.text.tokenization import eos_token_ids
+
+    total, count = 0.0, 0
+    ids = eos_token_ids(moved, tiny_tokenizer)
+    for row in prepare_dataset(rows, tiny_tokenizer, eos_token_ids=ids):
+        sequence = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+        with torch.no_grad():
+            policy = moved.peft_model(input_ids=sequence).logits[0].log_softmax(-1)
+            with moved.peft_model.disable_adapter():
+                base = moved.peft_model(input_ids=sequence).logits[0].log_softmax(-1)
+        states = slice(len(row["prompt_ids"]) - 1, sequence.shape[1] - 1)
+        kl = (base.exp() * (base - policy)).sum(-1)[states]
+        total, count = total + kl.sum().item(), count + kl.numel()
+    assert figures["tokens"] == count
+    assert figures["kl_base_policy"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_unrelated_text_is_shipped():
+    rows = evaluation.load_unrelated()
+    assert len(rows) >= 20 and {"prompt", "chosen"} <= set(rows.column_names)

@@ -1,0 +1,282 @@
+"""The C++ product of few rows and the low-rank update are float64's, by every instruction set.
+
+Each element may be off by its own rounding and by a few float32 rounding units of the terms that
+are summed: the sums are float32 in every dtype.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from qadapter.ops import cpp, few_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+if not cpp.available()[0]:
+    pytest.skip(cpp.available()[1], allow_module_level=True)
+
+INF, NAN = float("inf"), float("nan")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+EPS = torch.finfo(F32).eps
+
+
+@pytest.fixture(autouse=True, params=["best", "avx512", "avx2", "plain"])
+def isa(request, monkeypatch):
+    if request.param == "best":  # with bfloat16 dot products, where there are any
+        monkeypatch.delenv("QADAPTER_CPU_CAPABILITY", raising=False)
+    else:
+        monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
+        if cpp.capability() != request.param:
+            pytest.skip(f"this CPU has no {request.param}")
+    forget()
+    yield request.param
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    few_rows._operations.cache_clear()
+    few_rows.rows_linear_limit.cache_clear()
+
+
+def random(*shape, dtype=F32, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=gen).to(dtype)
+
+
+def problem(rows, out, dim, dtype, *, bias=True):
+    return (
+        random(rows, dim, dtype=dtype),
+        random(out, dim, dtype=dtype, seed=1),
+        random(out, dtype=dtype, seed=2) if bias else None,
+    )
+
+
+def check_linear(x, weight, bias=None):
+    """rows_linear of these; its errors are bounded element by element."""
+    got = few_rows.rows_linear(x, weight, bias)
+    exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert got.dtype == x.dtype and got.shape == exact.shape and got.is_contiguous()
+    rounding = torch.finfo(x.dtype).eps / 2
+    terms = linear(x.double().abs(), weight.double().abs()) + exact.abs()
+    sums = EPS * (8 + x.shape[-1] ** 0.5) * terms
+    assert ((got.double() - exact).abs() <= 1.01 * rounding * exact.abs() + sums).all()
+    return got
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_linear_matches_float64(dtype):
+    for rows, out, dim in itertools.product((1, 2, 3, 4, 5, 7, 16, 33), (1, 3, 4, 66), (1, 31, 96)):
+        check_linear(*problem(rows, out, dim, dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dim", [2, 15, 16, 17, 32, 33, 63, 64, 65, 576, 1000])
+def test_linear_of_every_rest(dtype, dim):
+    for rows in (1, 6):
+        check_linear(*problem(rows, 9, dim, dtype, bias=False))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_linear_is_no_worse_than_torch(dtype):
+    x, weight, bias = problem(8, 300, 1536, dtype)
+    exact = linear(x.double(), weight.double(), bias.double())
+    ours = (few_rows.rows_linear(x, weight, bias).double() - exact).abs().max()
+    theirs = (linear(x, weight, bias).double() - exact).abs().max()
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_row_does_not_depend_on_the_others(dtype):
+    x, weight, bias = problem(37, 131, 577, dtype)
+    alone = torch.cat([few_rows.rows_linear(x[i : i + 1], weight, bias) for i in range(len(x))])
+    for rows in range(1, 38):
+        assert torch.equal(few_rows.rows_linear(x[:rows], weight, bias), alone[:rows])
+        assert torch.equal(few_rows.rows_linear(x[-rows:], weight, bias), alone[-rows:])
+    with_nan = x.clone()
+    with_nan[1] = NAN
+    got = few_rows.rows_linear(with_nan, weight, bias)
+    assert got[1].isnan().all()
+    assert torch.equal(got[2:], alone[2:]) and torch.equal(got[0], alone[0])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_an_output_does_not_depend_on_the_threads_or_its_place(dtype):
+    x, weight, bias = problem(5, 1003, 320, dtype)
+    one = few_rows.rows_linear(x, weight, bias)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(few_rows.rows_linear(x, weight, bias), one)
+    assert torch.equal(few_rows.rows_linear(x, weight[5:], bias[5:]), one[:, 5:])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_strides(dtype):
+    wide = random(6, 5, 200, dtype=dtype)
+    weight = random(50, 300, dtype=dtype, seed=1)[:, 7:107]
+    bias = random(50, dtype=dtype, seed=2)
+    views = [
+        wide[..., 3:103],
+        wide[:, -1:, :100],
+        wide[::2, ::2, 1:101],
+        wide.transpose(0, 1)[..., :100],
+        wide[0, 0, :100],
+        wide[:1, :1, :100].expand(3, 2, 100),
+        wide[..., ::2],  # no dense rows: copied
+        wide.view(2, 3, 5, 200)[:, ::2, ::2, :100],  # three strides: copied
+    ]
+    for x in views:
+        assert torch.equal(
+            check_linear(x, weight, bias), few_rows.rows_linear(x.contiguous(), weight, bias)
+        )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_nothing_to_do(dtype):
+    weight, bias = random(5, 8, dtype=dtype), random(5, dtype=dtype)
+    assert few_rows.rows_linear(weight[:0], weight).shape == (0, 5)
+    assert few_rows.rows_linear(weight, weight[:0]).shape == (5, 0)
+    assert torch.equal(few_rows.rows_linear(weight[:, :0], weight[:, :0], bias), bias.repeat(5, 1))
+
+
+def test_extreme_values():
+    for dtype in (F32, BF16):
+        big = torch.finfo(dtype).max
+        x = torch.tensor([[big, 1.0, 0.0], [INF, 0.0, 0.0], [-0.0, NAN, 0.0], [1e-30, 1.0, 0.0]])
+        weight = torch.tensor([[1.0, 0.0, 3.0], [2.0, 0.0, 1.0], [-INF, 1.0, 0.0], [0.0, 1e-30, 0]])
+        x, weight = x.to(dtype).repeat(1, 40), weight.to(dtype).repeat(1, 40)
+        x[:, 3:], weight[:, 3:] = 0, 0
+        assert torch.equal(
+            few_rows.rows_linear(x, weight).float().nan_to_num(12345.0),
+            linear(x.double(), weight.double()).to(dtype).float().nan_to_num(12345.0),
+        )
+
+
+def test_bfloat16_is_rounded_to_nearest_even():
+    # 1 + 2^-8 lies halfway, 1 + 2^-8 + 2^-20 does not; half a unit above the largest is infinity
+    weight = torch.tensor([[1.0, 2**-8, 0.0], [1.0, 2**-8, 2**-20], [1.0, 3 * 2**-8, 0.0]])
+    got = few_rows.rows_linear(torch.ones(1, 3, dtype=BF16), weight.to(BF16))
+    assert got.tolist() == [[1.0, 1.0078125, 1.015625]]
+    big = torch.finfo(BF16).max
+    pair = torch.tensor([[big, 2.0**119]], dtype=BF16)
+    assert few_rows.rows_linear(torch.ones(1, 2, dtype=BF16), pair).item() == INF
+
+
+def test_linear_refuses():
+    x, weight, bias = problem(2, 5, 8, F32)
+    bad = [
+        ((x.to(F16), weight.to(F16), None), "x: expected float32 or bfloat16, got float16"),
+        ((x.to(BF16), weight, None), "weight: expected bfloat16 like x, got float32"),
+        ((x[:, :7], weight, None), r"got \[2, 7\] and \[5, 8\]"),
+        ((x, weight[0], None), r"weight \[O, K\]"),
+        ((torch.tensor(1.0), weight, None), r"x \[.., K\]"),
+        ((x[:, :5], weight.T[:5, :5], None), "weight: expected dense rows, got stride 8"),
+        ((x, weight, bias[:4]), r"bias: expected a contiguous float32 \[5\].*got float32 \[4\]"),
+        ((x, weight, bias.to(BF16)), "bias: .* got bfloat16"),
+        ((x, weight, random(10)[::2]), "bias: expected a contiguous"),
+    ]
+    for arguments, message in bad:
+        with pytest.raises(RuntimeError, match=message):
+            few_rows.rows_linear(*arguments)
+
+
+def lora_problem(rows, out, dim, rank, dtype, low_rank):
+    return (
+        random(rows, out, dtype=dtype, seed=3),
+        random(rows, dim, dtype=dtype, seed=4),
+        random(rank, dim, dtype=low_rank, seed=5),
+        random(out, rank, dtype=low_rank, seed=6),
+    )
+
+
+def check_lora(out, x, a, b, scaling, start, stop):
+    before = out.clone()
+    exact = before.double()
+    part = x[start:stop].double()
+    exact[start:stop] += scaling * (part @ a.double().T @ b.double().T)
+    terms = before.double().abs()
+    terms[start:stop] += abs(scaling) * (part.abs() @ a.double().abs().T @ b.double().abs().T)
+    few_rows.lora_add_(out, x, a, b, scaling, start, stop)
+    rounding = torch.finfo(x.dtype).eps / 2
+    sums = EPS * (8 + x.shape[-1] ** 0.5 + a.shape[0] ** 0.5)
+    assert ((out.double() - exact).abs() <= 1.01 * rounding * exact.abs() + sums * terms).all()
+    assert torch.equal(out[:start], before[:start]) and torch.equal(out[stop:], before[stop:])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("low_rank", [F32, BF16])
+def test_lora_matches_float64(dtype, low_rank):
+    sizes = itertools.product((1, 3, 17, 40), (1, 16, 37), (1, 33, 64), (1, 3, 8, 16, 21))
+    for rows, out, dim, rank in sizes:
+        check_lora(*lora_problem(rows, out, dim, rank, dtype, low_rank), -0.7, 0, rows)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_lora_of_some_rows(dtype):
+    out, x, a, b = lora_problem(9, 40, 50, 8, dtype, F32)
+    for start, stop in ((0, 9), (3, 6), (8, 9), (4, 4), (0, 0), (9, 9)):
+        check_lora(out.clone(), x, a, b, 2.0, start, stop)
+    # [rows, T, .]: all T of a row; views with gaps
+    out, x = random(4, 6, 90, dtype=dtype), random(4, 7, 60, dtype=dtype)
+    check_lora(out[:, :5, 7:47], x[:, 2:, 9:59], a, b, 0.5, 1, 3)
+    check_lora(out[:, ::6, 50:], x[:, -1:, :50], a, b, 0.5, 2, 4)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_lora_takes_strided_factors(dtype):
+    out, x, a, b = lora_problem(3, 37, 50, 8, dtype, F32)
+    wide_a, wide_b = torch.full((8, 64), NAN), torch.full((37, 20), NAN)
+    wide_a[:, 5:55], wide_b[:, 3:11] = a, b
+    expected = out.clone()
+    check_lora(expected, x, a, b, 1.0, 0, 3)
+    few_rows.lora_add_(out, x, wide_a[:, 5:55], wide_b[:, 3:11], 1.0, 0, 3)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_lora_row_does_not_depend_on_the_others(dtype):
+    out, x, a, b = lora_problem(37, 45, 70, 8, dtype, F32)
+    alone = out.clone()
+    for i in range(37):
+        few_rows.lora_add_(alone, x, a, b, 0.3, i, i + 1)
+    for start, stop in ((0, 37), (5, 22), (1, 3)):
+        got = out.clone()
+        few_rows.lora_add_(got, x, a, b, 0.3, start, stop)
+        assert torch.equal(got[start:stop], alone[start:stop])
+    torch.set_num_threads(3)
+    few_rows.lora_add_(out, x, a, b, 0.3, 0, 37)
+    assert torch.equal(out, alone)
+
+
+def test_lora_refuses():
+    out, x, a, b = lora_problem(4, 5, 8, 2, F32, F32)
+    bad = [
+        ((out, x.to(F16), a, b, 1.0, 0, 4), "x: expected float32 or bfloat16, got float16"),
+        ((out, x, a.double(), b, 1.0, 0, 4), "lora_a: expected .*, got float64"),
+        ((out.to(BF16), x, a, b, 1.0, 0, 4), "out: expected float32 like x, got bfloat16"),
+        ((out, x, a, b.to(BF16), 1.0, 0, 4), "lora_b: expected float32 like lora_a"),
+        ((out, x, a[:, :7], b, 1.0, 0, 4), r"got \[4, 5\], \[4, 8\], \[2, 7\] and \[5, 2\]"),
+        ((out, x, a, b[:, :1], 1.0, 0, 4), r"\[5, 1\]"),
+        ((out[:3], x, a, b, 1.0, 0, 3), r"expected out \[rows"),
+        ((out, x, a, b, 1.0, 0, 5), "start <= stop <= 4, got 0 and 5"),
+        ((out, x, a, b, 1.0, 3, 2), "got 3 and 2"),
+        ((out, x, a, b, 1.0, -1, 2), "got -1 and 2"),
+        ((random(5, 4).T, x, a, b, 1.0, 0, 4), "out: expected dense rows, got stride 4"),
+        ((out, x, random(8, 2).T, b, 1.0, 0, 4), "lora_a, lora_b: expected dense rows"),
+    ]
+    before = out.clone()
+    for arguments, message in bad:
+        with pytest.raises(RuntimeError, match=message):
+            few_rows.lora_add_(*arguments)
+    assert torch.equal(out, before)
+
+
+def test_limits(monkeypatch):
+    for dtype in (F32, BF16, F16, torch.float64):
+        assert few_rows.rows_linear_limit(dtype) in range(65)
+    assert few_rows.rows_linear_limit(F16) == few_rows.rows_linear_limit(torch.float64) == 0
+    monkeypatch.setattr(cpp, "why_not_loaded", lambda: "no extension")
+    few_rows.rows_linear_limit.cache_clear()
+    assert few_rows.rows_linear_limit(BF16) == 0

@@ -1,0 +1,51 @@
+"""Small random models that tests make themselves; nothing is downloaded."""
+
+import torch
+
+
+def make_base(kind: str = "llama", *, dtype: torch.dtype = torch.float32, vocab: int = 97):
+    """A random 3-layer causal LM whose logits are far from flat."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    special = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if kind == "llama":
+        config = tf.LlamaConfig(**sizes, **heads, **special, max_position_embeddings=256)
+    elif kind == "llama-tied":
+        config = tf.LlamaConfig(**sizes, **heads, **special, tie_word_embeddings=True)
+    elif kind == "qwen2":
+        config = tf.Qwen2Config(**sizes, **heads, **special, max_position_embeddings=256)
+    elif kind == "gemma2":  # logits are soft-capped
+        config = tf.Gemma2Config(
+            **sizes, **heads, **special, head_dim=8, final_logit_softcapping=5.0, sliding_window=8
+        )
+    elif kind == "gpt2":
+        config = tf.GPT2Config(
+            n_embd=32, n_layer=3, n_head=4, n_positions=256, initializer_range=0.3, **special
+        )
+    else:
+        raise ValueError(kind)
+    return tf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def perturb(model, std: float = 0.3):
+    """Move LoRA away from its start, where it does nothing."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def make_model(kind: str = "llama", *, moved: bool = True, **composition):
+    from peft import LoraConfig
+
+    from qadapter import QAdapterModel
+
+    torch.manual_seed(0)
+    model = QAdapterModel.from_base(make_base(kind), lora_config=LoraConfig(r=4), **composition)
+    # Gemma scales its embeddings up, so the adapter must push harder to be seen.
+    return perturb(model, std=2.0 if kind == "gemma2" else 0.3) if moved else model
