@@ -1,6 +1,6 @@
 // What the kernels use of CUDA: threads, barriers, shuffles, shared memory, launches. Everything
 // they touch is named here, so that tests can compile the same kernels for a host, where every
-// thread is a fiber (tests/cuda/emulator.h).
+// thread is a fiber (tests/csrc/cuda/emulator.h).
 #pragma once
 
 #include <cstddef>
