@@ -18,7 +18,7 @@ from benchmarks.tables import conditions
 from qadapter import files
 
 # They are told apart without colour vision. Ours is blue everywhere.
-BLUE, SKY, GREEN, ORANGE, YELLOW, GREY = (
+BLUE, SKY, GREEN, VERMILION, YELLOW, GREY = (
     "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#767676",
 )  # fmt: skip
 OURS: dict[str, Any] = {"color": BLUE, "marker": "o", "linewidth": 2.4, "zorder": 3}  # on top
@@ -59,7 +59,7 @@ def log_y(panel: Axes, subs: tuple[float, ...] | None = (1, 2, 5)) -> None:
 def title(panel: Axes, text: str, grid: str = "both") -> None:
     """And a light grid, in the direction of the values that are read off ("x", "y" or both)."""
     panel.set_title(text, fontsize=MIDDLE)
-    panel.grid(alpha=0.3, which="both", axis=grid)
+    panel.grid(alpha=0.3, which="both" if grid == "both" else "major", axis=grid)
 
 
 def legend_below(figure: Figure, panel: Axes, columns: int = 6) -> None:
@@ -71,9 +71,9 @@ def legend_below(figure: Figure, panel: Axes, columns: int = 6) -> None:
     )  # fmt: skip
 
 
-def caption(figure: Figure, text: str, record: dict[str, Any]) -> None:
+def caption(figure: Figure, text: str, record: dict[str, Any], threads: bool = True) -> None:
     """What is shown and, in a line below, on which machine it was measured."""
-    figure.suptitle(f"{text}\n{conditions(record)}", fontsize=10)
+    figure.suptitle(f"{text}\n{conditions(record, threads)}", fontsize=10)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -32,14 +32,21 @@ def frame(rows: Iterable[Row]) -> pd.DataFrame:
     return pd.json_normalize([row for row in rows if "missing" not in row], sep=" ")
 
 
-def beside(rows: pd.DataFrame, case: Sequence[str]) -> pd.DataFrame:
-    """One row a case, in order of appearance; of each competitor columns "<who> <field>"."""
+def beside(rows: pd.DataFrame, case: Sequence[str], needed: Sequence[str] = ()) -> pd.DataFrame:
+    """One row a case, in order of appearance; of each competitor columns "<who> <field>".
+
+    Only the cases in which all that are ``needed`` ran.
+    """
     keys = list(case)
+    for who in needed:
+        rows = rows[(rows["who"] == who).groupby([rows[key] for key in keys]).transform("any")]
     parts = [
         own.set_index(keys).drop(columns="who").add_prefix(f"{who} ")
         for who, own in rows.groupby("who", sort=False)
     ]
     cases = rows[keys].drop_duplicates()
+    if not parts:
+        return cases
     return cases.merge(pd.concat(parts, axis=1), left_on=keys, right_index=True, how="left")
 
 
@@ -92,12 +99,12 @@ def paragraphs(*parts: str) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def conditions(record: Record) -> str:
-    """The machine, torch and the date."""
+def conditions(record: Record, threads: bool = True) -> str:
+    """The machine, torch and the date; without the threads where these are what varies."""
     machine = record["environment"]
     count = machine["threads"]
-    threads = f"{count} thread{'s' if count > 1 else ''}"
-    what = machine.get("gpu") or f"{machine['cpu']}, {threads}"
+    used = f", {count} thread{'s' if count > 1 else ''}" if threads else ""
+    what = machine.get("gpu") or f"{machine['cpu']}{used}"
     return f"{what}, torch {machine['torch']}, {machine['date'][:10]}"
 
 
@@ -115,8 +122,8 @@ def left_out(rows: list[Row], detail: str) -> str:
     return "\n".join(lines)
 
 
-def replace(page: str, name: str, content: str) -> str:
-    """A page with what is between ``<!-- table:NAME -->`` and ``<!-- /table -->`` replaced."""
-    start, end = f"<!-- table:{name} -->", "<!-- /table -->"
+def replace(page: str, marker: str, content: str) -> str:
+    """A page with what is between ``<!-- MARKER -->`` and ``<!-- /table -->`` replaced."""
+    start, end = f"<!-- {marker} -->", "<!-- /table -->"
     begin = page.index(start) + len(start)
     return f"{page[:begin]}\n{content}\n{page[page.index(end, begin) :]}"
