@@ -11,13 +11,13 @@ from datasets import Dataset
 
 from qadapter.cli import demo_rule
 from qadapter.text.data import load_preference_data, prepare_dataset
-from qadapter.training import evaluation
-from qadapter.training.evaluation import DEMO_DATA, load_unrelated
+from qadapter.training.evaluation import DEMO_DATA, UNRELATED, load_unrelated
 
 Row = dict[str, Any]
 RULES: dict[str, Callable[[str], bool]] = {"in-short": demo_rule.follows}
 PROMPTS = Path(__file__).parent / "prompts.txt"
 HELD_OUT_SHARE = 0.2
+COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,10 @@ def load(
     kept = [row for row in splits[1] if str(row["prompt"]) not in known]
     if not kept:
         raise ValueError(f"{paths[-1]}: no held-out pair has a prompt that training does not have")
-    other = list(load_unrelated(unrelated))
-    source = evaluation.UNRELATED if unrelated is None else unrelated
     name = name or (Path(data).stem.split(".")[0] if data else "shipped")
-    return StudyData(
-        name,
-        splits[0],
-        kept,
-        other,
-        RULES[rule] if rule else None,
-        {Path(path).name: file_hash(path) for path in (*paths, source)},
-    )
+    found = {Path(path).name: file_hash(path) for path in (*paths, unrelated or UNRELATED)}
+    other = list(load_unrelated(unrelated))
+    return StudyData(name, splits[0], kept, other, RULES[rule] if rule else None, found)
 
 
 def _rows(path: str) -> list[Row]:
@@ -132,13 +125,12 @@ def text(response: Any) -> str:
     return "\n".join(str(message["content"]) for message in response).strip()
 
 
+def dataset(rows: list[Row]) -> Dataset:
+    """Of the pairs alone, without what else the file had."""
+    return Dataset.from_list([{name: row[name] for name in COLUMNS} for row in rows])
+
+
 def tokenised(rows: list[Row], tokenizer: Any, max_length: int, eos: list[int]) -> list[Row]:
     """Rows with prompt, chosen and rejected; pairs whose prompt is too long are left out."""
-    columns = ("prompt", "chosen", "rejected")
-    wanted = [{name: row[name] for name in columns} for row in rows]
-    dataset = Dataset.from_list(wanted)
-    return list(
-        prepare_dataset(
-            dataset, tokenizer, max_length=max_length, eos_token_ids=eos, drop_long_prompts=True
-        )
-    )
+    options: dict[str, Any] = {"eos_token_ids": eos, "drop_long_prompts": True}
+    return list(prepare_dataset(dataset(rows), tokenizer, max_length=max_length, **options))

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.quality import matched, stats
-from benchmarks.quality.settings import plain
 from benchmarks.quality.study import TRAINED, Study
 from qadapter import files
 
@@ -185,7 +184,7 @@ def _about(study: Study) -> dict[str, Any]:
     about = files.read_json(study.output / "study.json")
     return {
         **about["what"],
-        "set": {**plain(asdict(study.set)), "usual": study.set.usual},
+        "set": {**asdict(study.set), "usual": study.set.usual},
         "environment": about["environment"],
         "counts": {
             "train": len(study.data.train),
