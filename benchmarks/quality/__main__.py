@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import datasets
 import transformers
 
+from benchmarks import report as pages
 from benchmarks.quality import data as quality_data
 from benchmarks.quality import decode_cost, matched, report, summary, sweep
 from benchmarks.quality.settings import METHODS, SETS, Run, Set, changed
@@ -105,8 +106,9 @@ def planned(options: argparse.Namespace, chosen: Set) -> list[Run]:
 
 def execute(options: argparse.Namespace) -> None:
     if options.command == "report":
-        for path in report.write():
-            print(f"wrote {path}")
+        if not list(pages.RESULTS.glob("quality-*.json")):
+            raise ValueError(f"{pages.RESULTS}: no quality-*.json; run the study with --json first")
+        pages.main([])
         return
     chosen = chosen_set(options)
     runs = planned(options, chosen)
@@ -126,7 +128,7 @@ def execute(options: argparse.Namespace) -> None:
         record = summary.summarise_sweep(study, results, options.method, options.kl)
         path = options.json or str(study.output / f"sweep-{options.method}.json")
         files.write_json(path, record)
-        print(sweep.table(record["rows"], options.kl))
+        print(report.settings_table(record))
         return
     decode = decode_cost.decode_cost(study)
     record = summary.summarise(study, results, missing, decode)
