@@ -18,10 +18,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from benchmarks import harness, recording
+from benchmarks import bench, recording
 from benchmarks.instruction_driver import CASES, elements
+from benchmarks.report_suite import INSTRUCTIONS
 
 ROOT = Path(__file__).parents[1]
 CASE = ("kernel", "tool", "capability")
@@ -149,40 +149,26 @@ def run(options: argparse.Namespace) -> recording.Recording:
             counts = TOOLS[options.tool][1]([c["kernel"] for c in left], options.capability)
         count, (size, what) = counts[case["kernel"]], elements(case["kernel"])
         row = {"instructions": count, "each": count / size, "per": what}
-        recorded.put(case, [row], show([{**case, **row}]))
+        recorded.put(case, [row], bench.show([{**case, **row}], INSTRUCTIONS))
     return recorded
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    header = ["kernel", "code", "instructions", "each", "per"]
-    lines = [
-        [r["kernel"], r["capability"], f"{r['instructions']:,}", f"{r['each']:.3f}", r["per"]]
-        for r in rows
-        if "missing" not in r
-    ]
-    return harness.table(header, lines)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks instructions", description=__doc__.splitlines()[0]
-    )
+    parser = bench.parser("instructions", __doc__, prog="python -m benchmarks instructions")
     parser.add_argument("--tool", choices=TOOLS, default="callgrind")
     parser.add_argument("--capability", choices=("plain", "avx2", "avx512"), default="avx2")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    recording.shared_options(parser, "instructions")
-    options = parser.parse_args(arguments)
+    options = bench.parse(parser, arguments, {})
     if options.tool == "callgrind" and options.capability == "avx512":
         parser.error("--capability avx512: valgrind knows no AVX-512; use --tool perf")
     if options.quick:
         options.case = options.case[:1]
-    recording.finish_options(options)
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    recorded = run(parse(arguments))
-    print(show(recorded.rows))
+    rows = run(parse(arguments)).rows
+    print(bench.show([row for row in rows if "missing" not in row], INSTRUCTIONS))
     return 0
 
 

@@ -10,6 +10,7 @@ from benchmarks.tables import (
     Row,
     beside,
     conditions,
+    field_like,
     frame,
     left_out,
     paragraphs,
@@ -127,15 +128,15 @@ def linear_accuracy(record: Record, full: bool = False) -> str:
     shown = _peers(rows) if full else ["eager"]
     largest = rows.groupby("dtype")["size"].transform("max")
     rows = rows[(rows["size"] == largest) & rows["who"].isin(["qadapter", *shown])]
-    errors = {
-        "p < 0.9": "dh <0.9 median",
-        "0.9-0.99": "dh 0.9-0.99 median",
-        "> 0.99": "dh >0.99 median",
-        "worst": "dh >0.99 max",
-        "r": "reward rms",
-        "sum of r": "reward sum of 512 max",
-    }
-    columns = [(name, f"error {field}", "{:.1e}") for name, field in errors.items()]
+    medians = {"p < 0.9": "<0.9", "0.9-0.99": "0.9-0.99", "> 0.99": ">0.99"}
+    columns: list[Column] = [
+        *LABEL,
+        ("", "who"),
+        *((name, f"error dh {band} median", "{:.1e}") for name, band in medians.items()),
+        ("worst", "error dh >0.99 max", "{:.1e}"),
+        ("r", "error reward rms", "{:.1e}"),
+        ("sum of r", field_like("error reward sum of", "max"), "{:.1e}"),
+    ]
     title = (
         f"Errors against float64 from the same inputs, N={record['shape']['n']} "
         f"({conditions(record)}): of a row of the gradient, relative, by the policy's probability "
@@ -143,7 +144,7 @@ def linear_accuracy(record: Record, full: bool = False) -> str:
         "square per token, and the worst sum of 512 tokens. A half of the rows is in the first "
         "band, a quarter in each of the others."
     )
-    return paragraphs(title, table(rows, [*LABEL, ("", "who"), *columns]))
+    return paragraphs(title, table(rows, columns))
 
 
 SWEEPS = {

@@ -74,22 +74,24 @@ def everything(record: Record) -> str:
     return paragraphs(title, table(frame(rows), columns), left_out(rows, case[-1]))
 
 
+INSTRUCTIONS: list[Column] = [
+    ("kernel", "kernel"),
+    ("code", "capability"),
+    ("instructions", "instructions", "{:,}"),
+    ("each", "each", "{:.3f}"),
+    ("per", "per"),
+]
+
+
 def instructions(record: Record) -> str:
     rows = frame(record["rows"])
     if rows.empty:
         return f"Instructions were not counted: {record['rows'][0]['missing']}"
-    columns: list[Column] = [
-        ("kernel", "kernel"),
-        ("code", "capability"),
-        ("instructions", "instructions", "{:,}"),
-        ("each", "each", "{:.3f}"),
-        ("per", "per"),
-    ]
     title = (
         f"Instructions of the C++ kernels ({conditions(record)}; {rows['tool'][0]}): fixed inputs, "
         "one thread, the kernel's own only."
     )
-    return paragraphs(title, table(rows, columns))
+    return paragraphs(title, table(rows, INSTRUCTIONS))
 
 
 def machines(records: list[Record]) -> str:

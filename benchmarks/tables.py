@@ -80,6 +80,13 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join([line(header), ruler, *map(line, lines)])
 
 
+def field_like(start: str, end: str) -> Callable[[Row], Any]:
+    """A field by what its name starts and ends with."""
+    return lambda row: next(
+        (row[name] for name in row if name.startswith(start) and name.endswith(end)), None
+    )
+
+
 def spread(digits: int, scale: float = 1.0, form: str = "{} ({}-{})") -> Callable[[Row], str]:
     """A function of a row: the median of its times with p20 and p80."""
 
