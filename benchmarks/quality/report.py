@@ -18,7 +18,7 @@ TESTED_TITLES = {
     "follows": "follows the rule",
     "questions": "questions still right",
 }
-SHARE, DIFFERENCE, EXACT = interval(".0%"), interval("+.2f"), interval(".4f")
+SHARE, EXACT = interval(".0%"), interval(".4f")
 
 
 def _seeds(rows: Iterable[Row]) -> int:
@@ -46,14 +46,31 @@ def title(row: Row, most: int = 0) -> str:
     return TITLES[row["method"]] + changes + fewer
 
 
-def _place(row: Row) -> int:
-    return list(METHODS).index(row["method"])
+def _policies(record: Record) -> list[Row]:
+    """The rows with `name`, each figure as a field, and what the trained ones have at a KL: "gain
+    at 0.1", and "less gain at 0.1", Q-Adapter's less it."""
+    matched: dict[tuple[str, float, str], Row] = {}
+    for row in record["matched"]:
+        fields = matched.setdefault((row["variant"], row["noise"], "trained"), {})
+        for less, figures in (("", row["figures"]), ("less ", row["reference_less"])):
+            for name, values in (figures or {}).items():
+                fields[f"{less}{name} at {row['kl']:g}"] = values
+    return [
+        {**row, **row["figures"], "name": title(row)}
+        | matched.get((row["variant"], row["noise"], row["label"]), {})
+        for row in record["rows"]
+    ]
 
 
-def _usual(record: Record) -> list[Row]:
-    """What was trained on clean pairs with the usual settings."""
-    own = [row for row in record["rows"] if row["noise"] == 0 and not row["changes"]]
-    return sorted(own, key=_place)
+def _clean(record: Record) -> list[Row]:
+    """Those without noise, by method."""
+    order = list(METHODS)
+    found = [row for row in _policies(record) if row["noise"] == 0]
+    return sorted(found, key=lambda row: order.index(row["method"]))
+
+
+def _kls(record: Record) -> list[float]:
+    return list(dict.fromkeys(row["kl"] for row in record["matched"]))
 
 
 def _table(columns: Sequence[Column], rows: Iterable[Row]) -> str:
@@ -84,30 +101,21 @@ def _columns(record: Record) -> list[Column]:
     ]
 
 
-def _matched(record: Record) -> dict[tuple[str, float], Row]:
-    """(variant, noise) -> fields such as "gain at 0.1", and "less gain at 0.1" of Q-Adapter's."""
-    found: dict[tuple[str, float], Row] = {}
-    for row in record["matched"]:
-        fields = found.setdefault((row["variant"], row["noise"]), {})
-        for less, figures in (("", row["figures"]), ("less ", row["reference_less"])):
-            for name, values in (figures or {}).items():
-                fields[f"{less}{name} at {row['kl']:g}"] = values
-    return found
-
-
-def _kls(record: Record) -> list[float]:
-    return list(dict.fromkeys(row["kl"] for row in record["matched"]))
+def _at_kl(kl: float) -> list[Column]:
+    return [
+        (f"gain at KL {kl:g}", f"gain at {kl:g}", interval()),
+        ("Q-Adapter's less it", f"less gain at {kl:g}", interval("+.2f")),
+    ]
 
 
 def main_table(record: Record) -> str:
     """Every method as trained, without noise."""
     base = record["base_figures"]
-    own = [row for row in _usual(record) if row["label"] == "trained"]
-    most = _seeds(own)
+    own = [r for r in _clean(record) if r["label"] == "trained" and not r["changes"]]
     zero = [0.0, 0.0, 0.0]
     nothing = {"gain": zero, "kl": zero, "nll_change": zero, "questions": [1.0, 1.0, 1.0]}
     rows = [{"name": "base", **base["figures"], **nothing}]
-    rows += [{"name": title(row, most), **row["figures"]} for row in own]
+    rows += [{**row, "name": title(row, _seeds(own))} for row in own]
     left_out = "\n".join(f"- {name}: {why}" for name, why in record["missing"].items())
     return paragraphs(
         f"{heading(record)} Of {base['asked']} questions the base answers {base['right']} right, "
@@ -125,29 +133,28 @@ def short(records: list[Record]) -> str:
     if not found:
         return "Not measured yet."
     record = max(found, key=lambda record: _seeds(record["rows"]))
-    matched, kl = _matched(record), max(_kls(record), default=0.0)
     rows = []
-    for row in _usual(record):
-        if row["label"] == "trained":
-            figures = {**row["figures"], **matched.get((row["variant"], 0.0), {})}
-            rows.append({"name": title(row), **figures})
-        elif row["method"] == "qadapter" and row["label"] == "strength 0.5":
-            rows.append({"name": f"{title(row)}, strength 0.5", **row["figures"]})
+    for row in _clean(record):
+        if row["label"] == "trained" and not row["changes"]:
+            rows.append(row)
+        elif row["variant"] == "qadapter" and row["label"] == "strength 0.5":
+            rows.append(row | {"name": f"{row['name']}, strength 0.5"})
     columns = [column for column in _columns(record) if column[1] not in ("gain", "words")]
-    columns.append((f"gain at KL {kl:g}", f"gain at {kl:g}", interval()))
-    return paragraphs(heading(record), _table(columns, rows))
+    return paragraphs(
+        heading(record), _table([*columns, _at_kl(max(_kls(record), default=0.0))[0]], rows)
+    )
 
 
 def strength_table(record: Record) -> str:
     """What varies the strength of a method after, or by, its training."""
     rows = []
-    for row in record["rows"]:
+    for row in _policies(record):
         blended = row["method"] == "qadapter" and row["label"].startswith("strength")
         varied = row["method"] == "dpo_own" and row["label"] == "trained"
         stopped = row["method"] == "sft" and not row["label"].startswith("strength")
         if row["noise"] == 0 and (blended or varied or stopped):
             label = "" if row["label"] == "trained" else f", {row['label']}"
-            rows.append({"name": title(row) + label, **row["figures"]})
+            rows.append(row | {"name": row["name"] + label})
     return paragraphs(heading(record), _table(_columns(record), rows))
 
 
@@ -172,19 +179,10 @@ def tests_table(record: Record) -> str:
 
 def matched_table(record: Record) -> str:
     """Gain at the same forgetting."""
-    matched = _matched(record)
-    clean = sorted((row for row in record["matched"] if row["noise"] == 0), key=_place)
-    rows = {
-        row["variant"]: {
-            "name": title(row), "seeds": len(row["seeds"]), **matched[row["variant"], 0.0]
-        }
-        for row in clean
-    }  # fmt: skip
-    columns: list[Column] = [("", "name"), ("seeds", "seeds")]
+    columns: list[Column] = [("", "name"), ("seeds", lambda row: len(row["seeds"]))]
     for kl in _kls(record):
         columns += [
-            (f"gain at KL {kl:g}", f"gain at {kl:g}", interval()),
-            ("Q-Adapter's less it", f"less gain at {kl:g}", DIFFERENCE),
+            *_at_kl(kl),
             ("p", f"less gain at {kl:g}", lambda values: f"{values[3]:.4f}"),
             ("pairs right", f"accuracy at {kl:g}", SHARE),
             ("NLL change", f"nll_change at {kl:g}", interval(".3f")),
@@ -194,7 +192,7 @@ def matched_table(record: Record) -> str:
         "between the strengths of its LoRA blended with the base, seed by seed. Intervals and p by "
         "a bootstrap over pairs, conversations and seeds, which finds the place of that KL in "
         "every draw anew. Empty: not reached at the largest strength.",
-        _table(columns, rows.values()),
+        _table(columns, [row for row in _clean(record) if row["label"] == "trained"]),
     )
 
 
@@ -203,24 +201,15 @@ def noise_table(record: Record) -> str:
     noisy = {row["variant"] for row in record["rows"] if row["noise"] > 0}
     if not noisy:
         return f"{record['data']['name']}: no run with flipped pairs."
-    matched, most = _matched(record), _seeds(record["rows"])
     rows = [
-        {
-            "name": f"{row['noise']:.0%} flipped, {title(row, most)}",
-            **row["figures"],
-            **matched.get((row["variant"], row["noise"]), {}),
-        }
-        for row in sorted(record["rows"], key=lambda row: (row["noise"], row["variant"]))
+        row | {"name": f"{row['noise']:.0%} flipped, {title(row, _seeds(record['rows']))}"}
+        for row in sorted(_policies(record), key=lambda row: (row["noise"], row["variant"]))
         if row["variant"] in noisy and row["label"] == "trained"
     ]
     # Runs with noise are scored alone.
     scored = ("name", "accuracy", "gain", "kl", "nll_change")
     columns = [column for column in _columns(record) if column[1] in scored]
-    for kl in _kls(record):
-        columns += [
-            (f"gain at KL {kl:g}", f"gain at {kl:g}", interval()),
-            ("Q-Adapter's less it", f"less gain at {kl:g}", DIFFERENCE),
-        ]
+    columns += [column for kl in _kls(record) for column in _at_kl(kl)]
     return paragraphs(heading(record), _table(columns, rows))
 
 
