@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,12 @@ def some(rows: list[Any], count: int, seed: int = 0) -> list[Any]:
     if count >= len(rows):
         return list(rows)
     return random.Random(seed).sample(rows, count)
+
+
+def alike(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Batches of ``count`` indices of items of like length, so that little of them is padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + count] for start in range(0, len(order), count)]
 
 
 def flipped(rows: list[Row], share: float, seed: int) -> list[Row]:

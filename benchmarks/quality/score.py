@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.quality.data import Row, alike
 from qadapter import QAdapterModel
 from qadapter import functional as QF
 from qadapter.composition import StreamWeights, stream_weights
@@ -14,7 +15,6 @@ from qadapter.text.collator import collate_sequences
 from qadapter.text.tokenization import pad_token_id
 
 CHUNK = 256  # rows whose float32 logits exist at a time
-Row = dict[str, Any]
 Logits = Callable[[slice], tuple[Tensor, Tensor]]  # float32, of the base and the LoRA
 
 
@@ -44,14 +44,12 @@ def score(
     """
     model.eval()
     lengths = [len(row["prompt_ids"]) + len(row[f"{column}_ids"]) for row in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
     results: list[dict[str, Any]] = [{} for _ in rows]
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    for place, part in enumerate(alike(lengths, batch_size)):
         sequences = [(rows[i]["prompt_ids"], rows[i][f"{column}_ids"], False) for i in part]
         batch = collate_sequences(sequences, pad_token_id(tokenizer))
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        logits = _logits(model, batch, {} if base_cache is None else base_cache, start)
+        logits = _logits(model, batch, {} if base_cache is None else base_cache, place)
         base, policy, kl = _rows(logits, batch["actions"], blends)
         ends = batch["cu_seqlens"].tolist()
         for i, (begin, end) in zip(part, itertools.pairwise(ends), strict=True):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -177,9 +176,7 @@ class Study:
         record = {
             "name": run.name,
             "variant": run.variant,
-            "method": run.method,
-            "seed": run.seed,
-            "noise": run.noise,
+            **asdict(run),
             "changes": dict(run.changes),
             "settings": settings,
             "settings_digest": digest(settings),
@@ -211,14 +208,8 @@ class Study:
         for step, weights in made.weights.items():
             with files.replacing_file(self._weights(run, step)) as temporary:
                 save_file({k: v.contiguous() for k, v in weights.items()}, temporary)
-        record = {
-            "settings_digest": digest(settings),
-            "seconds": made.seconds,
-            "seconds_per_pair": made.seconds_per_pair,
-            "peak_mib": made.peak_mib,
-            "threads": torch.get_num_threads(),
-            "log": made.log,
-        }
+        cost = {name: value for name, value in vars(made).items() if name != "weights"}
+        record = {"settings_digest": digest(settings), **cost}
         files.write_json(self.folder(run) / "training.json", record)
         return record
 

@@ -8,12 +8,12 @@ What is compared is the frontier of a setting, not its one trained point: each i
 strengths, and its gain and accuracy are read off at the same forgetting.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.bench import grid
 from benchmarks.quality import matched
 from benchmarks.quality.settings import Run
 from qadapter import files
@@ -21,13 +21,13 @@ from qadapter import files
 
 def combinations(vary: Sequence[str]) -> list[dict[str, Any]]:
     """NAME=VALUE,VALUE,... -> every choice of one value each."""
-    axes = []
+    axes = {}
     for text in vary:
         name, found, values = text.partition("=")
         if not found or not name or not all(values.split(",")):
             raise ValueError(f"--vary: expected NAME=VALUE,VALUE,..., got {text!r}")
-        axes.append([(name, value_of(value)) for value in values.split(",")])
-    return [dict(choice) for choice in itertools.product(*axes)]
+        axes[name] = [value_of(value) for value in values.split(",")]
+    return grid(**axes)
 
 
 def value_of(text: str) -> Any:

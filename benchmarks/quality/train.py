@@ -41,10 +41,11 @@ class Trained:
     """``weights`` of the LoRA by step; ``log`` is what the trainer logged."""
 
     weights: dict[int, Weights]
-    log: list[dict[str, float]]
     seconds: float
     seconds_per_pair: float
     peak_mib: float
+    threads: int
+    log: list[dict[str, float]]
 
 
 def lora_config(settings: Settings) -> LoraConfig:
@@ -113,7 +114,8 @@ def train(
         if "loss" in line
     ]
     per_pair = statistics.median(steps) / settings["batch"]
-    return Trained(watch.weights, log, seconds, per_pair, peak.mebibytes)
+    threads = torch.get_num_threads()
+    return Trained(watch.weights, seconds, per_pair, peak.mebibytes, threads, log)
 
 
 class _Watch(TrainerCallback):
