@@ -6,9 +6,10 @@
 <output>/runs/<name>/result.json    the figures, item by item
 """
 
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -224,34 +225,33 @@ class Study:
 
     def _points(self, run: Run, settings: Settings) -> list[tuple[int, str, StreamWeights, bool]]:
         """Where a run is measured: (step, label, blend, whether it answers)."""
-        last = settings["steps"]
-        own = score.trained(**composition(run.method, settings))
-        points = [(last, TRAINED, own, True)]
-        for s in self.set.strengths:
-            blend = score.strength(s)
-            if blend != own:
-                answers = run.method == "qadapter" and s in self.set.answered_strengths
-                points.append((last, f"strength {s:g}", blend, answers))
-        for step in self._checkpoints(run):
-            points.append((step, f"step {step}", own, run.method == "sft"))
-        return points
+        last, own = settings["steps"], score.trained(**composition(run.method, settings))
+        answered = self.set.answered_strengths if run.method == "qadapter" else ()
+        return [
+            (last, TRAINED, own, True),
+            *(
+                (last, f"strength {s:g}", score.strength(s), s in answered)
+                for s in self.set.strengths
+                if score.strength(s) != own
+            ),
+            *((step, f"step {step}", own, run.method == "sft") for step in self._checkpoints(run)),
+        ]
 
     def _measured(self, run: Run, settings: Settings, answered: bool, tell: Tell) -> list[Record]:
         """The points of a run; those of one step are scored in one pass."""
-        model, points = self.measuring(settings), self._points(run, settings)
-        made = []
-        for step in dict.fromkeys(step for step, *_ in points):
+        model, made = self.measuring(settings), []
+        for step, found in itertools.groupby(self._points(run, settings), lambda point: point[0]):
+            points = list(found)
+            blends = [blend for _, _, blend, _ in points]
             weights = load_file(self._weights(run, step))
             loaded = set_peft_model_state_dict(model.peft_model, weights)
             if loaded.unexpected_keys:
                 raise ValueError(f"step {step}: unknown weights {loaded.unexpected_keys[:2]}")
-            of_step = [point for point in points if point[0] == step]
-            blends = [blend for _, _, blend, _ in of_step]
             tell(f"scoring step {step}")
-            figures = zip(self._pairs(model, blends), self._talks(model, blends), strict=True)
-            for (_, label, blend, answers), (pairs, talks) in zip(of_step, figures, strict=True):
+            figures = self._pairs(model, blends), self._talks(model, blends)
+            for (_, label, blend, asked), pairs, talks in zip(points, *figures, strict=True):
                 point = {"step": step, "label": label, "blend": list(blend)}
-                point |= {"answered": answered and answers, "pairs": pairs, "unrelated": talks}
+                point |= {"answered": answered and asked, "pairs": pairs, "unrelated": talks}
                 if point["answered"]:
                     tell(f"answering, {label}")
                     point |= self._answered(model, blend)
@@ -259,7 +259,7 @@ class Study:
         return made
 
     def _scored(
-        self, model: QAdapterModel, blends: list[StreamWeights], what: str
+        self, model: QAdapterModel, blends: Sequence[StreamWeights], what: str
     ) -> dict[str, Any]:
         """Of chosen, rejected or unrelated responses: fields of `score.score`, blends first."""
         rows, column = (self.heldout, what) if what != "unrelated" else (self.unrelated, "chosen")
@@ -267,7 +267,7 @@ class Study:
         made = score.score(model, self.tokenizer, rows, column, blends, base_cache=cache)
         return {name: np.array([row[name] for row in made]).T for name in made[0]}
 
-    def _pairs(self, model: QAdapterModel, blends: list[StreamWeights]) -> list[Record]:
+    def _pairs(self, model: QAdapterModel, blends: Sequence[StreamWeights]) -> list[Record]:
         """Per blend and held-out pair: gain, and that of the chosen alone, in nats, and whether
         the mean log-likelihoods of the two responses are in order."""
         c, r = (self._scored(model, blends, what) for what in ("chosen", "rejected"))
@@ -277,7 +277,7 @@ class Study:
         figures = {"gain": chosen - rejected, "in_order": in_order, "chosen": chosen}
         return _by_blend(figures)
 
-    def _talks(self, model: QAdapterModel, blends: list[StreamWeights]) -> list[Record]:
+    def _talks(self, model: QAdapterModel, blends: Sequence[StreamWeights]) -> list[Record]:
         """Per blend and unrelated conversation: its tokens, sums over them in nats."""
         made = self._scored(model, blends, "unrelated")
         change = made["base_logp"] - made["policy_logp"]
