@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import qadapter
-from benchmarks import harness, tables
+from benchmarks import harness
 from benchmarks.recording import Recording, plain
-from benchmarks.tables import Column, Row, frame
+from benchmarks.tables import Row, frame, table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Defaults = dict[str, dict[str, Any]]  # cpu, cuda, quick -> option -> value
@@ -118,6 +118,16 @@ def first_runs(
     return known, missing
 
 
+def timed(
+    functions: dict[str, Callable[[], Any]], options: argparse.Namespace, size: int, **more: Any
+) -> dict[str, harness.Timing]:
+    """In turns, as `timing_options` have it. Inputs of ``size`` bytes that would stay in the cache
+    are driven out of it before every call."""
+    names = ("device", "rounds", "seconds", "least", "clock")
+    more = {"cold": size < harness.COLD * harness.cache_bytes(), **more}
+    return harness.interleaved(functions, **{n: getattr(options, n) for n in names}, **more)
+
+
 def against(timing: harness.Timing, own: harness.Timing, who: str = "ours") -> Row:
     """How many times the time of somebody; by best times, too, which are steadier where other work
     runs on the machine."""
@@ -127,7 +137,10 @@ def against(timing: harness.Timing, own: harness.Timing, who: str = "ours") -> R
     }
 
 
-def show(rows: list[Row], columns: Sequence[Column]) -> str:
-    """The table of a case, and who is missing."""
-    reasons = {f"{row['who']}: {row['missing']}": None for row in rows if "missing" in row}
-    return "\n".join([tables.table(frame(plain(rows)), columns), *reasons])
+def show(rows: list[Row]) -> str:
+    """A line for each figure, a column for each competitor; and who is missing."""
+    found = frame(plain(rows))
+    figures = found.set_index("who").select_dtypes("number").T.rename_axis("").reset_index()
+    columns = [("", ""), *((who, who, "{:,.4g}") for who in found["who"])]
+    missing = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
+    return "\n".join([table(figures, columns), *missing])

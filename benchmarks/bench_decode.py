@@ -34,20 +34,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks import bench, harness, recording
-from benchmarks.decoding_problem import (
-    LORAS,
-    MODES,
-    OURS,
-    SHAPES,
-    STRENGTH,
-    WAYS,
-    Clock,
-    Competitors,
-    Way,
-    load_base,
-    prompts,
-)
-from benchmarks.tables import Column, Row, spread
+from benchmarks import decoding_problem as decoding
+from benchmarks.decoding_problem import Clock, Competitors, Way
+from benchmarks.tables import Row
 from qadapter import functional as QF
 
 DEFAULTS: bench.Defaults = {
@@ -62,16 +51,6 @@ CANNOT = {
     "naive": "has no seed per row; each stream takes a forward of its own",
 }
 LESS = ("base", "naive", "two streams")  # what runs in the cases that are no headline
-COLUMNS: list[Column] = [
-    ("who", "who"),
-    ("ms a token (p20-p80)", spread(2)),
-    ("mean", "mean_ms", "{:.2f}"),
-    ("x base", "times_base", "{:.2f}"),
-    ("mean", "times_base_mean", "{:.2f}"),
-    ("x naive", "times_naive", "{:.2f}"),
-    ("mean", "times_naive_mean", "{:.2f}"),
-    ("prefill", "prefill_ms", "{:.1f}"),
-]
 
 
 def peak_of(way: Way, tokens: int, ids: Tensor) -> float:
@@ -101,7 +80,7 @@ def run_case(
     # Static caches compile for each length.
     tokens = options.new_tokens if options.cache == "static" else min(options.new_tokens, 8)
     known, missing = bench.first_runs(
-        ways, lambda name: {"peak_mib": peak_of(ways[name], tokens, ids)}, OURS
+        ways, lambda name: {"peak_mib": peak_of(ways[name], tokens, ids)}, decoding.OURS
     )
     prefill: dict[str, list[float]] = {name: [] for name in known}
     steps: dict[str, list[float]] = {name: [] for name in known}
@@ -150,7 +129,7 @@ def parts(
     hidden = torch.randn(batch, base.config.hidden_size, device=device).to(base.dtype)
     head = model.hf_model.get_output_embeddings()
     logits, seed = head(hidden), torch.arange(batch, device=device)
-    filters: dict[str, Any] = {"temperature": 0.0} if mode == "greedy" else MODES[mode]
+    filters: dict[str, Any] = {"temperature": 0.0} if mode == "greedy" else decoding.MODES[mode]
 
     def both_streams() -> None:
         streams.hidden(token, whole, place, own)
@@ -195,13 +174,13 @@ def run(options: argparse.Namespace) -> recording.Recording:
         options,
         CASE,
         new_tokens=options.new_tokens,
-        strength=STRENGTH,
-        modes=MODES,
+        strength=decoding.STRENGTH,
+        modes=decoding.MODES,
         cache=options.cache,
         dtype="bf16",
         cannot=CANNOT,
     )
-    base = load_base(options.model, options.device)
+    base = decoding.load_base(options.model, options.device)
     made: dict[str, Competitors] = {}
     cases = bench.grid(
         model=[options.model], lora=options.lora, mode=options.mode, batch=options.batch_sizes
@@ -210,12 +189,12 @@ def run(options: argparse.Namespace) -> recording.Recording:
         chosen, which, mode = ways_of(case, options), case["lora"], case["mode"]
         if which not in made:
             made = {which: Competitors(base, which, options.cache, options.ways)}
-        ids, mask = prompts(base, options.model, case["batch"])
+        ids, mask = decoding.prompts(base, options.model, case["batch"])
         ways = made[which].ways(ids, mask, mode)
         ways = {name: way for name, way in ways.items() if name in chosen}
         rounds = options.rounds if chosen == options.ways else max(1, options.rounds - 1)
         rows = run_case(ways, ids, rounds, options)
-        text = bench.show(rows, COLUMNS)
+        text = bench.show(rows)
         pieces = recorded.more.get("parts", [])
         if "two streams" in chosen:
             taken = with_rest(parts(made[which], mask, mode, options), rows)
@@ -235,13 +214,15 @@ def show_parts(pieces: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser("decode", __doc__)
-    parser.add_argument("--model", help=f"smollm2, a folder or a Hub id, or {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--model", help=f"smollm2, a folder or a Hub id, or {', '.join(decoding.SHAPES)}"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B")
     parser.add_argument("--new-tokens", type=int, help="at least 2")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["sampled", "greedy"])
-    parser.add_argument("--lora", nargs="+", choices=LORAS, default=list(LORAS))
+    parser.add_argument("--mode", nargs="+", choices=decoding.MODES, default=["sampled", "greedy"])
+    parser.add_argument("--lora", nargs="+", choices=decoding.LORAS, default=list(decoding.LORAS))
     parser.add_argument("--full", action="store_true", help="every way in every case")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=decoding.WAYS, default=list(decoding.WAYS))
     parser.add_argument("--cache", choices=("dynamic", "static"), help="static on a GPU")
     parser.add_argument("--rounds", type=int)
     options = bench.parse(parser, arguments, DEFAULTS)

@@ -24,21 +24,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench, harness, recording
+from benchmarks import bench, harness, linear_problem, recording
 from benchmarks.bench import DTYPES
-from benchmarks.linear_problem import (
-    BANDS,
-    MODES,
-    Peer,
-    Problem,
-    Truth,
-    errors,
-    make_problem,
-    solve,
-    with_cache,
-)
+from benchmarks.linear_problem import MODES, Peer, Problem, Truth
 from benchmarks.peers import cce, compiled, eager, liger, ours, quack, torch_lce, trl_chunked
-from benchmarks.tables import Column, Row, field_like, spread
+from benchmarks.tables import Row
 from qadapter.ops import backends
 
 SIZES = [(576, 49152), (576, 128256), (2048, 49152), (2048, 128256)]
@@ -67,21 +57,6 @@ PEERS = {
 CANNOT = {peer.name: peer.cannot for peer in PEERS.values() if peer.cannot}
 YARDSTICK = "products"
 CASE = ("dtype", "d", "v", "mode")
-COLUMNS: list[Column] = [
-    ("who", "who"),
-    ("median (p20-p80) ms", spread(1)),
-    ("GFLOP/s", "gflop_s", "{:.0f}"),
-    ("of ceiling", "share_of_ceiling", "{:.0%}"),
-    ("x products", "times_products", "{:.2f}"),
-    ("best", "times_products_best", "{:.2f}"),
-    ("x ours", "times_ours", "{:.2f}"),
-    ("best", "times_ours_best", "{:.2f}"),
-    ("MiB", "peak_mib", "{:.0f}"),
-    *((f"dh {band}", f"error dh {band} median", "{:.1e}") for band in BANDS),
-    ("r rms", "error reward rms", "{:.1e}"),
-    ("value rms", "error value rms", "{:.1e}"),
-    ("r, sum: max", field_like("error reward sum of", "max"), "{:.1e}"),
-]
 
 
 def bare_products(problem: Problem) -> Callable[[], Any]:
@@ -120,7 +95,7 @@ def accuracy(peer: Peer, problem: Problem, truth: Truth) -> dict[str, Any]:
         rewards = peer.rewards(problem) if peer.rewards else None
     if values is not None:
         rewards = values[0] - values[1]
-    return errors(truth, problem.q_hidden.grad, rewards, values)
+    return linear_problem.errors(truth, problem.q_hidden.grad, rewards, values)
 
 
 def _clear(problem: Problem) -> None:
@@ -156,17 +131,8 @@ def run_case(
     )
     for name, row in known.items():
         row["peak_mib"] = peak(steps[name], problem, options.device)
-    times = harness.interleaved(
-        {**{name: steps[name] for name in known}, YARDSTICK: bare_products(problem)},
-        device=options.device,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        warmup=0,
-        least=options.least,
-        settle_ms=SETTLE_MS,
-        clock=options.clock,
-        cold=problem.weight.nbytes < harness.COLD * harness.cache_bytes(),
-    )
+    functions = {**{name: steps[name] for name in known}, YARDSTICK: bare_products(problem)}
+    times = bench.timed(functions, options, problem.weight.nbytes, warmup=0, settle_ms=SETTLE_MS)
     dtype = str(problem.weight.dtype).removeprefix("torch.")
     ceiling = recording.ceilings(options).gemm_tflop_s.get(dtype)
     n, d, v = *problem.q_hidden.shape, problem.weight.shape[0]
@@ -214,7 +180,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
         solved: dict[tuple[Any, ...], Truth] = {}
         for case in recorded.todo(cases):
             mode = MODES[case["mode"]]
-            problem = make_problem(
+            problem = linear_problem.make_problem(
                 options.n, case["d"], case["v"], DTYPES[case["dtype"]], options.device, mode,
                 options.pairs,
             )  # fmt: skip
@@ -222,10 +188,10 @@ def run(options: argparse.Namespace) -> recording.Recording:
             key = (case["dtype"], case["d"], case["v"], mode.alpha_0, mode.alpha_tilde, mode.center)
             solved = {k: truth for k, truth in solved.items() if k[:3] == key[:3]}
             if key not in solved:
-                solved[key] = solve(problem)
-            problem = with_cache(problem, solved[key])
+                solved[key] = linear_problem.solve(problem)
+            problem = linear_problem.with_cache(problem, solved[key])
             rows = run_case(options.peers, problem, solved[key], options)
-            recorded.put(case, rows, bench.show(rows, COLUMNS))
+            recorded.put(case, rows, bench.show(rows))
             del problem
     return recorded
 

@@ -17,19 +17,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench, harness, recording
+from benchmarks import bench, harness, logits_problem, recording
 from benchmarks.bench import DTYPES
-from benchmarks.logits_problem import (
-    Peer,
-    Problem,
-    Truth,
-    gradient_error,
-    make_problem,
-    solve,
-    value_errors,
-)
+from benchmarks.logits_problem import Peer, Problem, Truth
 from benchmarks.peers import compiled, eager, ours, quack, trl_chunked
-from benchmarks.tables import Column, Row, spread
+from benchmarks.tables import Row
 
 DEFAULTS = {
     "cpu": {"n": 256, "v": 128256, "pairs": 4},
@@ -43,17 +35,6 @@ PEERS = {
 }
 OPS = ("forward", "backward", "forward+backward", "loss+backward")
 CASE = ("dtype", "op")
-COLUMNS: list[Column] = [
-    ("who", "who"),
-    ("median (p20-p80) ms", spread(2)),
-    ("best", "ms best", "{:.2f}"),
-    ("GB/s", "gb_s", "{:.1f}"),
-    ("of ceiling", "share_of_ceiling", "{:.0%}"),
-    ("x ours: median", "times_ours", "{:.2f}"),
-    ("best", "times_ours_best", "{:.2f}"),
-    ("MiB", "peak_mib", "{:.0f}"),
-    *((f"error of {n}", f"error {n}", "{:.1e}") for n in ("value", "policy_logp", "gradient")),
-]
 
 
 def function_of(op: str, peer: Peer, problem: Problem) -> Callable[[], Any]:
@@ -102,11 +83,11 @@ def first_run(op: str, function: Callable[[], Any], problem: Problem, truth: Tru
     harness.prepare(function)
     result = function()
     if op == "forward":
-        error = value_errors(truth, result)
+        error = logits_problem.value_errors(truth, result)
     else:
         assert problem.q.grad is not None
         right = truth.of_loss if op == "loss+backward" else truth.grad
-        error = {"gradient": gradient_error(problem.q.grad, right)}
+        error = {"gradient": logits_problem.gradient_error(problem.q.grad, right)}
     problem.q.grad = result = None
     harness.prepare(function)
     with harness.peak_memory(problem.q.device.type) as peak:
@@ -131,15 +112,7 @@ def run_case(
     )
     reads = {f"read {k}": f for k, f in harness.read_function(problem.base).items()}
     size = problem.base.nbytes
-    times = harness.interleaved(
-        {**{who: functions[who] for who in known}, **reads},
-        device=options.device,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        least=options.least,
-        clock=options.clock,
-        cold=2 * size < harness.COLD * harness.cache_bytes(),
-    )
+    times = bench.timed({**{who: functions[who] for who in known}, **reads}, options, 2 * size)
     read_gb_s = size / min(times[k].best for k in reads) / 1e6
     read, written = traffic(op, size, problem.m)
     floor = (read / read_gb_s + written / (peaks.copy_gb_s / 2)) / 1e6
@@ -174,12 +147,12 @@ def run(options: argparse.Namespace) -> recording.Recording:
             dtype, op = case["dtype"], case["op"]
             if dtype not in made:
                 made.clear()
-                problem = make_problem(
+                problem = logits_problem.make_problem(
                     options.n, options.v, DTYPES[dtype], options.device, alphas, options.pairs
                 )
-                made[dtype] = problem, solve(problem)
+                made[dtype] = problem, logits_problem.solve(problem)
             rows = run_case(op, *made[dtype], peaks, options)
-            recorded.put(case, rows, bench.show(rows, COLUMNS))
+            recorded.put(case, rows, bench.show(rows))
     return recorded
 
 

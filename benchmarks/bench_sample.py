@@ -26,20 +26,13 @@ import torch
 from torch import Tensor
 
 import qadapter
-from benchmarks import bench, harness, recording
+from benchmarks import bench, harness, recording, sampling_problem
 from benchmarks.bench import DTYPES
 from benchmarks.peers.eager_sampling import EAGER
 from benchmarks.peers.flashinfer_sampling import FLASHINFER
 from benchmarks.peers.hf_sampling import COMPILED, HF
-from benchmarks.sampling_problem import (
-    FILTERS,
-    LOGITS,
-    STREAMS,
-    Problem,
-    Sampler,
-    make_problem,
-)
-from benchmarks.tables import Column, Row, spread
+from benchmarks.sampling_problem import FILTERS, LOGITS, STREAMS, Problem, Sampler
+from benchmarks.tables import Row
 from qadapter import functional as QF
 from qadapter.ops import backends
 
@@ -50,17 +43,6 @@ DEFAULTS: bench.Defaults = {
 }
 PEERS = {peer.name: peer for peer in (EAGER, HF, COMPILED, FLASHINFER)}
 CASE = ("dtype", "b", "v", "streams", "logits")
-COLUMNS: list[Column] = [
-    ("filters", "filters"),
-    ("who", "who"),
-    ("median (p20-p80) ms", spread(3)),
-    ("GB/s", "gb_s", "{:.2f}"),
-    ("of read", "share_of_read", "{:.1%}"),
-    ("x ours", "times_ours", "{:.2f}"),
-    ("best", "times_ours_best", "{:.2f}"),
-    ("MiB", "peak_mib", "{:.0f}"),
-    ("same", "same_tokens", "{:.0%}"),
-]
 SETTLE_MS = 50.0  # a function that takes longer is not run once untimed before every sample
 TORCH_ELEMENTS = 8 * 128256  # logits up to which the torch backend runs too
 COMPILED_FILTERS = ("plain", "top-k, top-p")
@@ -146,17 +128,8 @@ def run_filters(
             functions[name] = graphed(function)
             known[name]["graph"] = functions[name] is not function
     reads = {f"read {k}": f for k, f in harness.read_function(problem.q).items()}
-    times = harness.interleaved(
-        {**functions, **reads},
-        device=options.device,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        warmup=1,
-        least=options.least,
-        settle_ms=SETTLE_MS,
-        clock=options.clock,
-        cold=not options.warm and problem.q.nbytes < harness.COLD * harness.cache_bytes(),
-    )
+    settings = {"warmup": 1, "settle_ms": SETTLE_MS, **({"cold": False} if options.warm else {})}
+    times = bench.timed({**functions, **reads}, options, problem.q.nbytes, **settings)
     tensors = 1 if problem.base is None else 2
     read_ms = tensors * min(times[name].best for name in reads)
     size = tensors * problem.q.nbytes
@@ -196,17 +169,20 @@ def run(options: argparse.Namespace) -> recording.Recording:
     )
     for case in recorded.todo(cases):
         dtype, b, v, streams, logits = (case[name] for name in CASE)
-        done = []
+        done, shown = [], []
         for filters in options.filters:
-            problem = make_problem(b, v, DTYPES[dtype], options.device, streams, logits, filters)
+            problem = sampling_problem.make_problem(
+                b, v, DTYPES[dtype], options.device, streams, logits, filters
+            )
             samplers = [ours(backend) for backend in our_backends(problem, options.backends)]
             chosen = [PEERS[name] for name in options.peers]
             samplers += [p for p in chosen if takes_part(p, case, filters, options.compile_all)]
-            part = run_filters(problem, samplers, options)
-            done += [{"filters": filters, **row} for row in part]
+            rows = run_filters(problem, samplers, options)
+            done += [{"filters": filters, **row} for row in rows]
+            shown.append(f"{filters}\n{bench.show(rows)}")
             del problem
             gc.collect()
-        recorded.put(case, done, bench.show(done, COLUMNS))
+        recorded.put(case, done, "\n".join(shown))
     return recorded
 
 

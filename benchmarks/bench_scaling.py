@@ -80,8 +80,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
             reason = f"needs about {needed >> 20} MiB, {free >> 20} are free"
             rows += [{"who": name, "missing": reason} for name in chosen[len(names) :]]
             torch.set_num_threads(options.threads)
-            text = bench.show(rows, bench_linear.COLUMNS)
-            recorded.put(case, [{"dtype": dtype, **row} for row in rows], text)
+            recorded.put(case, [{"dtype": dtype, **row} for row in rows], bench.show(rows))
             del problem
     return recorded
 

@@ -18,8 +18,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench, harness, recording, tables, training_problem
-from benchmarks.tables import Column, Row
+from benchmarks import bench, harness, recording, training_problem
+from benchmarks.tables import Row
 from benchmarks.training_problem import CANNOT, PARTS, WAYS, Setup, make_batch
 
 DEFAULTS: bench.Defaults = {
@@ -52,34 +52,21 @@ def measure(setup: Setup, pairs: list[Any], options: argparse.Namespace) -> dict
     }
 
 
-COLUMNS: list[Column] = [
-    ("", "way"),
-    ("s/pair (p20-p80)", tables.spread(3, scale=1e-3)),
-    ("x ours", "times_ours", "{:.2f}"),
-    ("MiB", "peak_mib", "{:.0f}"),
-    ("x ours", "memory_of_ours", "{:.2f}"),
-]
-
-
-def show(row: Row, pairs: int) -> str:
-    lines = []
-    for way in WAYS:
-        if f"{way} ms" in row:
-            timing, peak, ours = row[f"{way} ms"], row[f"{way} peak MiB"], row["ours peak MiB"]
-            lines.append(
-                {
-                    "way": way,
-                    **{
-                        f"ms {name}": getattr(timing, name) / pairs
-                        for name in ("median", "p20", "p80")
-                    },
-                    "times_ours": timing.median / row["ours ms"].median,
-                    "peak_mib": peak,
-                    "memory_of_ours": peak / ours if ours else None,
-                }
-            )
+def show(row: Row) -> str:
+    timing, peak = row["ours ms"], row["ours peak MiB"]
+    ways = [
+        {
+            "who": way,
+            "ms": row[f"{way} ms"],
+            **bench.against(row[f"{way} ms"], timing),
+            "peak_mib": row[f"{way} peak MiB"],
+            "peak_of_ours": row[f"{way} peak MiB"] / peak if peak else None,
+        }
+        for way in WAYS
+        if f"{way} ms" in row
+    ]
     sizes = ", ".join(f"{row[k]} {k}" for k in ("tokens", "padded", "packed", "response rows"))
-    text = f"{sizes}\n{tables.table(tables.frame(lines), COLUMNS)}"
+    text = f"{sizes}\n{bench.show(ways)}"
     if "parts" in row:
         parts = [f"{name} {row['parts'][name].median:.1f}" for name in (*PARTS, "step")]
         text += f"\nparts of ours, ms: {', '.join(parts)}, rest {row['parts']['rest']:.1f}"
@@ -108,7 +95,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
             pairs = tokenised[start : start + options.pairs]
         row = measure(setup, pairs, options)
         missing = [f"{who}: {reason}" for who, reason in setup.missing.items()]
-        recorded.put(chosen, [row], "\n".join([show(row, len(pairs)), *missing]))
+        recorded.put(chosen, [row], "\n".join([show(row), *missing]))
     return recorded
 
 

@@ -2,19 +2,8 @@
 
 from collections.abc import Callable
 
-from benchmarks.tables import (
-    Column,
-    Record,
-    Row,
-    beside,
-    conditions,
-    frame,
-    left_out,
-    paragraphs,
-    spread,
-    table,
-    there,
-)
+from benchmarks import tables
+from benchmarks.tables import Column, Record, Row, conditions
 
 LORAS = {"all": "all layers", "upper": "upper half"}
 CASE: list[Column] = [("batch", "batch"), ("", "mode"), ("LoRA on", "lora", LORAS.__getitem__)]
@@ -46,7 +35,7 @@ def _decode_title(record: Record) -> str:
 def _ratio(who: str, of: str) -> Callable[[Row], float | None]:
     def ratio(row: Row) -> float | None:
         one, other = (row.get(f"{name} ms median") for name in (who, of))
-        return one / other if there(one) and there(other) else None
+        return one / other if tables.there(one) and tables.there(other) else None
 
     return ratio
 
@@ -73,15 +62,17 @@ def decode(record: Record) -> str:
         "1; two adapters: both blended with the base, three streams. Columns with an x say how "
         "many times the base's time, or that of two streams, somebody takes."
     )
-    rows = beside(frame(record["rows"]), ("mode", "lora", "batch"), ("base", "two streams"))
-    return paragraphs(title, table(rows, columns))
+    rows = tables.beside(
+        tables.frame(record["rows"]), ("mode", "lora", "batch"), ("base", "two streams")
+    )
+    return tables.paragraphs(title, tables.table(rows, columns))
 
 
 def decode_full(record: Record) -> str:
     columns: list[Column] = [
         *CASE,
         ("", "who"),
-        ("ms a token (p20-p80)", spread(1)),
+        ("ms a token (p20-p80)", tables.spread(1)),
         ("mean", "mean_ms", "{:.1f}"),
         ("of base", "times_base", "{:.2f}x"),
         ("of naive", "times_naive", "{:.2f}x"),
@@ -89,7 +80,9 @@ def decode_full(record: Record) -> str:
     ]
     title = f"{_decode_title(record)}, all tokens but the first of all runs."
     rows = record["rows"]
-    return paragraphs(title, table(frame(rows), columns), left_out(rows, "mode"))
+    return tables.paragraphs(
+        title, tables.table(tables.frame(rows), columns), tables.left_out(rows, "mode")
+    )
 
 
 def decode_parts(record: Record) -> str:
@@ -105,7 +98,7 @@ def decode_parts(record: Record) -> str:
         "product, the sampler; beside them the whole token, and transformers' forward of the base "
         "without the head."
     )
-    return paragraphs(title, table(frame(record["parts"]), columns))
+    return tables.paragraphs(title, tables.table(tables.frame(record["parts"]), columns))
 
 
 SAMPLERS = ("qadapter torch", "eager", "transformers", "compile", "FlashInfer")
@@ -116,7 +109,7 @@ KINDS = {"peaked": "logits as language models have them", "flat": "standard norm
 def _sample_table(rows: list[Row]) -> str:
     """Of one kind of logits: who comes first in a case, ours, and how many times it the others."""
     case = ["dtype", "b", "v", "filters"]
-    found = frame(rows)
+    found = tables.frame(rows)
     found.loc[~found.duplicated(case), "who"] = "own"
     columns: list[Column] = [
         ("dtype", "dtype"),
@@ -127,7 +120,7 @@ def _sample_table(rows: list[Row]) -> str:
     ]
     peers = [who for who in SAMPLERS if (found["who"] == who).any()]
     columns += [(who, f"{who} times_ours", "{:.1f}x") for who in peers]
-    return table(beside(found, case), columns)
+    return tables.table(tables.beside(found, case), columns)
 
 
 def _filters(record: Record) -> str:
@@ -152,7 +145,7 @@ def sample(record: Record) -> str:
         "compile: these compiled; eager: plain PyTorch on sorted or top-k values, inverse CDF; "
         f"{_filters(record)}."
     )  # fmt: skip
-    return paragraphs(title, _sample_table(rows))
+    return tables.paragraphs(title, _sample_table(rows))
 
 
 def sample_full(record: Record) -> str:
@@ -164,4 +157,4 @@ def sample_full(record: Record) -> str:
     for (logits, streams), rows in kinds.items():
         title = f"{KINDS[logits]}; {STREAMS[streams]} ({conditions(record)}):"
         parts += [title[0].upper() + title[1:], _sample_table(rows)]
-    return paragraphs(*parts, left_out(record["rows"], "filters"))
+    return tables.paragraphs(*parts, tables.left_out(record["rows"], "filters"))

@@ -4,19 +4,8 @@ from functools import partial
 
 import pandas as pd
 
-from benchmarks.tables import (
-    Column,
-    Record,
-    Row,
-    beside,
-    conditions,
-    field_like,
-    frame,
-    left_out,
-    paragraphs,
-    table,
-    there,
-)
+from benchmarks import tables
+from benchmarks.tables import Column, Record, Row, conditions
 
 PEERS = ("eager", "compile", "CCE", "CCE exact", "Liger", "TRL", "torch LCE", "QuACK")
 CASE = ("dtype", "d", "v", "mode")
@@ -50,14 +39,16 @@ def logits(record: Record) -> str:
         "the columns torch.compile and eager say how many times our time the reference takes; "
         "memory is what the operation adds."
     )
-    return paragraphs(title, table(beside(frame(record["rows"]), ("dtype", "op")), columns))
+    return tables.paragraphs(
+        title, tables.table(tables.beside(tables.frame(record["rows"]), ("dtype", "op")), columns)
+    )
 
 
 def _sorted(record: Record) -> pd.DataFrame:
     """By dtype, size of the head, mode and competitor, ours first."""
     names = ["fp32", "bf16", "fp16", *record["modes"], "qadapter", *PEERS]
     order = {name: place for place, name in enumerate(names)}
-    rows = frame(record["rows"])
+    rows = tables.frame(record["rows"])
     rows = rows[rows["who"].isin(names)].assign(size=rows["d"] * rows["v"])
     by = ["dtype", "size", "mode", "who"]
     return rows.sort_values(by, key=lambda field: field.map(lambda value: order.get(value, value)))
@@ -74,7 +65,7 @@ def _versions(record: Record) -> str:
 
 
 def _least_memory(row: Row, peers: list[str]) -> str:
-    found = [(row[f"{who} peak_mib"], who) for who in peers if there(row[f"{who} peak_mib"])]
+    found = [(row[f"{who} peak_mib"], who) for who in peers if tables.there(row[f"{who} peak_mib"])]
     return f"{min(found)[0]:.0f} ({min(found)[1]})" if found else ""
 
 
@@ -104,12 +95,12 @@ def linear(record: Record, small: bool = True) -> str:
         "they take (below 1 they are faster); MiB is what a step adds at its peak, the gradient "
         "included."
     )
-    return paragraphs(title, table(beside(rows, CASE), columns))
+    return tables.paragraphs(title, tables.table(tables.beside(rows, CASE), columns))
 
 
 def linear_full(record: Record) -> str:
     """All sizes; and who is left out, and why."""
-    return paragraphs(linear(record, small=False), left_out(record["rows"], "mode"))
+    return tables.paragraphs(linear(record, small=False), tables.left_out(record["rows"], "mode"))
 
 
 def linear_memory(record: Record) -> str:
@@ -119,7 +110,7 @@ def linear_memory(record: Record) -> str:
         f"MiB that a step adds at its peak, the gradient included, N={record['shape']['n']} "
         f"({conditions(record)})."
     )
-    return paragraphs(title, table(beside(rows, CASE), [*LABEL, *peaks]))
+    return tables.paragraphs(title, tables.table(tables.beside(rows, CASE), [*LABEL, *peaks]))
 
 
 def linear_accuracy(record: Record, full: bool = False) -> str:
@@ -135,7 +126,7 @@ def linear_accuracy(record: Record, full: bool = False) -> str:
         *((name, f"error dh {band} median", "{:.1e}") for name, band in medians.items()),
         ("worst", "error dh >0.99 max", "{:.1e}"),
         ("r", "error reward rms", "{:.1e}"),
-        ("sum of r", field_like("error reward sum of", "max"), "{:.1e}"),
+        ("sum of r", tables.field_like("error reward sum of", "max"), "{:.1e}"),
     ]
     title = (
         f"Errors against float64 from the same inputs, N={record['shape']['n']} "
@@ -144,7 +135,7 @@ def linear_accuracy(record: Record, full: bool = False) -> str:
         "square per token, and the worst sum of 512 tokens. A half of the rows is in the first "
         "band, a quarter in each of the others."
     )
-    return paragraphs(title, table(rows, columns))
+    return tables.paragraphs(title, tables.table(rows, columns))
 
 
 SWEEPS = {
@@ -168,8 +159,8 @@ def _sweep(record: Record, sweep: str) -> str:
         columns.append((f"{name} MiB", f"{name} peak_mib", "{:,.0f}"))
     columns.append(("products ms", "products ms median", "{:,.1f}"))
     fixed = ", ".join(f"{n.upper()}={measured[0][n]:,}" for n in ("n", "v", "d") if n != x)
-    points = beside(frame(measured), (x,)).sort_values(x)
-    return f"Against {label}, {fixed}:\n\n{table(points, columns)}"
+    points = tables.beside(tables.frame(measured), (x,)).sort_values(x)
+    return f"Against {label}, {fixed}:\n\n{tables.table(points, columns)}"
 
 
 def scaling(record: Record) -> str:
@@ -180,4 +171,4 @@ def scaling(record: Record) -> str:
     )
     reasons = {f"- {r['who']}: {r['missing']}." for r in record["rows"] if "missing" in r}
     sweeps = (_sweep(record, sweep) for sweep in SWEEPS)
-    return paragraphs(title, *sweeps, "\n".join(sorted(reasons)))
+    return tables.paragraphs(title, *sweeps, "\n".join(sorted(reasons)))

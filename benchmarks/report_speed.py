@@ -100,10 +100,10 @@ def speed(records: list[Record]) -> str:
             if record["benchmark"] == benchmark:
                 lines = _steps(record) if benchmark == "train_step" else _operation(record)
                 machines.setdefault(conditions(record), []).extend(lines)
-    tables = (
+    made = (
         f"{machine}. Medians; MiB is what is added at the peak.\n\n"
         + table(pd.DataFrame(lines), COLUMNS)
         for machine, lines in machines.items()
         if lines
     )
-    return paragraphs(*tables)
+    return paragraphs(*made)

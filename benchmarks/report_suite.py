@@ -5,18 +5,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from benchmarks.tables import (
-    Column,
-    Record,
-    Row,
-    conditions,
-    frame,
-    left_out,
-    paragraphs,
-    spread,
-    table,
-    there,
-)
+from benchmarks import tables
+from benchmarks.tables import Column, Record, Row, conditions
 
 CASES = {  # what tells the rows of one competitor apart
     "logits": ("dtype", "op"),
@@ -37,22 +27,22 @@ MODELS = {
 
 def _ms(row: Row) -> str:
     ms = row["ms median"]
-    return spread(0 if ms >= 1000 else 1 if ms >= 100 else 3)(row)
+    return tables.spread(0 if ms >= 1000 else 1 if ms >= 100 else 3)(row)
 
 
 def _rate(row: Row) -> str:
-    if there(row.get("gb_s")):
+    if tables.there(row.get("gb_s")):
         return f"{row['gb_s']:.1f} GB/s"
-    return f"{row['gflop_s']:,.0f} GFLOP/s" if there(row.get("gflop_s")) else ""
+    return f"{row['gflop_s']:,.0f} GFLOP/s" if tables.there(row.get("gflop_s")) else ""
 
 
 def _error(row: Row) -> str:
     """The one figure of a row's errors against float64 that its table shows."""
     for name in ("gradient", "value"):
-        if there(row.get(f"error {name}")):
+        if tables.there(row.get(f"error {name}")):
             return f"{name} {row[f'error {name}']:.1e}"
     bands = [v for k, v in row.items() if k.startswith("error dh") and k.endswith("max")]
-    return f"gradient {max(bands):.1e}" if any(map(there, bands)) else ""
+    return f"gradient {max(bands):.1e}" if any(map(tables.there, bands)) else ""
 
 
 def everything(record: Record) -> str:
@@ -71,7 +61,9 @@ def everything(record: Record) -> str:
     ]
     title = f"{name} ({conditions(record)}). {MODELS[name]}"
     rows = record["rows"]
-    return paragraphs(title, table(frame(rows), columns), left_out(rows, case[-1]))
+    return tables.paragraphs(
+        title, tables.table(tables.frame(rows), columns), tables.left_out(rows, case[-1])
+    )
 
 
 INSTRUCTIONS: list[Column] = [
@@ -84,14 +76,14 @@ INSTRUCTIONS: list[Column] = [
 
 
 def instructions(record: Record) -> str:
-    rows = frame(record["rows"])
+    rows = tables.frame(record["rows"])
     if rows.empty:
         return f"Instructions were not counted: {record['rows'][0]['missing']}"
     title = (
         f"Instructions of the C++ kernels ({conditions(record)}; {rows['tool'][0]}): fixed inputs, "
         "one thread, the kernel's own only."
     )
-    return paragraphs(title, table(rows, INSTRUCTIONS))
+    return tables.paragraphs(title, tables.table(rows, INSTRUCTIONS))
 
 
 def machines(records: list[Record]) -> str:
@@ -109,9 +101,9 @@ def machines(records: list[Record]) -> str:
         ("bf16 TFLOP/s", "ceilings gemm_tflop_s bfloat16", "{:.3f}"),
     ]
     shown = ("benchmark", "environment", "ceilings")
-    rows = frame({name: r[name] for name in shown if r.get(name)} for r in records)
+    rows = tables.frame({name: r[name] for name in shown if r.get(name)} for r in records)
     of = [r["environment"].get("gpu") or r["environment"]["cpu"] for r in records]
-    return table(rows.assign(**{"environment machine": of}), columns)
+    return tables.table(rows.assign(**{"environment machine": of}), columns)
 
 
 def cannot(records: list[Record]) -> str:
@@ -182,7 +174,7 @@ def _all_wins(records: list[Record]) -> pd.DataFrame:
 def wins(records: list[Record]) -> str:
     """Every figure in which a peer is better than we are."""
     lines = _all_wins(records)
-    return NO_WINS if lines.empty else table(lines, [(name, name) for name in WINS])
+    return NO_WINS if lines.empty else tables.table(lines, [(name, name) for name in WINS])
 
 
 def wins_short(records: list[Record]) -> str:
@@ -194,7 +186,7 @@ def wins_short(records: list[Record]) -> str:
         ["operation", "in"], sort=False
     )
     furthest = lines.loc[groups["ratio"].idxmin()].assign(cases=groups.size().to_list())
-    return table(furthest, [*((name, name) for name in WINS), ("such cases", "cases")])
+    return tables.table(furthest, [*((name, name) for name in WINS), ("such cases", "cases")])
 
 
 def gpu(records: list[Record]) -> str:

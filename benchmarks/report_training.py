@@ -2,17 +2,8 @@
 
 from functools import partial
 
-from benchmarks.tables import (
-    Column,
-    Record,
-    Row,
-    beside,
-    conditions,
-    frame,
-    paragraphs,
-    table,
-    there,
-)
+from benchmarks import tables
+from benchmarks.tables import Column, Record, Row, conditions
 
 STEP = (
     "the released way is two full forwards of the padded batch, float32 logits at every position, "
@@ -31,13 +22,13 @@ def _faster(row: Row, way: str, pairs: int) -> str:
 
 def _slower(row: Row, pairs: int) -> str | None:
     ms = row["TRL DPO ms median"]
-    if not there(ms):
+    if not tables.there(ms):
         return None
     return f"{ms / 1e3 / pairs:.2f} ({ms / row['ours ms median']:.1f}x ours)"
 
 
 def _step_table(record: Record, pairs: int, first: list[Column]) -> str:
-    rows = frame(record["rows"])
+    rows = tables.frame(record["rows"])
     trl = "TRL DPO ms median" in rows
     columns: list[Column] = [
         *first,
@@ -49,18 +40,18 @@ def _step_table(record: Record, pairs: int, first: list[Column]) -> str:
         *((f"{w} MiB", f"{w} peak MiB", "{:.0f}") for w in ("released", "ours", "cached")),
         *([("TRL MiB", "TRL DPO peak MiB", "{:.0f}")] if trl else []),
     ]
-    return table(rows, columns)
+    return tables.table(rows, columns)
 
 
 def train_step(record: Record, order: str = "as the file has them") -> str:
-    pairs, rows = record["pairs"], frame(record["rows"])
+    pairs, rows = record["pairs"], tables.frame(record["rows"])
     released, ours, cached = (sum(rows[TIME.format(way)]) for way in ("released", "ours", "cached"))
     title = (
         f"A whole training step, {record['model']}, micro-batches of {pairs} pairs of "
         f"{record.get('data', 'real chat')}, {order} ({conditions(record)}): {STEP}. Over all "
         f"batches {released / ours:.2f}x faster, cached {released / cached:.2f}x."
     )
-    return paragraphs(title, _step_table(record, pairs, []))
+    return tables.paragraphs(title, _step_table(record, pairs, []))
 
 
 def train_step_shuffled(record: Record) -> str:
@@ -72,7 +63,7 @@ def train_step_scaling(record: Record) -> str:
         f"A training step on one pair without any padding, {record['model']}, by the length of its "
         f"two responses ({conditions(record)}): {STEP}."
     )
-    return paragraphs(title, _step_table(record, 1, [("length", "length")]))
+    return tables.paragraphs(title, _step_table(record, 1, [("length", "length")]))
 
 
 PARTS = ("base trunk", "adapter trunk", "head and loss", "trunk backward", "optimiser")
@@ -100,21 +91,21 @@ def step_parts(record: Record) -> str:
         f"({conditions(record)}). Head and loss: forward and backward from hidden states; the "
         "optimiser is AdamW on the LoRA weights."
     )
-    return paragraphs(title, table(frame(rows), columns))
+    return tables.paragraphs(title, tables.table(tables.frame(rows), columns))
 
 
 def _longest(row: Row, who: str) -> str:
     length = row.get(f"{who} length")
-    if not there(length):
+    if not tables.there(length):
         return ""
     return f"{'at least ' if row[f'{who} at_least'] else ''}{length:,.0f}" if length else "none"
 
 
 def context(record: Record) -> str:
     """One line a budget: the longest responses that fit."""
-    rows = frame(record["rows"])
+    rows = tables.frame(record["rows"])
     ways = [(who, partial(_longest, who=who)) for who in rows["who"].unique()]
-    budgets = beside(rows, ("budget_mib",)).sort_values("budget_mib")
+    budgets = tables.beside(rows, ("budget_mib",)).sort_values("budget_mib")
     title = (
         f"The longest responses, in tokens each of two, whose training step adds no more than so "
         f"many MiB to the loaded model, {record['model']}, found by measuring peaks to "
@@ -122,4 +113,4 @@ def context(record: Record) -> str:
     )
     missing = [f"- {who}: {reason}." for who, reason in record.get("missing", {}).items()]
     columns: list[Column] = [("MiB", "budget_mib", "{:,}"), *ways]
-    return paragraphs(title, table(budgets, columns), "\n".join(missing))
+    return tables.paragraphs(title, tables.table(budgets, columns), "\n".join(missing))

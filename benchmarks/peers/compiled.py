@@ -12,14 +12,14 @@ residual_values = torch.compile(eager.residual_values)
 
 def _loss(base, q, actions, alphas, pairs, gamma, reg_coef, bt_scale):  # type: ignore[no-untyped-def]
     q_a, value, _, _ = eager.residual_values(base, q, actions, *alphas)
-    return eager.preference_loss(q_a, value, pairs, gamma, reg_coef, bt_scale)
+    return logits_problem.preference_loss(q_a, value, pairs, gamma, reg_coef, bt_scale)
 
 
 loss = torch.compile(_loss)
 
 
-def _linear(pairs, *arguments):  # type: ignore[no-untyped-def]
-    q, value = eager.linear_values(*arguments)
+def _linear(pairs, **arguments):  # type: ignore[no-untyped-def]
+    q, value = eager.linear_values(**arguments)
     return pair_loss(q - value, pairs), q.detach(), value.detach()
 
 
@@ -29,7 +29,7 @@ _compiled_linear = torch.compile(_linear, dynamic=False)
 
 def _call(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():  # one graph, also where only the values are wanted
-        return _compiled_linear(problem.pairs, *eager.arguments(problem))
+        return _compiled_linear(problem.pairs, **problem.arguments)
 
 
 LINEAR = Peer(

@@ -1,7 +1,5 @@
 """Plain PyTorch, as the released code has Q and V: float copies, log_softmax, logsumexp."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,19 +24,6 @@ def residual_values(
     index = actions[:, None]
     q, base_logp, c = (t.gather(1, index)[:, 0] for t in (q_values, base_logps, composed))
     return q, alpha_tilde * lse, base_logp, c - lse
-
-
-def preference_loss(
-    q: Tensor, value: Tensor, pairs: int, gamma: float, reg_coef: float, bt_scale: float
-) -> Tensor:
-    """Bradley-Terry and regulariser for 2 * pairs sequences of one length, every row an action."""
-    q, value = q.view(2 * pairs, -1), value.view(2 * pairs, -1)
-    following = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
-    r = q - gamma * following
-    returns = r.mean(1)
-    margins = returns[:pairs] - returns[pairs:]
-    bt = torch.nn.functional.softplus(-bt_scale * margins).mean()
-    return bt + reg_coef * r.square().mean()
 
 
 def linear_values(
@@ -82,37 +67,22 @@ def linear_values(
     return q, alpha_tilde * lse - alpha_0 * base_lse
 
 
-def arguments(problem: Problem) -> tuple[Any, ...]:
-    mode = problem.mode
-    return (
-        problem.base_hidden,
-        problem.q_hidden,
-        problem.weight,
-        problem.actions,
-        mode.alpha_0,
-        mode.alpha_tilde,
-        mode.center,
-        problem.base_lse,
-        problem.base_logp,
-    )
-
-
 def _linear_loss(problem: Problem) -> Tensor:
-    q, value = linear_values(*arguments(problem))
+    q, value = linear_values(**problem.arguments)
     return pair_loss(q - value, problem.pairs)
 
 
 LINEAR = Peer(
     "eager",
     loss=_linear_loss,
-    values=lambda problem: linear_values(*arguments(problem)),
+    values=lambda problem: linear_values(**problem.arguments),
     cannot="nothing, but it keeps the logits and what the gradient needs of them",
 )
 
 
 def _loss_of_logits(problem: logits_problem.Problem) -> Tensor:
     q, value, _, _ = residual_values(problem.base, problem.q, problem.actions, *problem.alphas)
-    return preference_loss(q, value, problem.pairs, **logits_problem.LOSS)
+    return logits_problem.preference_loss(q, value, problem.pairs, **logits_problem.LOSS)
 
 
 LOGITS = logits_problem.Peer(
