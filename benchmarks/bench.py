@@ -140,7 +140,9 @@ def against(timing: harness.Timing, own: harness.Timing, who: str = "ours") -> R
 def show(rows: list[Row]) -> str:
     """A line for each figure, a column for each competitor; and who is missing."""
     found = frame(plain(rows))
-    figures = found.set_index("who").select_dtypes("number").T.rename_axis("").reset_index()
-    columns = [("", ""), *((who, who, "{:,.4g}") for who in found["who"])]
-    missing = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
-    return "\n".join([table(figures, columns), *missing])
+    lines = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
+    if not found.empty:
+        figures = found.set_index("who").select_dtypes("number").T.rename_axis("").reset_index()
+        columns = [("", ""), *((who, who, "{:,.4g}") for who in found["who"])]
+        lines.insert(0, table(figures, columns))
+    return "\n".join(lines)
