@@ -25,7 +25,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command")
     run = commands.add_parser("run", help="the comparison of methods")
     search = commands.add_parser("sweep", help="settings of a method against each other")
-    commands.add_parser("report", help="tables and plots from benchmarks/results/quality-*.json")
+    commands.add_parser("report", help="as python -m benchmarks report")
     rules = ", ".join(quality_data.RULES)
     for add in (run.add_argument, search.add_argument):
         add("--set", choices=SETS, default="quick", help="default: %(default)s")

@@ -8,7 +8,8 @@ from benchmarks.quality import matched, stats
 from benchmarks.quality.study import TRAINED, Study
 
 Record = dict[str, Any]
-Values = tuple[list[float], list[float]]  # items, and what the ratio of sums is over
+Values = tuple[list[float], list[float]]  # a figure is the ratio of their sums
+PER_TOKEN = ("kl", "nll_change")
 TESTED = ("accuracy", "gain", "kl", "nll_change", "follows", "questions")
 
 
@@ -18,18 +19,22 @@ def accuracy(gains: list[float]) -> list[float]:
 
 def values(point: Record) -> dict[str, Values]:
     """Every figure that the point has, item by item."""
-    pairs, unrelated, answered = point["pairs"], point["unrelated"], point.get("figures")
-    means = {"accuracy": accuracy(pairs["gain"])}
-    means |= {name: pairs[name] for name in ("gain", "chosen", "in_order")}
-    made = {name: (items, [1.0] * len(items)) for name, items in means.items()}
-    made |= {name: (unrelated[name], unrelated["tokens"]) for name in ("kl", "nll_change")}
-    if answered:
-        means = {f"wins {judge}": shares for judge, shares in answered["wins"].items()}
-        means |= {name: answered[name] for name in ("words", "follows") if name in answered}
-        means["questions"] = answered["questions"]["right"]
-        means["questions_contained"] = answered["questions"]["contained"]
-        made |= {name: (items, [1.0] * len(items)) for name, items in means.items()}
-    return {name: (items, weights) for name, (items, weights) in made.items() if items}
+    pairs, unrelated, answered = point["pairs"], point["unrelated"], point.get("figures", {})
+    asked = answered.get("questions", {})
+    made = {
+        "accuracy": accuracy(pairs["gain"]),
+        **{name: pairs[name] for name in ("gain", "chosen", "in_order")},
+        **{name: unrelated[name] for name in PER_TOKEN},
+        **{f"wins {judge}": shares for judge, shares in answered.get("wins", {}).items()},
+        **{name: answered.get(name) for name in ("words", "follows")},
+        "questions": asked.get("right"),
+        "questions_contained": asked.get("contained"),
+    }
+    return {
+        name: (items, unrelated["tokens"] if name in PER_TOKEN else [1.0] * len(items))
+        for name, items in made.items()
+        if items
+    }
 
 
 def _by_policy(results: list[Record]) -> list[list[tuple[Record, Record]]]:
