@@ -1,5 +1,6 @@
 """The pictures: preference against forgetting, learning curves, noise."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,18 +63,13 @@ def _blends(rows: list[Row], changes: dict[str, Any]) -> list[Row]:
     return sorted(own, key=lambda row: row["blend"][0])
 
 
-def _beta(row: Row) -> float:
-    return float(row["changes"].get("beta", 0.1))
-
-
-def curves(record: Record) -> list[Curve]:
+def curves(record: Record) -> Iterator[Curve]:
     """Q-Adapter's strength when sampling, DPO's beta, SFT's updates, the trained point of the
     others.
 
     Dotted: what the same blending with the base does to the other methods' LoRAs; dashed, to those
     that were trained at another learning rate.
     """
-    made: list[Curve] = []
     for method in COLOURS:
         rows = [r for r in record["rows"] if r["noise"] == 0 and r["method"] == method]
         trained = [row for row in rows if row["label"] == "trained"]
@@ -83,26 +79,24 @@ def curves(record: Record) -> list[Curve]:
         name, blends = TITLES[method], _blends(rows, {})
         if method == "qadapter":
             points = [(f"{row['blend'][0]:g}", row) for row in blends]
-            made.append(Curve(method, f"{name}, strength", points))
+            yield Curve(method, f"{name}, strength", points)
             continue
         if method == "dpo_own":
-            betas = [row for row in trained if row["changes"].keys() <= {"beta"}]
-            betas.sort(key=_beta, reverse=True)
-            points = [(f"{_beta(row):g}", row) for row in betas]
-            made.append(Curve(method, f"{name}, beta", points))
+            betas = [(row["changes"].get("beta", 0.1), row) for row in trained]
+            betas = [(beta, row) for beta, row in betas if row["changes"].keys() <= {"beta"}]
+            betas.sort(key=lambda pair: pair[0], reverse=True)
+            yield Curve(method, f"{name}, beta", [(f"{beta:g}", row) for beta, row in betas])
         elif method == "sft":
             steps = [r for r in rows if r["label"].startswith("step") and not r["changes"]]
             steps = sorted([*steps, *usual], key=lambda row: row["step"])
-            made.append(Curve(method, f"{name}, updates", [(str(r["step"]), r) for r in steps]))
+            yield Curve(method, f"{name}, updates", [(str(r["step"]), r) for r in steps])
         else:
-            made.append(Curve(method, name, [("", usual[0])]))
-        made.append(Curve(method, "", [("", row) for row in blends], ":"))
+            yield Curve(method, name, [("", usual[0])])
+        yield Curve(method, "", [("", row) for row in blends], ":")
         for row in trained:
             if (rate := row["changes"].get("learning_rate")) is not None:
                 points = [("", blend) for blend in _blends(rows, row["changes"])]
-                label = f"{name}, learning rate {rate:g}, strength"
-                made.append(Curve(method, label, points, "--"))
-    return made
+                yield Curve(method, f"{name}, learning rate {rate:g}, strength", points, "--")
 
 
 def frontier(record: Record) -> Figure:
@@ -124,7 +118,7 @@ def frontier(record: Record) -> Figure:
     return figure
 
 
-def _frontier(panel: Axes, name: str, drawn: list[Curve]) -> None:
+def _frontier(panel: Axes, name: str, drawn: Iterable[Curve]) -> None:
     solid: list[tuple[float, float]] = []
     for method, label, points, style in drawn:
         shown = [(text, row["figures"]) for text, row in points if name in row["figures"]]

@@ -91,11 +91,7 @@ def train(
     ``base_cache``: where Q-Adapter and DPO by its step keep and find what the base contributes.
     """
     watch = _Watch({*checkpoints, settings["steps"]}, on_step)
-    common = {
-        "train_dataset": dataset(rows),
-        "processing_class": tokenizer,
-        "callbacks": [watch],
-    }
+    common = {"train_dataset": dataset(rows), "processing_class": tokenizer, "callbacks": [watch]}
     with tempfile.TemporaryDirectory() as folder:
         if method in TRL:
             trainer = _trl(method, settings, base, folder, common)
@@ -136,8 +132,7 @@ class _Watch(TrainerCallback):
         # From end to end, so that loading a batch counts.
         self.seconds.append(time.perf_counter() - self.last)
         if state.global_step in self.wanted:
-            peft_model = getattr(model, "peft_model", model)
-            weights = get_peft_model_state_dict(peft_model)
+            weights = get_peft_model_state_dict(getattr(model, "peft_model", model))
             self.weights[state.global_step] = {
                 name: value.detach().clone().cpu() for name, value in weights.items()
             }
@@ -150,15 +145,12 @@ def _arguments(settings: Settings, folder: str) -> dict[str, Any]:
     if batch % micro:
         raise ValueError(f"micro_batch: expected a divisor of batch {batch}, got {micro}")
     return {
+        **{n: settings[n] for n in ("learning_rate", "warmup_steps", "max_length", "seed")},
         "output_dir": folder,
         "max_steps": settings["steps"],
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": batch // micro,
-        "learning_rate": settings["learning_rate"],
-        "warmup_steps": settings["warmup_steps"],
         "lr_scheduler_type": "linear",
-        "max_length": settings["max_length"],
-        "seed": settings["seed"],
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
