@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import plots, plotting, report, report_suite, report_training
+from benchmarks import plots, plotting, report, report_suite, report_training, tables
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"<!-- table:(\w+) -->.*?<!-- /table -->", re.S)
@@ -83,6 +83,48 @@ def test_a_result_that_changes_makes_the_page_stale(copied):
             row["ms"]["median"] *= 3
     path.write_text(json.dumps(record))
     assert report.stale() == [copied / "README.md"]
+
+
+def test_a_table_has_a_column_each_and_nothing_where_nothing_is():
+    rows = tables.frame(
+        [
+            {"who": "a", "ms": {"median": 1234.5, "p20": 1, "p80": 2}, "share": 0.5, "n": 3},
+            {"who": "b", "ms": {"median": 2.0, "p20": 1, "p80": 3}, "share": None},
+            {"who": "c", "missing": "left out"},
+        ]
+    )
+    columns = [("", "who"), ("ms", tables.spread(1)), ("share", "share", "{:.0%}")]
+    columns += [("twice", lambda row: 2 * row["n"], "{:g}"), ("none", "no such field")]
+    assert tables.table(rows, columns).splitlines() == [
+        "|   |                ms | share | twice | none |",
+        "|--:|------------------:|------:|------:|-----:|",
+        "| a | 1,234.5 (1.0-2.0) |   50% |     6 |      |",
+        "| b |     2.0 (1.0-3.0) |       |       |      |",
+    ]
+
+
+def test_competitors_side_by_side():
+    case = [("bf16", "ours"), ("fp32", "ours"), ("fp32", "eager"), ("bf16", "compile")]
+    rows = tables.frame({"dtype": d, "who": w, "ms": i} for i, (d, w) in enumerate(case))
+    wide = tables.beside(rows, ("dtype",))
+    columns = [("", "dtype"), *((who, f"{who} ms", "{:g}") for who in ("ours", "eager"))]
+    lines = [
+        [c.strip() for c in line.split("|")] for line in tables.table(wide, columns).split("\n")
+    ]
+    assert lines[2:] == [["", "bf16", "0", "", ""], ["", "fp32", "1", "2", ""]]
+    assert list(tables.beside(rows, ("dtype",), ["eager"])["dtype"]) == ["fp32"]
+    assert tables.beside(rows, ("dtype",), ["QuACK"]).empty
+
+
+def test_who_is_left_out_everywhere_or_somewhere():
+    rows = [
+        {"who": "a", "mode": "x", "missing": "no GPU"},
+        {"who": "a", "mode": "y", "missing": "no GPU"},
+        {"who": "b", "mode": "y", "missing": "no place"},
+        {"who": "b", "mode": "x"},
+    ]
+    assert tables.left_out(rows, "mode") == "- a: no GPU.\n- b (y): no place."
+    assert tables.left_out(rows[3:], "mode") == ""
 
 
 def row(who, median, error, peak, **more):
