@@ -27,7 +27,7 @@ import torch
 from benchmarks import bench, harness, linear_problem, recording
 from benchmarks.bench import DTYPES
 from benchmarks.linear_problem import MODES, Peer, Problem, Truth
-from benchmarks.peers import cce, compiled, eager, liger, ours, quack, torch_lce, trl_chunked
+from benchmarks.peers import cce, eager, liger, ours, quack, torch_lce, trl_chunked
 from benchmarks.tables import Row
 from qadapter.ops import backends
 
@@ -45,7 +45,7 @@ PEERS = {
     for peer in (
         OURS,
         eager.LINEAR,
-        compiled.LINEAR,
+        eager.COMPILED_LINEAR,
         liger.LINEAR,
         torch_lce.LINEAR,
         trl_chunked.LINEAR,

@@ -20,7 +20,7 @@ import torch
 from benchmarks import bench, harness, logits_problem, recording
 from benchmarks.bench import DTYPES
 from benchmarks.logits_problem import Peer, Problem, Truth
-from benchmarks.peers import compiled, eager, ours, quack, trl_chunked
+from benchmarks.peers import eager, ours, quack, trl_chunked
 from benchmarks.tables import Row
 
 DEFAULTS = {
@@ -31,7 +31,7 @@ DEFAULTS = {
 OURS = ours.LOGITS
 PEERS = {
     peer.name: peer
-    for peer in (OURS, compiled.LOGITS, eager.LOGITS, trl_chunked.LOGITS, quack.LOGITS)
+    for peer in (OURS, eager.COMPILED_LOGITS, eager.LOGITS, trl_chunked.LOGITS, quack.LOGITS)
 }
 OPS = ("forward", "backward", "forward+backward", "loss+backward")
 CASE = ("dtype", "op")

@@ -1,4 +1,7 @@
-"""Plain PyTorch, as the released code has Q and V: float copies, log_softmax, logsumexp."""
+"""Plain PyTorch, as the released code has Q and V: float copies, log_softmax, logsumexp; and
+torch.compile of the very functions, forward and backward."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,14 +83,52 @@ LINEAR = Peer(
 )
 
 
-def _loss_of_logits(problem: logits_problem.Problem) -> Tensor:
-    q, value, _, _ = residual_values(problem.base, problem.q, problem.actions, *problem.alphas)
-    return logits_problem.preference_loss(q, value, problem.pairs, **logits_problem.LOSS)
+def _linear(pairs, **arguments):  # type: ignore[no-untyped-def]
+    q, value = linear_values(**arguments)
+    return pair_loss(q - value, pairs), q.detach(), value.detach()
 
 
-LOGITS = logits_problem.Peer(
+# Compiled for each shape: code for shapes that vary would only be slower.
+_compiled_linear = torch.compile(_linear, dynamic=False)
+
+
+def _call(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():  # one graph, also where only the values are wanted
+        return _compiled_linear(problem.pairs, **problem.arguments)
+
+
+COMPILED_LINEAR = Peer(
+    "compile",
+    loss=lambda problem: _call(problem)[0],
+    values=lambda problem: _call(problem)[1:],
+    cannot="keeps logits; compiles for seconds to minutes before its first run, not counted",
+)
+
+
+def _loss(base, q, actions, alphas, pairs, gamma, reg_coef, bt_scale):  # type: ignore[no-untyped-def]
+    q_a, value, _, _ = residual_values(base, q, actions, *alphas)
+    return logits_problem.preference_loss(q_a, value, pairs, gamma, reg_coef, bt_scale)
+
+
+def _of_logits(name: str, values: Any, loss: Any, cannot: str) -> logits_problem.Peer:
+    settings = logits_problem.LOSS.values()
+    return logits_problem.Peer(
+        name,
+        values=lambda p: values(p.base, p.q, p.actions, *p.alphas),
+        loss=lambda p: loss(p.base, p.q, p.actions, p.alphas, p.pairs, *settings),
+        cannot=cannot,
+    )
+
+
+LOGITS = _of_logits(
     "eager",
-    values=lambda p: residual_values(p.base, p.q, p.actions, *p.alphas),
-    loss=_loss_of_logits,
-    cannot="nothing, but it keeps float32 tensors of the size of the logits",
+    residual_values,
+    _loss,
+    "nothing, but it keeps float32 tensors of the size of the logits",
+)
+COMPILED_LOGITS = _of_logits(
+    "compile",
+    torch.compile(residual_values),
+    torch.compile(_loss),
+    "compiles for seconds to minutes before its first run, which is not counted",
 )
