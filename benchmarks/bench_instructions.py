@@ -134,8 +134,7 @@ def missing_reason(tool: str) -> str:
 
 def run(options: argparse.Namespace) -> recording.Recording:
     recorded = recording.Recording("instructions", options, CASE)
-    conditions = {"tool": options.tool, "capability": options.capability}
-    cases = [{"kernel": case, **conditions} for case in options.case]
+    cases = bench.grid(kernel=options.case, tool=[options.tool], capability=[options.capability])
     reason = missing_reason(options.tool)
     left = [c for c in cases if not (options.resume and recorded.has(c))]
     if reason:

@@ -50,15 +50,7 @@ COMPILED_FILTERS = ("plain", "top-k, top-p")
 
 def ours(backend: str) -> Sampler:
     def prepare(problem: Problem) -> Callable[[], Tensor]:
-        c = problem.composition
-        arguments: dict[str, Any] = {
-            "alpha_0": c.alpha_0,
-            "alpha_tilde": c.alpha_tilde,
-            "center": c.center,
-            "seed": problem.seed,
-            "position": problem.position,
-            **problem.filters,
-        }
+        arguments = problem.arguments
 
         def run() -> Tensor:
             with qadapter.use_backend(backend):
