@@ -107,7 +107,7 @@ def some(rows: list[Any], count: int, seed: int = 0) -> list[Any]:
     return random.Random(seed).sample(rows, count)
 
 
-def alike(lengths: Sequence[int], count: int) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Batches of ``count`` indices of items of like length, so that little of them is padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + count] for start in range(0, len(order), count)]

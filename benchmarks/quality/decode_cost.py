@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.quality import generate, score
-from benchmarks.quality.study import BASE, Study, kept
+from benchmarks.quality.study import BASE, Study, cached
 
 PROMPTS = 8
 SHORT, LONG = 8, 40
@@ -22,11 +22,11 @@ WAYS = {
 
 def decode_cost(study: Study, rounds: int = 3) -> dict[str, Any]:
     """Milliseconds a token of a batch, without the prompt: the longer answer less the shorter."""
-    return kept(study.output / "decode.json", lambda: _measured(study, rounds))
+    return cached(study.output / "decode.json", lambda: _measured(study, rounds))
 
 
 def _measured(study: Study, rounds: int) -> dict[str, Any]:
-    model = study.measuring(study.set.usual)
+    model = study.scoring_model(study.set.usual)
     prompts = study.prompts[:PROMPTS]
     # No end of text, so that every way makes as many tokens.
     eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None

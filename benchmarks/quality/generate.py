@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.quality.data import alike
+from benchmarks.quality.data import batches_by_length
 from benchmarks.quality.tasks import Question
 from qadapter import QAdapterModel
 from qadapter.composition import StreamWeights
@@ -27,7 +27,7 @@ def answers(
         knobs = {"alpha_0": blend.base / blend.q + model.center, "alpha_tilde": 1.0 / blend.q}
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     texts = [""] * len(ids)
-    for part in alike([len(row) for row in ids], AT_A_TIME):
+    for part in batches_by_length([len(row) for row in ids], AT_A_TIME):
         given = [ids[i] for i in part]
         made = answer(model, tokenizer, given, max_new_tokens=new_tokens, do_sample=False, **knobs)
         for i, item in zip(part, made, strict=True):

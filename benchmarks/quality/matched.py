@@ -43,6 +43,7 @@ class Curve:
 
     def __init__(self, results: list[dict[str, Any]]) -> None:
         results = sorted(results, key=lambda result: result["seed"])
+        self.about = {n: results[0][n] for n in ("variant", "method", "changes", "noise")}
         self.seeds = [result["seed"] for result in results]
         points = [[p for p in r["points"] if not p["label"].startswith("step")] for r in results]
 
@@ -53,16 +54,16 @@ class Curve:
         self.kl, self.nll_change = items("unrelated", "kl"), items("unrelated", "nll_change")
         self.tokens = np.array(points[0][0]["unrelated"]["tokens"], dtype=float)
 
-    def at(self, kl: float, pairs: Matrix, talks: Matrix) -> dict[str, Matrix]:
+    def at(self, kl: float, pairs: Matrix, conversations: Matrix) -> dict[str, Matrix]:
         """The figures [draws, seeds]; nothing where a seed does not come to that KL.
 
-        ``pairs``, ``talks``: how often each was drawn, [draws, n].
+        ``pairs``, ``conversations``: how often each was drawn, [draws, n].
         """
         if not (self.kl.sum(-1).max(-1) / self.tokens.sum() >= kl).all():
             return {}
-        tokens = (talks @ self.tokens)[:, None, None]
-        kls = np.einsum("spi,di->dsp", self.kl, talks) / tokens
-        changes = np.einsum("spi,di->dsp", self.nll_change, talks) / tokens
+        tokens = (conversations @ self.tokens)[:, None, None]
+        kls = np.einsum("spi,di->dsp", self.kl, conversations) / tokens
+        changes = np.einsum("spi,di->dsp", self.nll_change, conversations) / tokens
         right = np.where(self.gain == 0, 0.5, self.gain > 0)
         gains, accuracies = (
             np.einsum("spi,di->dsp", each, pairs) / pairs.sum(-1)[:, None, None]
@@ -92,36 +93,38 @@ def rows(
     curves = {key: Curve(group) for key, group in groups.items()}
     rng = np.random.default_rng(0)
     drawn = [
-        np.concatenate([np.ones((1, n)), stats.draws(rng, n)])  # draw 0 is the data itself
-        for curve in list(curves.values())[:1]
-        for n in (curve.gain.shape[-1], curve.kl.shape[-1])
+        _counts(rng, each.shape[-1])
+        for curve in list(curves.values())[:1]  # the items are the same in all
+        for each in (curve.gain, curve.kl)
     ]
     made = []
     for (variant, noise), curve in curves.items():
         other = None if variant == reference else curves.get((reference, noise))
+        common = [seed for seed in other.seeds if seed in curve.seeds] if other else []
         for kl in kls:
-            row = {name: groups[variant, noise][0][name] for name in ("variant", "method")}
-            row |= {"changes": groups[variant, noise][0]["changes"], "noise": noise, "kl": kl}
-            row |= {"seeds": curve.seeds, "figures": None, "reference_less": None}
-            made.append(row)
-            if not (figures := curve.at(kl, *drawn)):
-                continue
-            row["figures"] = {name: _interval(values)[:3] for name, values in figures.items()}
-            common = [seed for seed in other.seeds if seed in curve.seeds] if other else []
-            if common and (theirs := other.at(kl, *drawn)):
+            figures, less = curve.at(kl, *drawn), {}
+            if figures and common and (theirs := other.at(kl, *drawn)):
                 at, at_theirs = ([c.seeds.index(s) for s in common] for c in (curve, other))
-                row["reference_less"] = {
-                    name: _interval(theirs[name][:, at_theirs] - values[:, at])
-                    for name, values in figures.items()
+                less = {
+                    name: _interval(theirs[name][:, at_theirs] - figures[name][:, at])
+                    for name in FIGURES
                 }
+            own = {name: _interval(values)[:3] for name, values in figures.items()}
+            row = {**curve.about, "kl": kl, "seeds": curve.seeds}
+            made.append(row | {"figures": own or None, "reference_less": less or None})
     return made
+
+
+def _counts(rng: np.random.Generator, n: int) -> Matrix:
+    """How often each of n is drawn, [draws, n]; draw 0 is the data itself."""
+    return np.concatenate([np.ones((1, n)), stats.bootstrap_counts(rng, n)])
 
 
 def _interval(drawn: Matrix) -> list[float]:
     """[mean, low, high, p] of [draws, seeds], the data itself first; seeds are drawn here."""
     seeds = drawn.shape[1]
-    counts = stats.draws(np.random.default_rng(1), seeds, len(drawn) - 1)
+    counts = stats.bootstrap_counts(np.random.default_rng(1), seeds, len(drawn) - 1)
     means = (drawn[1:] * counts).sum(1) / seeds
     below = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (1 + int(below)) / (1 + len(means)))
-    return [float(drawn[0].mean()), *stats.middle(means), p]
+    return [float(drawn[0].mean()), *stats.percentile_interval(means), p]

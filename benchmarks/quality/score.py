@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality.data import Row, alike
+from benchmarks.quality.data import Row, batches_by_length
 from qadapter import QAdapterModel
 from qadapter import functional as QF
 from qadapter.composition import StreamWeights, stream_weights
@@ -45,7 +45,7 @@ def score(
     model.eval()
     lengths = [len(row["prompt_ids"]) + len(row[f"{column}_ids"]) for row in rows]
     results: list[dict[str, Any]] = [{} for _ in rows]
-    for place, part in enumerate(alike(lengths, batch_size)):
+    for place, part in enumerate(batches_by_length(lengths, batch_size)):
         sequences = [(rows[i]["prompt_ids"], rows[i][f"{column}_ids"], False) for i in part]
         batch = collate_sequences(sequences, pad_token_id(tokenizer))
         batch = {name: value.to(model.device) for name, value in batch.items()}

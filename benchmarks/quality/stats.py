@@ -22,12 +22,12 @@ class Interval(NamedTuple):
     high: float
 
 
-def draws(rng: np.random.Generator, n: int, count: int = DRAWS) -> Matrix:
+def bootstrap_counts(rng: np.random.Generator, n: int, count: int = DRAWS) -> Matrix:
     """How often each of n is drawn, [count, n]."""
     return rng.multinomial(n, np.full(n, 1 / n), size=count)
 
 
-def middle(values: Matrix) -> tuple[float, float]:
+def percentile_interval(values: Matrix) -> tuple[float, float]:
     """What holds `LEVEL` of them."""
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(values, [tail, 100 - tail])
@@ -45,13 +45,13 @@ def interval(
     rng = np.random.default_rng(0)
     seeds, items = numerator.shape
     # How often each item, and each seed, is drawn.
-    columns = draws(rng, items)
-    rows = draws(rng, seeds) if seeds > 1 else np.ones((DRAWS, 1))
+    columns = bootstrap_counts(rng, items)
+    rows = bootstrap_counts(rng, seeds) if seeds > 1 else np.ones((DRAWS, 1))
     sums = [
         np.einsum("ds,si,di->d", rows, m, columns, optimize=True) for m in (numerator, denominator)
     ]
     ratios = sums[0] / np.maximum(sums[1], 1e-12)
-    return Interval(float(numerator.sum() / denominator.sum()), *middle(ratios))
+    return Interval(float(numerator.sum() / denominator.sum()), *percentile_interval(ratios))
 
 
 def _matrix(values: Sequence[Sequence[float]]) -> Matrix:

@@ -39,7 +39,7 @@ Record = dict[str, Any]
 Tell = Callable[[str], Any]
 
 
-def kept(path: Path, make: Callable[[], Any]) -> Any:
+def cached(path: Path, make: Callable[[], Any]) -> Any:
     """What the file holds; made if there is none."""
     if not path.exists():
         files.write_json(path, make())
@@ -64,14 +64,14 @@ class Study:
         self.about = self._checked_about()
         self.model: QAdapterModel | None = None
         self.shape = ""
-        self.eos = eos_token_ids(self.measuring(chosen.usual), self.tokenizer)
+        self.eos = eos_token_ids(self.scoring_model(chosen.usual), self.tokenizer)
         self.heldout_rows = quality_data.some(data.heldout, chosen.heldout)
         answered = quality_data.some(self.heldout_rows, chosen.prompts)
         self.prompts = [row["prompt"] for row in answered]
         measured, self.replay_prompts = quality_data.unrelated_and_replay(data, chosen.unrelated)
         self.heldout, self.unrelated = self._tokens(self.heldout_rows), self._tokens(measured)
         self._hidden: dict[str, dict[int, Any]] = defaultdict(dict)  # of the base, while measuring
-        self.base_record: Record = kept(self.output / "base.json", self._asked_base)
+        self.base_record: Record = cached(self.output / "base.json", self._asked_base)
         asked = tasks.questions(chosen.questions)
         self.questions = [asked[i] for i in self.base_record["kept"]]
 
@@ -85,7 +85,7 @@ class Study:
         }
         what = json.loads(json.dumps(what))  # as it comes back from the file
         path = self.output / "study.json"
-        about = kept(path, lambda: {"what": what, "environment": recording.environment(DEVICE)})
+        about = cached(path, lambda: {"what": what, "environment": recording.environment(DEVICE)})
         changed = [name for name in what if about["what"].get(name) != what[name]]
         if changed:
             raise ValueError(
@@ -104,13 +104,13 @@ class Study:
         return [judge.make_judge(name, pairs, heldout) for name in self.judge_names]
 
     def judge_reports(self) -> list[Record]:
-        return kept(self.output / "judges.json", lambda: [made.report for made in self.judges])
+        return cached(self.output / "judges.json", lambda: [made.report for made in self.judges])
 
     def _tokens(self, rows: list[quality_data.Row]) -> list[quality_data.Row]:
         length = self.set.usual["max_length"]
         return quality_data.tokenised(rows, self.tokenizer, length, self.eos)
 
-    def measuring(self, settings: Settings) -> QAdapterModel:
+    def scoring_model(self, settings: Settings) -> QAdapterModel:
         """One model for all measuring; made anew where the LoRA has another shape."""
         shape = f"{settings['lora_r']} {settings['lora_targets']}"
         if self.model is None or self.shape != shape:
@@ -125,7 +125,7 @@ class Study:
     # The base.
 
     def _asked_base(self) -> Record:
-        model = self.measuring(self.set.usual)
+        model = self.scoring_model(self.set.usual)
         asked = tasks.questions(self.set.questions)
         texts = generate.ask(model, self.tokenizer, asked, BASE)
         right = [i for i, q in enumerate(asked) if tasks.right(texts[i], q.answer)]
@@ -142,13 +142,13 @@ class Study:
 
         def answered() -> list[quality_data.Row]:
             prompts = quality_data.some(self.replay_prompts, self.set.pairs)
-            model = self.measuring(self.set.usual)
+            model = self.scoring_model(self.set.usual)
             texts = generate.answers(model, self.tokenizer, prompts, BASE, new_tokens)
             answers = [[{"role": "assistant", "content": text}] for text in texts]
             rows = zip(prompts, answers, texts, strict=True)
             return [{"prompt": p, "chosen": a, "rejected": a} for p, a, text in rows if text]
 
-        return self._tokens(kept(self.output / f"replay-{new_tokens}.json", answered))
+        return self._tokens(cached(self.output / f"replay-{new_tokens}.json", answered))
 
     # A run.
 
@@ -239,7 +239,7 @@ class Study:
 
     def _measured(self, run: Run, settings: Settings, answered: bool, tell: Tell) -> list[Record]:
         """The points of a run; those of one step are scored in one pass."""
-        model, made = self.measuring(settings), []
+        model, made = self.scoring_model(settings), []
         for step, found in itertools.groupby(self._points(run, settings), lambda point: point[0]):
             points = list(found)
             blends = [blend for _, _, blend, _ in points]
@@ -248,10 +248,10 @@ class Study:
             if loaded.unexpected_keys:
                 raise ValueError(f"step {step}: unknown weights {loaded.unexpected_keys[:2]}")
             tell(f"scoring step {step}")
-            figures = self._pairs(model, blends), self._talks(model, blends)
-            for (_, label, blend, asked), pairs, talks in zip(points, *figures, strict=True):
+            figures = self._pairs(model, blends), self._conversations(model, blends)
+            for (_, label, blend, asked), pairs, unrelated in zip(points, *figures, strict=True):
                 point = {"step": step, "label": label, "blend": list(blend)}
-                point |= {"answered": answered and asked, "pairs": pairs, "unrelated": talks}
+                point |= {"answered": answered and asked, "pairs": pairs, "unrelated": unrelated}
                 if point["answered"]:
                     tell(f"answering, {label}")
                     point |= self._answered(model, blend)
@@ -277,7 +277,7 @@ class Study:
         figures = {"gain": chosen - rejected, "in_order": in_order, "chosen": chosen}
         return _by_blend(figures)
 
-    def _talks(self, model: QAdapterModel, blends: Sequence[StreamWeights]) -> list[Record]:
+    def _conversations(self, model: QAdapterModel, blends: Sequence[StreamWeights]) -> list[Record]:
         """Per blend and unrelated conversation: its tokens, sums over them in nats."""
         made = self._scored(model, blends, "unrelated")
         change = made["base_logp"] - made["policy_logp"]
