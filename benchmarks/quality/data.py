@@ -42,24 +42,22 @@ def load(
     """Preference files by path; None takes what the project ships (and its rule)."""
     if rule is not None and rule not in RULES:
         raise ValueError(f"--rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if data is None and heldout is not None:
+        raise ValueError("--heldout: expected --data with it, got --heldout alone")
     if data is None:
-        if heldout is not None:
-            raise ValueError("--heldout: expected --data with it, got --heldout alone")
-        paths = [str(DEMO_DATA / "train.jsonl"), str(DEMO_DATA / "heldout.jsonl")]
         rule = rule or "in-short"
-    else:
-        paths = [data] if heldout is None else [data, heldout]
+    shipped = [str(DEMO_DATA / "train.jsonl"), str(DEMO_DATA / "heldout.jsonl")]
+    paths = [path for path in (data, heldout) if path is not None] or shipped
     splits = [_rows(path) for path in paths]
-    if len(splits) == 1:
-        splits = _split(splits[0])
-    known = {str(row["prompt"]) for row in splits[0]}
-    kept = [row for row in splits[1] if str(row["prompt"]) not in known]
+    train, held_out = splits if len(splits) == 2 else _split(splits[0])
+    known = {str(row["prompt"]) for row in train}
+    kept = [row for row in held_out if str(row["prompt"]) not in known]
     if not kept:
         raise ValueError(f"{paths[-1]}: no held-out pair has a prompt that training does not have")
     name = name or (Path(data).stem.split(".")[0] if data else "shipped")
     found = {Path(path).name: file_hash(path) for path in (*paths, unrelated or UNRELATED)}
     other = list(load_unrelated(unrelated))
-    return StudyData(name, splits[0], kept, other, RULES[rule] if rule else None, found)
+    return StudyData(name, train, kept, other, RULES[rule] if rule else None, found)
 
 
 def _rows(path: str) -> list[Row]:

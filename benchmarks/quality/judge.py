@@ -30,26 +30,10 @@ FOLDS = 4
 ITERATIONS = 100
 MOST_EMBEDDED = 800  # training pairs; a minute or two on two cores
 
-
-class Features:
-    """Numbers of a text: ``raw`` ones, put to a common scale that is learnt from some texts."""
-
-    name: str
-
-    def raw(self, texts: Sequence[str]) -> Tensor:
-        raise NotImplementedError
-
-    def learn(self, raw: Tensor) -> None:
-        raise NotImplementedError
-
-    def scaled(self, raw: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        return self.scaled(self.raw(texts))
+# Features are `raw` numbers of texts, and what `learn` found on the training texts makes of them.
 
 
-class NGrams(Features):
+class NGrams:
     """Words and pairs of words, hashed; 1 + log(count), by rarity, of length 1."""
 
     name = "n-grams"
@@ -75,7 +59,7 @@ class NGrams(Features):
         return made / made.norm(dim=1, keepdim=True).clamp(min=1e-9)
 
 
-class Embeddings(Features):
+class Embeddings:
     """all-MiniLM-L6-v2 (384 numbers, mean over the tokens, of length 1), standardised."""
 
     name = "embeddings"
@@ -122,7 +106,7 @@ class Judge:
 
     def __init__(
         self,
-        features: Features,
+        features: NGrams | Embeddings,
         pairs: Sequence[tuple[str, str]],
         heldout: Sequence[tuple[str, str]],
     ) -> None:
@@ -152,8 +136,10 @@ class Judge:
         return self.share_won([text], [other])[0]
 
     def share_won(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
-        margin = self.features(texts) @ self.weights - self.features(others) @ self.weights
-        return (0.5 + 0.5 * margin.sign()).tolist()
+        first, second = (
+            self.features.scaled(self.features.raw(each)) @ self.weights for each in (texts, others)
+        )
+        return (0.5 + 0.5 * (first - second).sign()).tolist()
 
 
 def _best_penalty(differences: Tensor) -> float:
@@ -193,17 +179,16 @@ KINDS: dict[str, Any] = {NGrams.name: NGrams, Embeddings.name: Embeddings}
 
 def split_names(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Those that can be had, and why the others cannot."""
-    found, missing = [], {}
+    missing = {}
     for name in names:
         if name not in KINDS:
             raise ValueError(f"--judges: expected some of {', '.join(KINDS)}, got {name!r}")
-        try:
-            if name == Embeddings.name:
+        if name == Embeddings.name:
+            try:
                 embedding_folder()
-            found.append(name)
-        except ModuleNotFoundError as error:
-            missing[name] = str(error)
-    return found, missing
+            except ModuleNotFoundError as error:
+                missing[name] = str(error)
+    return [name for name in names if name not in missing], missing
 
 
 def make_judge(
