@@ -16,8 +16,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, recording, training_problem
+from benchmarks import bench, harness, recording, training_problem
 from benchmarks.training_problem import CANNOT, WAYS, Setup, make_batch
+
+CPU = {"model": "smollm2", "budgets": [512, 1024, 2048], "resolution": 32, "longest": 4096}
+DEFAULTS: bench.Defaults = {
+    "cpu": CPU,
+    "cuda": {**CPU, "budgets": [8192, 16384, 32768, 65536], "longest": 65536},
+    "quick": {"model": "tiny", "budgets": [4], "resolution": 32, "longest": 128},
+}
 
 CASE = ("who", "budget_mib")
 SAFETY = 0.8  # of the free memory
@@ -102,8 +109,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
     peaks = {way: Peaks(setup, way) for way in ways}
     for way in ways:  # what is set up in a first step is no part of any peak
         make_batch(setup, [training_problem.random_pair(setup, 8)], (way,)).ways[way]()
-    cases = [{"who": way, "budget_mib": b} for way in ways for b in options.budgets]
-    for case in recorded.todo(cases):
+    for case in recorded.todo(bench.grid(who=ways, budget_mib=options.budgets)):
         peak = peaks[case["who"]]
         row = longest(peak, case["budget_mib"], options.resolution, options.longest)
         row["peaks"] = {str(n): p for n, p in sorted(peak.known.items()) if p is not None}
@@ -119,32 +125,14 @@ def show(row: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = bench.parser("context", __doc__)
     parser.add_argument("--model", help="smollm2, a folder or a Hub id, or tiny (random weights)")
     parser.add_argument("--budgets", type=int, nargs="+", metavar="MiB")
     parser.add_argument("--resolution", type=int, help="tokens of a response")
     parser.add_argument("--longest", type=int, help="tokens of a response, tried at most")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    recording.shared_options(parser, "context")
-    options = parser.parse_args(arguments)
-    full = {"cpu": [512, 1024, 2048], "cuda": [8192, 16384, 32768, 65536]}[options.device]
-    for name, quick, value in (
-        ("model", "tiny", "smollm2"),
-        ("budgets", [4], full),
-        ("resolution", 32, 32),
-        ("longest", 128, 4096 if options.device == "cpu" else 65536),
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, quick if options.quick else value)
-    recording.finish_options(options)
-    return options
-
-
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    run(options)
+    return bench.parse(parser, arguments, DEFAULTS)
 
 
 if __name__ == "__main__":
-    main()
+    bench.main(parse, run)

@@ -33,26 +33,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks import harness, recording
-from benchmarks.decoding_problem import (
-    LORAS,
-    MODES,
-    OURS,
-    SHAPES,
-    STRENGTH,
-    WAYS,
-    Clock,
-    Competitors,
-    Way,
-    load_base,
-    prompts,
-)
+from benchmarks import bench, harness, recording
+from benchmarks import decoding_problem as decoding
+from benchmarks.decoding_problem import Clock, Competitors, Way
+from benchmarks.tables import Row
 from qadapter import functional as QF
 
-DEFAULTS: dict[str, tuple[str, list[int], int, int]] = {  # model, batches, new tokens, rounds
-    "cpu": ("smollm2", [1, 8], 128, 3),
-    "cuda": ("llama-8b", [1, 8], 128, 5),
-    "quick": ("tiny", [1, 2], 8, 1),
+DEFAULTS: bench.Defaults = {
+    "cpu": {"model": "smollm2", "batch_sizes": [1, 8], "new_tokens": 128, "rounds": 3},
+    "cuda": {"model": "llama-8b", "batch_sizes": [1, 8], "new_tokens": 128, "rounds": 5},
+    "quick": {"model": "tiny", "batch_sizes": [1, 2], "new_tokens": 8, "rounds": 1},
 }
 CASE = ("model", "batch", "mode", "lora")
 CANNOT = {
@@ -63,26 +53,14 @@ CANNOT = {
 LESS = ("base", "naive", "two streams")  # what runs in the cases that are no headline
 
 
-def warmed(
-    ways: dict[str, Way], clock: Callable[[], Clock], tokens: int, shape: tuple[int, int]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Each runs twice: peak memory in MiB of who could, and who is missing and why."""
-    ran: dict[str, float] = {}
-    missing: dict[str, str] = {}
-    for name, way in ways.items():
-        try:
-            text = way(tokens, clock())
-        except Exception as error:  # a peer that fails must not end the comparison
-            if name in OURS:
-                raise
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            continue
-        if text.shape != (shape[0], shape[1] + tokens):
-            raise RuntimeError(f"{name}: expected {tokens} new tokens, got {tuple(text.shape)}")
-        with harness.peak_memory(clock().never.device.type) as peak:
-            way(tokens, clock())
-        ran[name] = peak.mebibytes
-    return ran, missing
+def peak_of(way: Way, tokens: int, ids: Tensor) -> float:
+    """MiB of the second of two runs."""
+    text = way(tokens, Clock(len(ids), ids.device))
+    if text.shape != (ids.shape[0], ids.shape[1] + tokens):
+        raise RuntimeError(f"expected {tokens} new tokens a row, got {tuple(text.shape)}")
+    with harness.peak_memory(ids.device.type) as peak:
+        way(tokens, Clock(len(ids), ids.device))
+    return peak.mebibytes
 
 
 def timed(way: Way, new: int, clock: Clock) -> tuple[float, list[float]]:
@@ -98,33 +76,33 @@ def timed(way: Way, new: int, clock: Clock) -> tuple[float, list[float]]:
 
 def run_case(
     ways: dict[str, Way], ids: Tensor, rounds: int, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    def clock() -> Clock:
-        return Clock(len(ids), ids.device)
-
+) -> list[Row]:
     # Static caches compile for each length.
     tokens = options.new_tokens if options.cache == "static" else min(options.new_tokens, 8)
-    ran, missing = warmed(ways, clock, tokens, (ids.shape[0], ids.shape[1]))
-    prefill: dict[str, list[float]] = {name: [] for name in ran}
-    steps: dict[str, list[float]] = {name: [] for name in ran}
+    known, missing = bench.first_runs(
+        ways, lambda name: {"peak_mib": peak_of(ways[name], tokens, ids)}, decoding.OURS
+    )
+    prefill: dict[str, list[float]] = {name: [] for name in known}
+    steps: dict[str, list[float]] = {name: [] for name in known}
     gc.collect()
     for _ in range(rounds):
-        for name in ran:
-            first, others = timed(ways[name], options.new_tokens, clock())
+        for name in known:
+            clock = Clock(len(ids), ids.device)
+            first, others = timed(ways[name], options.new_tokens, clock)
             prefill[name].append(first)
             steps[name] += others
     timings = {name: harness.Timing.of(samples) for name, samples in steps.items()}
     means = {name: statistics.fmean(samples) for name, samples in steps.items()}
     rows = []
     for name, timing in timings.items():
-        row = {"who": name, "ms": timing, "mean_ms": means[name], "peak_mib": ran[name]}
+        row = {"who": name, "ms": timing, "mean_ms": means[name], **known[name]}
         row["prefill_ms"] = statistics.median(prefill[name])
         for peer in ("base", "naive"):
             if peer in timings:
                 row[f"times_{peer}"] = timing.median / timings[peer].median
                 row[f"times_{peer}_mean"] = means[name] / means[peer]
         rows.append(row)
-    return rows + [{"who": name, "missing": reason} for name, reason in missing.items()]
+    return rows + missing
 
 
 @torch.no_grad()
@@ -151,7 +129,7 @@ def parts(
     hidden = torch.randn(batch, base.config.hidden_size, device=device).to(base.dtype)
     head = model.hf_model.get_output_embeddings()
     logits, seed = head(hidden), torch.arange(batch, device=device)
-    filters: dict[str, Any] = {"temperature": 0.0} if mode == "greedy" else MODES[mode]
+    filters: dict[str, Any] = {"temperature": 0.0} if mode == "greedy" else decoding.MODES[mode]
 
     def both_streams() -> None:
         streams.hidden(token, whole, place, own)
@@ -181,16 +159,13 @@ def with_rest(pieces: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, A
     return {**pieces, "two streams": total, "rest": total - known}
 
 
-def all_cases(options: argparse.Namespace) -> list[tuple[str, str, int, list[str]]]:
-    """LoRA, mode, batch, ways. Every way takes part in the first of the LoRAs and of the modes."""
-    cases = []
-    for which, mode, batch in itertools.product(options.lora, options.mode, options.batch_sizes):
-        headline = (which, mode) == (options.lora[0], options.mode[0])
-        if headline or options.full:
-            cases.append((which, mode, batch, options.ways))
-        elif which == options.lora[0] or mode == options.mode[0]:
-            cases.append((which, mode, batch, [way for way in options.ways if way in LESS]))
-    return cases
+def ways_of(case: Row, options: argparse.Namespace) -> list[str]:
+    """All ways take part in the first LoRA and mode, fewer where only one of the two differs, none
+    where both do; with ``--full`` all do everywhere."""
+    first = (case["lora"] == options.lora[0]) + (case["mode"] == options.mode[0])
+    if first == 2 or options.full:
+        return options.ways
+    return [way for way in options.ways if way in LESS] if first else []
 
 
 def run(options: argparse.Namespace) -> recording.Recording:
@@ -199,29 +174,27 @@ def run(options: argparse.Namespace) -> recording.Recording:
         options,
         CASE,
         new_tokens=options.new_tokens,
-        strength=STRENGTH,
-        modes=MODES,
+        strength=decoding.STRENGTH,
+        modes=decoding.MODES,
         cache=options.cache,
         dtype="bf16",
         cannot=CANNOT,
     )
-    base = load_base(options.model, options.device)
+    base = decoding.load_base(options.model, options.device)
     made: dict[str, Competitors] = {}
-    ways_of = {}
-    for which, mode, batch, chosen in all_cases(options):
-        case = dict(zip(CASE, (options.model, batch, mode, which), strict=True))
-        ways_of[tuple(case.values())] = chosen
-    for case in recorded.todo([dict(zip(CASE, key, strict=True)) for key in ways_of]):
-        _, batch, mode, which = case.values()
-        chosen = ways_of[tuple(case.values())]
+    cases = bench.grid(
+        model=[options.model], lora=options.lora, mode=options.mode, batch=options.batch_sizes
+    )
+    for case in recorded.todo([case for case in cases if ways_of(case, options)]):
+        chosen, which, mode = ways_of(case, options), case["lora"], case["mode"]
         if which not in made:
             made = {which: Competitors(base, which, options.cache, options.ways)}
-        ids, mask = prompts(base, options.model, batch)
+        ids, mask = decoding.prompts(base, options.model, case["batch"])
         ways = made[which].ways(ids, mask, mode)
         ways = {name: way for name, way in ways.items() if name in chosen}
         rounds = options.rounds if chosen == options.ways else max(1, options.rounds - 1)
         rows = run_case(ways, ids, rounds, options)
-        text = show(rows)
+        text = bench.show(rows)
         pieces = recorded.more.get("parts", [])
         if "two streams" in chosen:
             taken = with_rest(parts(made[which], mask, mode, options), rows)
@@ -234,62 +207,31 @@ def run(options: argparse.Namespace) -> recording.Recording:
     return recorded
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    header = ["who", "ms a token (p20-p80)", "mean", "x base", "mean", "x naive", "mean", "prefill"]
-    ratios = ("times_base", "times_base_mean", "times_naive", "times_naive_mean")
-    lines = []
-    for row in rows:
-        if "missing" in row:
-            continue
-        timing = row["ms"]
-        lines.append(
-            [
-                row["who"],
-                f"{timing.median:.2f} ({timing.p20:.2f}-{timing.p80:.2f})",
-                f"{row['mean_ms']:.2f}",
-                *(f"{row[name]:.2f}" if name in row else "" for name in ratios),
-                f"{row['prefill_ms']:.1f}",
-            ]
-        )
-    missing = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
-    return "\n".join([harness.table(header, lines), *missing])
-
-
 def show_parts(pieces: dict[str, Any]) -> str:
     cells = {name: t if isinstance(t, float) else t.median for name, t in pieces.items()}
     return "parts, ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in cells.items())
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help=f"smollm2, a folder or a Hub id, or {', '.join(SHAPES)}")
+    parser = bench.parser("decode", __doc__)
+    parser.add_argument(
+        "--model", help=f"smollm2, a folder or a Hub id, or {', '.join(decoding.SHAPES)}"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B")
     parser.add_argument("--new-tokens", type=int, help="at least 2")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["sampled", "greedy"])
-    parser.add_argument("--lora", nargs="+", choices=LORAS, default=list(LORAS))
+    parser.add_argument("--mode", nargs="+", choices=decoding.MODES, default=["sampled", "greedy"])
+    parser.add_argument("--lora", nargs="+", choices=decoding.LORAS, default=list(decoding.LORAS))
     parser.add_argument("--full", action="store_true", help="every way in every case")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=decoding.WAYS, default=list(decoding.WAYS))
     parser.add_argument("--cache", choices=("dynamic", "static"), help="static on a GPU")
     parser.add_argument("--rounds", type=int)
-    recording.shared_options(parser, "decode")
-    options = parser.parse_args(arguments)
-    defaults = DEFAULTS["quick" if options.quick else options.device]
-    for name, value in zip(("model", "batch_sizes", "new_tokens", "rounds"), defaults, strict=True):
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    options = bench.parse(parser, arguments, DEFAULTS)
     if options.new_tokens < 2:
         parser.error(f"--new-tokens: expected at least 2, got {options.new_tokens}")
     if options.cache is None:
         options.cache = "static" if options.device == "cuda" else "dynamic"
-    recording.finish_options(options)
     return options
 
 
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    run(options)
-
-
 if __name__ == "__main__":
-    main()
+    bench.main(parse, run)

@@ -18,10 +18,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from benchmarks import harness, recording
+from benchmarks import bench, recording, tables
 from benchmarks.instruction_driver import CASES, elements
+from benchmarks.report_suite import INSTRUCTIONS
 
 ROOT = Path(__file__).parents[1]
 CASE = ("kernel", "tool", "capability")
@@ -134,8 +134,7 @@ def missing_reason(tool: str) -> str:
 
 def run(options: argparse.Namespace) -> recording.Recording:
     recorded = recording.Recording("instructions", options, CASE)
-    conditions = {"tool": options.tool, "capability": options.capability}
-    cases = [{"kernel": case, **conditions} for case in options.case]
+    cases = bench.grid(kernel=options.case, tool=[options.tool], capability=[options.capability])
     reason = missing_reason(options.tool)
     left = [c for c in cases if not (options.resume and recorded.has(c))]
     if reason:
@@ -153,36 +152,25 @@ def run(options: argparse.Namespace) -> recording.Recording:
     return recorded
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    header = ["kernel", "code", "instructions", "each", "per"]
-    lines = [
-        [r["kernel"], r["capability"], f"{r['instructions']:,}", f"{r['each']:.3f}", r["per"]]
-        for r in rows
-        if "missing" not in r
-    ]
-    return harness.table(header, lines)
+def show(rows: list[tables.Row]) -> str:
+    return tables.table(tables.frame(rows), INSTRUCTIONS)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks instructions", description=__doc__.splitlines()[0]
-    )
+    parser = bench.parser("instructions", __doc__, prog="python -m benchmarks instructions")
     parser.add_argument("--tool", choices=TOOLS, default="callgrind")
     parser.add_argument("--capability", choices=("plain", "avx2", "avx512"), default="avx2")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    recording.shared_options(parser, "instructions")
-    options = parser.parse_args(arguments)
+    options = bench.parse(parser, arguments, {})
     if options.tool == "callgrind" and options.capability == "avx512":
         parser.error("--capability avx512: valgrind knows no AVX-512; use --tool perf")
     if options.quick:
         options.case = options.case[:1]
-    recording.finish_options(options)
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    recorded = run(parse(arguments))
-    print(show(recorded.rows))
+    print(show(run(parse(arguments)).rows))
     return 0
 
 

@@ -12,36 +12,26 @@ others the worst row's of the gradient, relative.
 """
 
 import argparse
-import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-import qadapter
-from benchmarks import harness, recording
-from benchmarks.logits_problem import (
-    Peer,
-    Problem,
-    Truth,
-    gradient_error,
-    make_problem,
-    solve,
-    value_errors,
-)
-from benchmarks.peers import compiled, eager, ours, quack, trl_chunked
+from benchmarks import bench, harness, logits_problem, recording
+from benchmarks.bench import DTYPES
+from benchmarks.logits_problem import Peer, Problem, Truth
+from benchmarks.peers import eager, ours, quack, trl_chunked
+from benchmarks.tables import Row
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULTS = {  # rows, vocabulary, pairs
-    "cpu": (256, 128256, 4),
-    "cuda": (4096, 128256, 8),
-    "quick": (16, 1001, 2),
+DEFAULTS = {
+    "cpu": {"n": 256, "v": 128256, "pairs": 4},
+    "cuda": {"n": 4096, "v": 128256, "pairs": 8},
+    "quick": {"n": 16, "v": 1001, "pairs": 2},
 }
 OURS = ours.LOGITS
 PEERS = {
     peer.name: peer
-    for peer in (OURS, compiled.LOGITS, eager.LOGITS, trl_chunked.LOGITS, quack.LOGITS)
+    for peer in (OURS, eager.COMPILED_LOGITS, eager.LOGITS, trl_chunked.LOGITS, quack.LOGITS)
 }
 OPS = ("forward", "backward", "forward+backward", "loss+backward")
 CASE = ("dtype", "op")
@@ -49,42 +39,33 @@ CASE = ("dtype", "op")
 
 def function_of(op: str, peer: Peer, problem: Problem) -> Callable[[], Any]:
     leaf = problem.q
+    graph: list[tuple[torch.Tensor, ...]] = []
 
     def outputs() -> tuple[torch.Tensor, ...]:
         q_a, value, _, logp = peer.values(problem)
         return q_a, value, logp
 
-    if op == "forward":
+    def forward() -> Any:
+        with torch.no_grad():
+            return peer.values(problem)
 
-        def forward() -> Any:
-            with torch.no_grad():
-                return peer.values(problem)
+    def prepare() -> None:
+        graph[:] = [outputs()]
+        leaf.grad = None
 
-        return forward
-    if op == "backward":
-        graph: list[tuple[torch.Tensor, ...]] = []
+    def backward() -> None:
+        torch.autograd.backward(graph.pop(), tuple(problem.grads))
 
-        def prepare() -> None:
-            graph[:] = [outputs()]
-            leaf.grad = None
-
-        def backward() -> None:
-            torch.autograd.backward(graph.pop(), tuple(problem.grads))
-
-        return harness.Prepared(prepare, backward)
-    if op == "forward+backward":
-
-        def both() -> None:
-            leaf.grad = None
-            torch.autograd.backward(outputs(), tuple(problem.grads))
-
-        return both
+    def both() -> None:
+        leaf.grad = None
+        torch.autograd.backward(outputs(), tuple(problem.grads))
 
     def loss() -> None:
         leaf.grad = None
         peer.loss(problem).backward()
 
-    return loss
+    functions = (forward, harness.Prepared(prepare, backward), both, loss)
+    return dict(zip(OPS, functions, strict=True))[op]
 
 
 def traffic(op: str, tensor_bytes: int, m: float) -> tuple[int, int]:
@@ -97,43 +78,22 @@ def traffic(op: str, tensor_bytes: int, m: float) -> tuple[int, int]:
     return 2 * tensor_bytes + back[0], back[1]
 
 
-def first_runs(
-    names: list[str], op: str, problem: Problem, truth: Truth
-) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[str, Any]], dict[str, str]]:
-    """Each runs once: the functions, errors and memory of those that could, why others do not."""
-    functions: dict[str, Callable[[], Any]] = {}
-    known: dict[str, dict[str, Any]] = {}
-    missing: dict[str, str] = {}
-    device = problem.q.device.type
-    for name in names:
-        peer = PEERS[name]
-        reason = peer.reason(problem)
-        function = function_of(op, peer, problem)
-        if not reason:
-            try:
-                harness.prepare(function)
-                result = function()
-            except Exception as error:  # a peer that fails must not end the comparison
-                if peer is OURS:
-                    raise
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        if reason:
-            missing[name] = reason
-            continue
-        if op == "forward":
-            error = value_errors(truth, result)
-        else:
-            assert problem.q.grad is not None
-            right = truth.of_loss if op == "loss+backward" else truth.grad
-            error = {"gradient": gradient_error(problem.q.grad, right)}
-        problem.q.grad = result = None
-        harness.prepare(function)
-        with harness.peak_memory(device) as peak:
-            result = function()
-        problem.q.grad = result = None
-        functions[name] = function
-        known[name] = {"error": error, "peak_mib": peak.mebibytes}
-    return functions, known, missing
+def first_run(op: str, function: Callable[[], Any], problem: Problem, truth: Truth) -> Row:
+    """Errors and memory."""
+    harness.prepare(function)
+    result = function()
+    if op == "forward":
+        error = logits_problem.value_errors(truth, result)
+    else:
+        assert problem.q.grad is not None
+        right = truth.of_loss if op == "loss+backward" else truth.grad
+        error = {"gradient": logits_problem.gradient_error(problem.q.grad, right)}
+    problem.q.grad = result = None
+    harness.prepare(function)
+    with harness.peak_memory(problem.q.device.type) as peak:
+        result = function()
+    problem.q.grad = result = None
+    return {"error": error, "peak_mib": peak.mebibytes}
 
 
 def run_case(
@@ -142,19 +102,17 @@ def run_case(
     truth: Truth,
     peaks: harness.Ceilings,
     options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    functions, known, missing = first_runs(options.peers, op, problem, truth)
+) -> list[Row]:
+    functions = {name: function_of(op, PEERS[name], problem) for name in options.peers}
+    known, missing = bench.first_runs(
+        options.peers,
+        lambda name: first_run(op, functions[name], problem, truth),
+        ours=(OURS.name,),
+        reason=lambda name: PEERS[name].reason(problem),
+    )
     reads = {f"read {k}": f for k, f in harness.read_function(problem.base).items()}
     size = problem.base.nbytes
-    times = harness.interleaved(
-        {**functions, **reads},
-        device=options.device,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        least=options.least,
-        clock=options.clock,
-        cold=2 * size < harness.COLD * harness.cache_bytes(),
-    )
+    times = bench.timed({**{who: functions[who] for who in known}, **reads}, options, 2 * size)
     read_gb_s = size / min(times[k].best for k in reads) / 1e6
     read, written = traffic(op, size, problem.m)
     floor = (read / read_gb_s + written / (peaks.copy_gb_s / 2)) / 1e6
@@ -165,13 +123,12 @@ def run_case(
             "gb_s": (read + written) / times[who].median / 1e6,
             "read_gb_s": read_gb_s,
             "share_of_ceiling": floor / times[who].median,
-            "times_ours": times[who].median / times[OURS.name].median,
-            "times_ours_best": times[who].best / times[OURS.name].best,
-            **known[who],
+            **bench.against(times[who], times[OURS.name]),
+            **found,
         }
-        for who in functions
+        for who, found in known.items()
     ]
-    return rows + [{"who": who, "missing": reason} for who, reason in missing.items()]
+    return rows + missing
 
 
 def run(options: argparse.Namespace) -> recording.Recording:
@@ -184,80 +141,35 @@ def run(options: argparse.Namespace) -> recording.Recording:
         cannot={peer.name: peer.cannot for peer in PEERS.values() if peer.cannot},
     )
     peaks = recording.ceilings(options)
-    backend = options.backend
     made: dict[str, tuple[Problem, Truth]] = {}
-    cases = [{"dtype": d, "op": op} for d, op in itertools.product(options.dtype, options.op)]
-    with qadapter.use_backend(backend) if backend else nullcontext():
-        for case in recorded.todo(cases):
+    with bench.backend(options.backend):
+        for case in recorded.todo(bench.grid(dtype=options.dtype, op=options.op)):
             dtype, op = case["dtype"], case["op"]
             if dtype not in made:
                 made.clear()
-                problem = make_problem(
+                problem = logits_problem.make_problem(
                     options.n, options.v, DTYPES[dtype], options.device, alphas, options.pairs
                 )
-                made[dtype] = problem, solve(problem)
+                made[dtype] = problem, logits_problem.solve(problem)
             rows = run_case(op, *made[dtype], peaks, options)
-            recorded.put(case, rows, show(rows))
+            recorded.put(case, rows, bench.show(rows))
     return recorded
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    header = ["who", "median (p20-p80) ms", "best", "GB/s", "of ceiling", "x ours: median", "best"]
-    header += ["MiB", "error"]
-    lines = [
-        [
-            row["who"],
-            f"{row['ms'].median:.2f} ({row['ms'].p20:.2f}-{row['ms'].p80:.2f})",
-            f"{row['ms'].best:.2f}",
-            f"{row['gb_s']:.1f}",
-            f"{row['share_of_ceiling']:.0%}",
-            f"{row['times_ours']:.2f}",
-            f"{row['times_ours_best']:.2f}",
-            f"{row['peak_mib']:.0f}",
-            ", ".join(f"{name} {value:.1e}" for name, value in row["error"].items()),
-        ]
-        for row in rows
-        if "missing" not in row
-    ]
-    missing = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
-    return "\n".join([harness.table(header, lines), *missing])
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = bench.parser("logits", __doc__)
     parser.add_argument("--n", type=int, help="rows, a multiple of 2 * pairs")
     parser.add_argument("--v", type=int, help="vocabulary")
     parser.add_argument("--pairs", type=int)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--backend", help="of ours; default: what is picked by itself")
     parser.add_argument("--alpha-0", type=float, default=1.0)
     parser.add_argument("--alpha-tilde", type=float, default=1.0)
     parser.add_argument("--center", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=15, help="samples at most")
-    parser.add_argument("--least", type=int, default=3, help="samples at least")
-    parser.add_argument("--seconds", type=float, default=60.0, help="per case, past --least")
-    parser.add_argument("--clock", choices=harness.CLOCKS, default="wall")
-    recording.shared_options(parser, "logits")
-    options = parser.parse_args(arguments)
-    defaults = DEFAULTS["quick" if options.quick else options.device]
-    for name, value in zip(("n", "v", "pairs"), defaults, strict=True):
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    if options.quick:
-        options.rounds = options.least = 1
-    if OURS.name not in options.peers:
-        options.peers.insert(0, OURS.name)
-    recording.finish_options(options)
-    return options
-
-
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    run(options)
+    bench.peer_options(parser, PEERS)
+    bench.timing_options(parser, rounds=15, seconds=60.0)
+    return bench.parse(parser, arguments, DEFAULTS, OURS.name)
 
 
 if __name__ == "__main__":
-    main()
+    bench.main(parse, run)

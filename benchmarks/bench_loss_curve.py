@@ -10,7 +10,7 @@ import tempfile
 
 import torch
 
-from benchmarks import recording, training_problem
+from benchmarks import bench, recording, training_problem
 from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
 from qadapter.model.checkpoint import resolve_model
 from qadapter.text.data import load_preference_data
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
     recorded = recording.Recording("loss_curves", options, ("dtype",), model=options.model)
     # One file holds the runs of several dtypes.
     runs = recorded.more.setdefault("runs", {})
-    for case in recorded.todo([{"dtype": dtype} for dtype in options.dtype]):
+    for case in recorded.todo(bench.grid(dtype=options.dtype)):
         with tempfile.TemporaryDirectory() as folder:
             options.base_dtype = case["dtype"]
             found = {way: curve(options, folder, settings) for way, settings in WAYS.items()}
@@ -55,26 +55,18 @@ def run(options: argparse.Namespace) -> recording.Recording:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = bench.parser("loss_curves", __doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", default=training_problem.DEMO)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=2, help="in an update")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="of the base")
-    recording.shared_options(parser, "loss_curves")
-    options = parser.parse_args(arguments)
+    options = bench.parse(parser, arguments, {})
     if options.quick:
         options.steps, options.dtype = min(options.steps, 1), options.dtype[:1]
-    recording.finish_options(options)
     return options
 
 
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    run(options)
-
-
 if __name__ == "__main__":
-    main()
+    bench.main(parse, run)

@@ -8,30 +8,36 @@ into the free memory is left out and says so. The yardstick is that of `bench_li
 
 import argparse
 import os
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-import qadapter
-from benchmarks import bench_linear, harness, recording
+from benchmarks import bench, bench_linear, harness, recording
 from benchmarks.linear_problem import MODES, make_problem
 
 CASE = ("sweep", "n", "d", "v", "threads")
 PEERS = ["qadapter", "eager", "compile"]
-FIXED = {"cpu": (512, 576, 49152), "cuda": (8192, 4096, 128256), "quick": (64, 32, 512)}
-ROWS = {
-    "cpu": [8, 32, 128, 512, 1024, 2048, 4096, 8192],
-    "cuda": [16, 128, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
-    "quick": [64, 128],
+SWEEPS = {"rows": "n", "vocab": "v", "hidden": "d", "threads": "threads"}  # what varies
+FIXED = {
+    "cpu": {"n": 512, "d": 576, "v": 49152},
+    "cuda": {"n": 8192, "d": 4096, "v": 128256},
+    "quick": {"n": 64, "d": 32, "v": 512},
 }
-VOCABULARIES = {
-    "cpu": [32000, 49152, 65536, 128256, 151936, 262144],
-    "cuda": [32000, 49152, 65536, 128256, 151936, 262144],
-    "quick": [512, 1000],
+VOCABULARIES = [32000, 49152, 65536, 128256, 151936, 262144]
+VALUES = {
+    "cpu": {
+        "rows": [8, 32, 128, 512, 1024, 2048, 4096, 8192],
+        "vocab": VOCABULARIES,
+        "hidden": [256, 576, 1024, 2048, 4096],
+    },
+    "cuda": {
+        "rows": [16, 128, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
+        "vocab": VOCABULARIES,
+        "hidden": [1024, 2048, 4096, 8192],
+        "threads": [],
+    },
+    "quick": {"rows": [64, 128], "vocab": [512, 1000], "hidden": [32, 48]},
 }
-HIDDEN = {"cpu": [256, 576, 1024, 2048, 4096], "cuda": [1024, 2048, 4096, 8192], "quick": [32, 48]}
-SWEEPS = ("rows", "vocab", "hidden", "threads")
 
 
 def thread_counts() -> list[int]:
@@ -42,22 +48,15 @@ def thread_counts() -> list[int]:
 
 def points(sweep: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     which = "quick" if options.quick else options.device
-    n, d, v = FIXED[which]
-    values: dict[str, list[dict[str, int]]] = {
-        "rows": [{"n": value} for value in ROWS[which]],
-        "vocab": [{"v": value} for value in VOCABULARIES[which]],
-        "hidden": [{"d": value} for value in HIDDEN[which]],
-        "threads": [{"threads": count} for count in thread_counts()],
-    }
-    if sweep == "threads" and options.device == "cuda":
-        return []
-    fixed = {"sweep": sweep, "n": n, "d": d, "v": v, "threads": options.threads}
-    return [{**fixed, **varied} for varied in values[sweep]]
+    varied = VALUES[options.device if sweep == "threads" else which]
+    values = varied.get(sweep, thread_counts())
+    fixed = {"sweep": sweep, **FIXED[which], "threads": options.threads}
+    return [{**fixed, SWEEPS[sweep]: value} for value in values]
 
 
 def run(options: argparse.Namespace) -> recording.Recording:
     dtype = options.dtype[0]
-    with qadapter.use_backend(options.backend) if options.backend else nullcontext():
+    with bench.backend(options.backend):
         recorded = recording.Recording(
             "linear_scaling",
             options,
@@ -66,52 +65,33 @@ def run(options: argparse.Namespace) -> recording.Recording:
             cannot={name: bench_linear.CANNOT[name] for name in PEERS[1:]},
         )
         recording.ceilings(options)
+        chosen = [name for name in PEERS if name in options.peers]
         cases = [point for sweep in options.sweep for point in points(sweep, options)]
         for case in recorded.todo(cases):
             n, d, v = case["n"], case["d"], case["v"]
             torch.set_num_threads(case["threads"])
             problem = make_problem(
-                n, d, v, bench_linear.DTYPES[dtype], options.device, MODES["uncached"],
-                options.pairs,
-            )  # fmt: skip
+                n, d, v, bench.DTYPES[dtype], options.device, MODES["uncached"], options.pairs
+            )
             free = harness.free_memory(options.device)
             needed = 5 * 4 * n * v  # eager: float32 copies, their gradient, 16-bit ones
-            names = [name for name in PEERS if name in options.peers]
-            if needed > 0.8 * free:
-                names = names[:1]
+            names = chosen[:1] if needed > 0.8 * free else chosen
             rows = bench_linear.run_case(names, problem, None, options)
             reason = f"needs about {needed >> 20} MiB, {free >> 20} are free"
-            rows += [
-                {"who": name, "missing": reason}
-                for name in PEERS
-                if name in options.peers and name not in names
-            ]
+            rows += [{"who": name, "missing": reason} for name in chosen[len(names) :]]
             torch.set_num_threads(options.threads)
-            recorded.put(case, [{"dtype": dtype, **row} for row in rows], bench_linear.show(rows))
+            recorded.put(case, [{"dtype": dtype, **row} for row in rows], bench.show(rows))
             del problem
     return recorded
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = bench.parser("linear_scaling", __doc__)
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     bench_linear.add_options(parser)
     parser.set_defaults(pairs=4, dtype=["bf16"], peers=PEERS, rounds=5)
-    recording.shared_options(parser, "linear_scaling")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.rounds = options.least = 1
-    if PEERS[0] not in options.peers:
-        options.peers = [PEERS[0], *options.peers]
-    recording.finish_options(options)
-    return options
-
-
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    run(options)
+    return bench.parse(parser, arguments, {}, PEERS[0])
 
 
 if __name__ == "__main__":
-    main()
+    bench.main(parse, run)

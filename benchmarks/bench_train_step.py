@@ -1,5 +1,4 @@
-"""A whole training step on real text: ours against the released way and TRL's DPO, on the same
-pairs and weights.
+"""A whole training step on real text: ours, the released way and TRL's DPO, on the same weights.
 
     python -m benchmarks.bench_train_step [--data pairs.jsonl --pairs 4 --batches 3 --threads 2]
     python -m benchmarks.bench_train_step --scaling
@@ -19,10 +18,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import harness, recording, training_problem
+from benchmarks import bench, harness, recording, training_problem
+from benchmarks.tables import Row
 from benchmarks.training_problem import CANNOT, PARTS, WAYS, Setup, make_batch
+
+DEFAULTS: bench.Defaults = {
+    "cpu": {"model": "smollm2"},
+    "cuda": {"model": "smollm2"},
+    "quick": {"model": "tiny"},
+}
 
 
 def measure(setup: Setup, pairs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -48,27 +52,21 @@ def measure(setup: Setup, pairs: list[Any], options: argparse.Namespace) -> dict
     }
 
 
-def show(row: dict[str, Any], pairs: int) -> str:
-    header = ["", "s/pair (p20-p80)", "x ours", "MiB", "x ours"]
-    lines = []
-    for way in WAYS:
-        if f"{way} ms" not in row:
-            continue
-        timing, peak = row[f"{way} ms"], row[f"{way} peak MiB"]
-        of_ours = peak / row["ours peak MiB"] if row["ours peak MiB"] else float("nan")
-        lines.append(
-            [
-                way,
-                "{:.3f} ({:.3f}-{:.3f})".format(
-                    *(ms / 1e3 / pairs for ms in (timing.median, timing.p20, timing.p80))
-                ),
-                f"{timing.median / row['ours ms'].median:.2f}",
-                f"{peak:.0f}",
-                f"{of_ours:.2f}",
-            ]
-        )
+def show(row: Row) -> str:
+    timing, peak = row["ours ms"], row["ours peak MiB"]
+    ways = [
+        {
+            "who": way,
+            "ms": row[f"{way} ms"],
+            **bench.against(row[f"{way} ms"], timing),
+            "peak_mib": row[f"{way} peak MiB"],
+            "peak_of_ours": row[f"{way} peak MiB"] / peak if peak else None,
+        }
+        for way in WAYS
+        if f"{way} ms" in row
+    ]
     sizes = ", ".join(f"{row[k]} {k}" for k in ("tokens", "padded", "packed", "response rows"))
-    text = f"{sizes}\n{harness.table(header, lines)}"
+    text = f"{sizes}\n{bench.show(ways)}"
     if "parts" in row:
         parts = [f"{name} {row['parts'][name].median:.1f}" for name in (*PARTS, "step")]
         text += f"\nparts of ours, ms: {', '.join(parts)}, rest {row['parts']['rest']:.1f}"
@@ -97,12 +95,12 @@ def run(options: argparse.Namespace) -> recording.Recording:
             pairs = tokenised[start : start + options.pairs]
         row = measure(setup, pairs, options)
         missing = [f"{who}: {reason}" for who, reason in setup.missing.items()]
-        recorded.put(chosen, [row], "\n".join([show(row, len(pairs)), *missing]))
+        recorded.put(chosen, [row], "\n".join([show(row), *missing]))
     return recorded
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench.parser("train_step[_scaling]", __doc__)
     parser.add_argument("--model", help="smollm2, a folder or a Hub id, or tiny (random weights)")
     parser.add_argument(
         "--data",
@@ -118,23 +116,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=512)
-    recording.shared_options(parser, "train_step[_scaling]")
-    options = parser.parse_args(arguments)
-    if options.model is None:
-        options.model = "tiny" if options.quick else "smollm2"
+    options = bench.parse(parser, arguments, DEFAULTS)
     if options.quick:  # random weights have no tokenizer, so no text
         options.scaling, options.rounds, options.lengths = True, 1, options.lengths[:1]
     if "ours" not in options.ways:
         options.ways.insert(0, "ours")
-    recording.finish_options(options)
     return options
 
 
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    run(options)
-
-
 if __name__ == "__main__":
-    main()
+    bench.main(parse, run)

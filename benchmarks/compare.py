@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+import pandas as pd
+
 from benchmarks.recording import MACHINE
+from benchmarks.tables import Column, Record, Row, table
 from qadapter import files
 
 IDENTITY = (
@@ -30,6 +32,11 @@ IDENTITY = (
 # What a row was measured on; another value makes another time.
 SETTINGS = ("shape", "pairs", "max_length", "new_tokens", "cache", "clock", "shuffle", "backend")
 TIMES = 2.0  # noises
+WORDS = {
+    "time": {"slower": "SLOWER", "faster": "FASTER"},
+    "instructions": {"slower": "MORE INSTRUCTIONS", "faster": "FEWER INSTRUCTIONS"},
+    "memory": {"slower": "MORE MEMORY", "faster": "LESS MEMORY"},
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Measured:
     kind: str  # time, instructions, memory
     value: float
     best: float
-    noise: float
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,31 +57,23 @@ class Difference:
     allowed: float
     verdict: str  # slower, faster, same
 
-    @property
-    def ratio(self) -> float:
-        return self.new / self.old if self.old else math.inf
 
-
-def _is_time(value: Any) -> bool:
-    return isinstance(value, dict) and {"median", "p20", "p80", "best"} <= value.keys()
-
-
-def _found(value: dict[str, Any], path: str) -> Iterator[tuple[str, Measured]]:
+def _found(value: Row, path: str) -> Iterator[tuple[str, Measured]]:
     """Times, counts and peaks anywhere in a row."""
     for name, part in value.items():
         where = f"{path} {name}".strip()
-        if _is_time(part):
+        if isinstance(part, dict) and {"median", "p20", "p80", "best"} <= part.keys():
             noise = (part["p80"] - part["p20"]) / 2 / part["median"]
             yield where, Measured("time", part["median"], part["best"], noise)
         elif isinstance(part, dict) and name != "error":
             yield from _found(part, where)
         elif name == "instructions":
-            yield where, Measured("instructions", part, part, 0.0)
+            yield where, Measured("instructions", part, part)
         elif name == "peak_mib" or name.endswith("peak MiB"):
-            yield where, Measured("memory", part, part, 0.0)
+            yield where, Measured("memory", part, part)
 
 
-def measured(record: dict[str, Any]) -> dict[str, Measured]:
+def measured(record: Record) -> dict[str, Measured]:
     """Everything that can be compared, by what it is of."""
     found: dict[str, Measured] = {}
     for row in [*record["rows"], *record.get("parts", [])]:
@@ -86,7 +85,7 @@ def measured(record: dict[str, Any]) -> dict[str, Measured]:
     return found
 
 
-def same_conditions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def same_conditions(old: Record, new: Record) -> list[str]:
     """What differs so that times cannot be compared."""
     then, now = old["environment"], new["environment"]
     pairs = [(f"machine: {k}", then.get(k), now.get(k)) for k in MACHINE if k != "torch"]
@@ -100,19 +99,19 @@ def judge(
 ) -> Difference:
     noise = math.hypot(old.noise, new.noise)
     allowed = least_counts if old.kind == "instructions" else max(least, TIMES * noise)
-    grown = new.value > old.value * (1 + allowed) and new.best > old.best * (1 + least_counts)
-    shrunk = old.value > new.value * (1 + allowed) and old.best > new.best * (1 + least_counts)
-    if old.kind == "time":
-        grown = grown and new.best > old.best * (1 + least)
-        shrunk = shrunk and old.best > new.best * (1 + least)
-    if old.kind == "memory":
-        grown, shrunk = grown and new.value > old.value + 1, shrunk and old.value > new.value + 1
-    verdict = "slower" if grown else "faster" if shrunk else "same"
+    of_best = max(least, least_counts) if old.kind == "time" else least_counts
+
+    def worse(one: Measured, other: Measured) -> bool:
+        if old.kind == "memory" and other.value <= one.value + 1:
+            return False
+        return other.value > one.value * (1 + allowed) and other.best > one.best * (1 + of_best)
+
+    verdict = "slower" if worse(old, new) else "faster" if worse(new, old) else "same"
     return Difference(what, old.kind, old.value, new.value, noise, allowed, verdict)
 
 
 def differences(
-    old: dict[str, Any], new: dict[str, Any], least: float = 0.05, least_counts: float = 0.01
+    old: Record, new: Record, least: float = 0.05, least_counts: float = 0.01
 ) -> list[Difference]:
     if changed := same_conditions(old, new):
         raise ValueError(f"these results cannot be compared: {'; '.join(changed)}")
@@ -133,37 +132,44 @@ def _pairs(old: Path, new: Path) -> list[tuple[Path, Path]]:
     if not old.is_dir():
         return [(old, new)]
     pairs = [(path, new / path.name) for path in sorted(old.glob("*.json"))]
-    return [pair for pair in pairs if pair[1].is_file()]
+    pairs = [pair for pair in pairs if pair[1].is_file()]
+    if not pairs:
+        raise ValueError(f"{old} and {new} have no results in common")
+    return pairs
 
 
-WORDS = {
-    "time": ("slower", "faster"),
-    "instructions": ("more instructions", "fewer instructions"),
-    "memory": ("more memory", "less memory"),
-}
+def _value(name: str) -> Any:
+    return lambda row: f"{row[name]:,.3f}" if row["kind"] == "time" else f"{row[name]:,.0f}"
 
 
-def _verdict(difference: Difference) -> str:
-    if difference.verdict == "same":
-        return ""
-    return WORDS[difference.kind][difference.verdict == "faster"].upper()
+COLUMNS: list[Column] = [
+    ("", "what"),
+    ("old", _value("old")),
+    ("new", _value("new")),
+    ("new / old", lambda row: row["new"] / row["old"] if row["old"] else math.inf, "{:.3f}"),
+    ("noise", "noise", "{:.1%}"),
+    ("allowed", "allowed", "{:.1%}"),
+    ("", lambda row: WORDS[row["kind"]].get(row["verdict"])),
+]
 
 
-def show(found: list[Difference], everything: bool) -> str:
-    header = ["", "old", "new", "new / old", "noise", "allowed", ""]
-    lines = [
-        [
-            d.what,
-            *(f"{value:,.3f}" if d.kind == "time" else f"{value:,.0f}" for value in (d.old, d.new)),
-            f"{d.ratio:.3f}",
-            f"{d.noise:.1%}",
-            f"{d.allowed:.1%}",
-            _verdict(d),
-        ]
-        for d in found
-        if everything or d.verdict != "same"
-    ]
-    return harness.table(header, lines) if lines else ""
+def report(old: Record, new: Record, found: list[Difference], options: argparse.Namespace) -> None:
+    """Prints the noise, what changed (or everything), and how much is worse."""
+    then, now = (record["environment"]["torch"] for record in (old, new))
+    if then != now:
+        print(f"  note: torch {then} then, {now} now")
+    if noises := sorted(d.noise for d in found if d.kind == "time"):
+        print(
+            f"  noise of a ratio of times: median {noises[len(noises) // 2]:.1%}, largest "
+            f"{noises[-1]:.1%}; allowed is {TIMES:g} times a ratio's own, at least "
+            f"{options.least:.0%}"
+        )
+    if any(d.kind == "instructions" for d in found):
+        print(f"  instruction counts: {options.least_counts:.1%} allowed")
+    if shown := [d for d in found if options.all or d.verdict != "same"]:
+        print(table(pd.DataFrame(shown), COLUMNS))
+    verdicts = [d.verdict for d in found]
+    print(f"  {verdicts.count('slower')} worse, {verdicts.count('faster')} better")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -178,36 +184,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--least-counts", type=float, default=0.01, help="of instructions")
     parser.add_argument("--all", action="store_true", help="also what stayed the same")
     options = parser.parse_args(arguments)
-    worse = 0
+    worse = False
     try:
-        pairs = _pairs(options.old, options.new)
-        if not pairs:
-            raise ValueError(f"{options.old} and {options.new} have no results in common")
-        for old_path, new_path in pairs:
-            old, new = files.read_json(old_path), files.read_json(new_path)
+        for paths in _pairs(options.old, options.new):
+            old, new = map(files.read_json, paths)
             found = differences(old, new, options.least, options.least_counts)
-            torches = [r["environment"]["torch"] for r in (old, new)]
-            print(f"{old['benchmark']}: {old_path} and {new_path}, {len(found)} in common")
-            if torches[0] != torches[1]:
-                print(f"  note: torch {torches[0]} then, {torches[1]} now")
-            times = [d for d in found if d.kind == "time"]
-            if times:
-                noises = sorted(d.noise for d in times)
-                print(
-                    f"  noise of a ratio of times: median {noises[len(noises) // 2]:.1%}, largest "
-                    f"{noises[-1]:.1%}; allowed is {TIMES:g} times a ratio's own, at least "
-                    f"{options.least:.0%}"
-                )
-            if any(d.kind == "instructions" for d in found):
-                print(f"  instruction counts: {options.least_counts:.1%} allowed")
-            if table := show(found, options.all):
-                print(table)
-            worse += sum(d.verdict == "slower" for d in found)
-            better = sum(d.verdict == "faster" for d in found)
-            print(f"  {sum(d.verdict == 'slower' for d in found)} worse, {better} better")
+            print(f"{old['benchmark']}: {paths[0]} and {paths[1]}, {len(found)} in common")
+            report(old, new, found, options)
+            worse = worse or any(d.verdict == "slower" for d in found)
     except ValueError as error:
         raise SystemExit(f"compare: {error}") from None
-    return 1 if worse else 0
+    return int(worse)
 
 
 if __name__ == "__main__":

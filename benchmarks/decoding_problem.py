@@ -88,14 +88,14 @@ def sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def lora_config(model: Any, which: str) -> LoraConfig:
-    layers = model.config.num_hidden_layers
-    upper = list(range(layers // 2, layers)) if which == "upper" else None
+def lora_config(layers: list[int] | None = None) -> LoraConfig:
+    """On query and value, of all layers or of some: it costs every way the same, and the comparison
+    is of the rest."""
     return LoraConfig(
         r=8,
         lora_alpha=16,
         target_modules=["q_proj", "v_proj"],
-        layers_to_transform=upper,
+        layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
 
@@ -137,19 +137,21 @@ class Competitors:
 
     def __init__(self, base: Any, which: str, cache: str, chosen: list[str]) -> None:
         self.base, self.cache, self.chosen = base, cache, chosen
-        self.peft = get_peft_model(sharing_copy(base), lora_config(base, which)).eval()
+        layers = base.config.num_hidden_layers
+        self.layers = list(range(layers // 2, layers)) if which == "upper" else None
+        self.peft = get_peft_model(sharing_copy(base), lora_config(self.layers)).eval()
         random_lora(self.peft, 0)
-        self.ours = self._two_streams(which, 0)
+        self.ours = self._two_streams(0)
         self.blend: QAdapterModel | None = None
         if "two adapters" in chosen:
-            self.blend = self._two_streams(which, 0)
+            self.blend = self._two_streams(0)
             with tempfile.TemporaryDirectory() as folder:
-                self._two_streams(which, 1).save_pretrained(folder)
+                self._two_streams(1).save_pretrained(folder)
                 self.blend.load_adapter(folder, "second")
 
-    def _two_streams(self, which: str, seed: int) -> QAdapterModel:
-        config = lora_config(self.base, which)
-        model = QAdapterModel.from_base(sharing_copy(self.base), lora_config=config)
+    def _two_streams(self, seed: int) -> QAdapterModel:
+        base, config = sharing_copy(self.base), lora_config(self.layers)
+        model = QAdapterModel.from_base(base, lora_config=config)
         random_lora(model.peft_model, seed)
         return model.eval()
 

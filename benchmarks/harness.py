@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine's ceilings, interleaved timings, peak memory, tables.
+"""What every benchmark needs: the machine's ceilings, interleaved timings, peak memory.
 
 Times of competing functions are taken in turns in one process, so that other load on the machine
 and changes of clock hit all of them alike. On a machine that is shared, trust the ratios, not the
@@ -200,11 +200,16 @@ def cache_bytes() -> int:
     return max((_size(path.read_text().strip()) for path in sizes), default=32 << 20)
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _kernel_bytes(path: str, field: str) -> int:
+    """What Linux says in a line like "VmRSS:  32768 kB"."""
+    for line in Path(path).read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) << 10
-    raise OSError(f"/proc/self/status has no {field}")
+    raise OSError(f"{path} has no {field}")
+
+
+def _resident(field: str) -> int:
+    return _kernel_bytes("/proc/self/status", field)
 
 
 def total_memory() -> int:
@@ -216,10 +221,7 @@ def free_memory(device: str) -> int:
     """Bytes that can still be had."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise OSError("/proc/meminfo has no MemAvailable")
+    return _kernel_bytes("/proc/meminfo", "MemAvailable")
 
 
 def _return_free_memory() -> None:
@@ -257,12 +259,12 @@ def peak_memory(device: str, interval: float = 0.001) -> Iterator[Peak]:
         peak.mebibytes = (torch.cuda.max_memory_allocated() - before) / 2**20
         return
     _return_free_memory()
-    before, highest, done = _status_bytes("VmRSS"), 0, threading.Event()
+    before, highest, done = _resident("VmRSS"), 0, threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not done.wait(interval):
-            highest = max(highest, _status_bytes("VmRSS"))
+            highest = max(highest, _resident("VmRSS"))
 
     thread = None
     if not _reset_high_water_mark():
@@ -275,16 +277,5 @@ def peak_memory(device: str, interval: float = 0.001) -> Iterator[Peak]:
             done.set()
             thread.join()
         else:
-            highest = _status_bytes("VmHWM")
+            highest = _resident("VmHWM")
         peak.mebibytes = max(0, highest - before) / 2**20
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    ruler = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
-    return "\n".join([line(header), ruler, *map(line, rows)])

@@ -11,7 +11,7 @@ r = alpha_tilde * policy_logp - alpha_0 * base_logp in general. It is also the h
 gradient: coef_p = -coef_a in every row, so that where p_a is close to 1 nearly everything cancels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,10 @@ class Mode:
     def m(self) -> float:
         return self.alpha_0 - self.center
 
+    @property
+    def composition(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("alpha_0", "alpha_tilde", "center")}
+
 
 MODES = {
     "uncached": Mode(1.0, 1.0, 1.0, cached=False, products=3),
@@ -63,8 +67,10 @@ class Problem:
     base_logp: Tensor | None = None
 
     @property
-    def merged(self) -> bool:
-        return self.mode.m != 0
+    def arguments(self) -> dict[str, Any]:
+        """All that q and value are functions of, by the names that this package has for them."""
+        names = ("base_hidden", "q_hidden", "weight", "actions", "base_lse", "base_logp")
+        return {name: getattr(self, name) for name in names} | self.mode.composition
 
 
 @dataclass(frozen=True)
@@ -97,19 +103,24 @@ def mixed_hidden(problem: Problem) -> Tensor:
     return q if m == 0 else (q.float() + m * base.float()).to(q.dtype)
 
 
-def base_logps(problem: Problem, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """log pi_base(a): what is known, or ``compute`` of the base's hidden states."""
-    if problem.base_logp is not None:
-        return problem.base_logp
-    with torch.no_grad():
-        return compute(problem.base_hidden)
+def peer_of_logps(name: str, logps: Callable[[Problem, Tensor], Tensor], **more: Any) -> Peer:
+    """Of who offers log pi(a) of every row from hidden states, and so no value. alpha_tilde is 1.
 
+    What is known of the base is used; else its hidden states take a call of their own.
+    """
 
-def rewards_from_logps(problem: Problem, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """r for whoever offers log-probabilities of tokens from hidden states. alpha_tilde is 1."""
-    assert problem.mode.alpha_tilde == 1.0
-    base = base_logps(problem, compute)
-    return compute(mixed_hidden(problem)) - problem.mode.alpha_0 * base
+    def rewards(problem: Problem) -> Tensor:
+        assert problem.mode.alpha_tilde == 1.0
+        base = problem.base_logp
+        if base is None:
+            with torch.no_grad():
+                base = logps(problem, problem.base_hidden)
+        return logps(problem, mixed_hidden(problem)) - problem.mode.alpha_0 * base
+
+    def loss(problem: Problem) -> Tensor:
+        return pair_loss(rewards(problem), problem.pairs)
+
+    return Peer(name, loss, rewards, **more)
 
 
 def make_problem(
@@ -172,36 +183,24 @@ class Truth:
         return self.q - self.value
 
 
-def _row_chunks(n: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, n)) for i in range(0, n, step))
-
-
 def solve(problem: Problem, step: int = 128) -> Truth:
     """The specification in float64. As dr/dh needs one row only, rows are done in chunks."""
-    weight, mode = problem.weight.double(), problem.mode
+    weight = problem.weight.double()
     columns: list[tuple[Tensor, ...]] = []
-    for rows in _row_chunks(problem.q_hidden.shape[0], step):
+    for start in range(0, len(problem.q_hidden), step):
+        rows = slice(start, start + step)
         hidden = problem.q_hidden.detach()[rows].double().requires_grad_()
         values = reference.linear_residual_values(
             problem.base_hidden[rows].double(),
             hidden,
             weight,
             problem.actions[rows],
-            alpha_0=mode.alpha_0,
-            alpha_tilde=mode.alpha_tilde,
-            center=mode.center,
+            **problem.mode.composition,
         )
         (grad,) = torch.autograd.grad((values.q - values.value).sum(), hidden)
-        columns.append(
-            (
-                values.q.detach(),
-                values.value.detach(),
-                values.base_lse.detach(),
-                values.base_logp.detach(),
-                values.policy_logp.detach().exp(),
-                grad,
-            )
-        )
+        found = (values.q, values.value, values.base_lse, values.base_logp)
+        p_action = values.policy_logp.detach().exp()
+        columns.append((*(column.detach() for column in found), p_action, grad))
     truth = Truth(*(torch.cat(column) for column in zip(*columns, strict=True)))
     rewards = truth.rewards.requires_grad_()
     (of_loss,) = torch.autograd.grad(pair_loss(rewards, problem.pairs), rewards)

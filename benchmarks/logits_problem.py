@@ -96,6 +96,32 @@ def values_from_logps(problem: Problem, logps: Callable[[Tensor, Tensor], Tensor
     return q_action - center * base_action, value, base_logp, policy_logp
 
 
+def preference_loss(
+    q: Tensor, value: Tensor, pairs: int, gamma: float, reg_coef: float, bt_scale: float
+) -> Tensor:
+    """Bradley-Terry and regulariser for 2 * pairs sequences of one length, every row an action."""
+    q, value = q.view(2 * pairs, -1), value.view(2 * pairs, -1)
+    following = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
+    r = q - gamma * following
+    returns = r.mean(1)
+    margins = returns[:pairs] - returns[pairs:]
+    bt = torch.nn.functional.softplus(-bt_scale * margins).mean()
+    return bt + reg_coef * r.square().mean()
+
+
+def peer_of_logps(name: str, logps: Callable[[Tensor, Tensor], Tensor], **more: Any) -> Peer:
+    """Of who has log pi(a) of a tensor of logits and actions; the rest is plain PyTorch."""
+
+    def values(problem: Problem) -> Values:
+        return values_from_logps(problem, logps)
+
+    def loss(problem: Problem) -> Tensor:
+        q, value, _, _ = values(problem)
+        return preference_loss(q, value, problem.pairs, **LOSS)
+
+    return Peer(name, values, loss, **more)
+
+
 @dataclass(frozen=True)
 class Truth:
     """Float64 from the same (rounded) inputs. ``grad`` and ``of_loss`` are gradients of q."""

@@ -81,38 +81,24 @@ def results_path(name: str, device: str, path: str | None) -> Path:
     return Path(path) if path else RESULTS / f"{name}-{device}.json"
 
 
-def _plain(value: Any) -> Any:
+def _of_dataclass(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     raise TypeError(f"cannot write a {type(value).__name__} to JSON")
+
+
+def plain(value: Any) -> Any:
+    """As it will be read from the file."""
+    return json.loads(json.dumps(value, default=_of_dataclass))
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """A whole file or none; nothing for os.devnull."""
     if path == Path(os.devnull):
         return
-    text = json.dumps(record, indent=1, default=_plain) + "\n"
+    text = json.dumps(record, indent=1, default=_of_dataclass) + "\n"
     with files.replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def shared_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """What all benchmarks take."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--append", action="store_true", help="keep the results of other cases")
-    parser.add_argument("--resume", action="store_true", help="only the cases that are missing")
-    parser.add_argument("--json", help=f"default: benchmarks/results/{name}-<device>.json")
-
-
-def finish_options(options: argparse.Namespace) -> None:
-    """Quick runs say what they see and keep it only where they are told to."""
-    if options.quick and options.json is None:
-        options.json = os.devnull
-    options.ceilings = None
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no GPU here")
 
 
 def ceilings(options: argparse.Namespace) -> harness.Ceilings:
@@ -153,10 +139,9 @@ class Recording:
             for name in MACHINE
             if then.get(name) != now.get(name)
         ]
-        plain = json.loads(json.dumps(self.more, default=_plain))
         changed += [
             f"{name} ({earlier[name]} then, {value} now)"
-            for name, value in plain.items()
+            for name, value in plain(self.more).items()
             if name in earlier and earlier[name] != value
         ]
         if changed:

@@ -1,13 +1,13 @@
-"""The tables of docs/benchmarks.md that are of no single operation: everything measured, scaling,
-contexts, parts, instructions; where peers win; what they cannot do; what is not measured."""
+"""The tables that are of no single operation: everything measured, the machines, the instructions,
+where peers win, what they cannot do, what is not measured."""
 
-from typing import Any
+from collections.abc import Iterator
 
-from benchmarks import harness
-from benchmarks.report_common import conditions, left_out
+import pandas as pd
 
-Record = dict[str, Any]
-Row = dict[str, Any]
+from benchmarks import tables
+from benchmarks.tables import Column, Record, Row, conditions
+
 CASES = {  # what tells the rows of one competitor apart
     "logits": ("dtype", "op"),
     "linear": ("dtype", "d", "v", "mode"),
@@ -23,199 +23,87 @@ MODELS = {
     "sample": "GB/s counts one read of the logits; the ceiling is a bare read of the same tensors.",
     "decode": "Time from one token to the next; MiB is what prefill and the first tokens add.",
 }
-TIMING = "median (p20-p80) ms"
 
 
-def _ms(timing: dict[str, float]) -> str:
-    digits = 0 if timing["median"] >= 1000 else 1 if timing["median"] >= 100 else 3
-    return "{:,.{d}f} ({:,.{d}f}-{:,.{d}f})".format(
-        timing["median"], timing["p20"], timing["p80"], d=digits
-    )
+def _ms(row: Row) -> str:
+    ms = row["ms median"]
+    return tables.spread(0 if ms >= 1000 else 1 if ms >= 100 else 3)(row)
 
 
 def _rate(row: Row) -> str:
-    if "gb_s" in row:
+    if tables.there(row.get("gb_s")):
         return f"{row['gb_s']:.1f} GB/s"
-    return f"{row['gflop_s']:,.0f} GFLOP/s" if "gflop_s" in row else ""
-
-
-def _share(row: Row) -> str:
-    share = row.get("share_of_ceiling", row.get("share_of_read"))
-    return "" if share is None else f"{share:.0%}"
-
-
-def _times_ours(row: Row) -> str:
-    ratio = row.get("times_ours")
-    return "" if ratio is None else f"{ratio:.2f}x"
-
-
-def main_error(row: Row) -> tuple[str, float] | None:
-    """The one figure of a row's errors against float64 that its table shows."""
-    error = row.get("error") or {}
-    if "gradient" in error:
-        return "gradient", error["gradient"]
-    if isinstance(error.get("value"), float):
-        return "value", error["value"]
-    if "dh" in error:
-        return "gradient", max(band["max"] for band in error["dh"].values())
-    return None
+    return f"{row['gflop_s']:,.0f} GFLOP/s" if tables.there(row.get("gflop_s")) else ""
 
 
 def _error(row: Row) -> str:
-    found = main_error(row)
-    return "" if found is None else f"{found[0]} {found[1]:.1e}"
+    """The one figure of a row's errors against float64 that its table shows."""
+    for name in ("gradient", "value"):
+        if tables.there(row.get(f"error {name}")):
+            return f"{name} {row[f'error {name}']:.1e}"
+    bands = [v for k, v in row.items() if k.startswith("error dh") and k.endswith("max")]
+    return f"gradient {max(bands):.1e}" if any(map(tables.there, bands)) else ""
 
 
 def everything(record: Record) -> str:
     """Every row of an operation: time, rate, ceiling, memory, error, ratio."""
     name = record["benchmark"]
     case = CASES[name]
-    rows = [row for row in record["rows"] if "missing" not in row]
-    lines = [
-        [
-            *(f"{row[c]:,}" if isinstance(row[c], int) else str(row[c]) for c in case),
-            row["who"],
-            _ms(row["ms"]),
-            _rate(row),
-            _share(row),
-            f"{row['peak_mib']:.0f}" if "peak_mib" in row else "",
-            _error(row),
-            _times_ours(row),
-        ]
-        for row in rows
+    columns: list[Column] = [
+        *((field, field, lambda v: f"{v:,}" if isinstance(v, int) else v) for field in case),
+        ("who", "who"),
+        ("median (p20-p80) ms", _ms),
+        ("rate", _rate),
+        ("of ceiling", lambda r: r.get("share_of_ceiling", r.get("share_of_read")), "{:.0%}"),
+        ("MiB", "peak_mib", "{:.0f}"),
+        ("worst error", _error),
+        ("x ours", "times_ours", "{:.2f}x"),
     ]
-    header = [*case, "who", TIMING, "rate", "of ceiling", "MiB", "worst error", "x ours"]
     title = f"{name} ({conditions(record)}). {MODELS[name]}"
-    missing = left_out(record["rows"], case[-1])
-    return "\n\n".join([title, harness.table(header, lines), *([missing] if missing else [])])
-
-
-SWEEPS = {
-    "rows": ("n", "rows"),
-    "vocab": ("v", "vocabulary"),
-    "hidden": ("d", "hidden size"),
-    "threads": ("threads", "threads"),
-}
-
-
-def _scaling_cell(row: Row | None) -> list[str]:
-    if row is None or "missing" in row:
-        return ["", ""]
-    peak = f"{row['peak_mib']:,.0f}" if "peak_mib" in row else ""
-    return [f"{row['ms']['median']:,.1f}", peak]
-
-
-def scaling(record: Record) -> str:
-    """A table for each thing that varies."""
-    tables = []
-    for sweep, (x, label) in SWEEPS.items():
-        rows = [row for row in record["rows"] if row["sweep"] == sweep]
-        if not rows:
-            continue
-        points = sorted({row[x] for row in rows})
-        found = {(row[x], row["who"]): row for row in rows}
-        who = [w for w in ("qadapter", "eager", "compile") if any((p, w) in found for p in points)]
-        header = [label, *(f"{w} {unit}" for w in who for unit in ("ms", "MiB")), "products ms"]
-        lines = []
-        for point in points:
-            cells = [cell for w in who for cell in _scaling_cell(found.get((point, w)))]
-            products = _scaling_cell(found.get((point, "products")))[0]
-            lines.append([f"{point:,}", *cells, products])
-        first = rows[0]
-        fixed = ", ".join(f"{n.upper()}={first[n]:,}" for n in ("n", "v", "d") if n != x)
-        tables.append(f"Against {label}, {fixed}:\n\n{harness.table(header, lines)}")
-    title = (
-        f"The loss and its gradient from hidden states, {record['rows'][0]['dtype']} "
-        f"({conditions(record)}); products: the bare matrix products, in the same run."
+    rows = record["rows"]
+    return tables.paragraphs(
+        title, tables.table(tables.frame(rows), columns), tables.left_out(rows, case[-1])
     )
-    reasons = {f"- {r['who']}: {r['missing']}." for r in record["rows"] if "missing" in r}
-    return "\n\n".join([title, *tables, *(["\n".join(sorted(reasons))] if reasons else [])])
 
 
-def context(record: Record) -> str:
-    """One line a budget: the longest responses that fit."""
-    rows = {(row["budget_mib"], row["who"]): row for row in record["rows"]}
-    who = list(dict.fromkeys(row["who"] for row in record["rows"]))
-
-    def cell(row: Row | None) -> str:
-        if row is None:
-            return ""
-        if not row["length"]:
-            return "none"
-        return f"{'at least ' if row['at_least'] else ''}{row['length']:,}"
-
-    budgets = sorted({budget for budget, _ in rows})
-    lines = [[f"{b:,}", *(cell(rows.get((b, w))) for w in who)] for b in budgets]
-    missing = [f"- {w}: {reason}." for w, reason in record.get("missing", {}).items()]
-    title = (
-        f"The longest responses, in tokens each of two, whose training step adds no more than so "
-        f"many MiB to the loaded model, {record['model']}, found by measuring peaks to "
-        f"{record['resolution']} tokens ({conditions(record)})."
-    )
-    parts = [title, harness.table(["MiB", *who], lines), *(["\n".join(missing)] if missing else [])]
-    return "\n\n".join(parts)
-
-
-PARTS = ("base trunk", "adapter trunk", "head and loss", "trunk backward", "optimiser")
-
-
-def step_parts(record: Record) -> str:
-    """Where the time of our training step goes."""
-    rows = [row for row in record["rows"] if "parts" in row]
-    if not rows:
-        return f"Not measured yet ({record['benchmark']})."
-    lines = []
-    for row in rows:
-        parts, total = row["parts"], row["parts"]["step"]["median"]
-        cells = [f"{parts[p]['median']:,.1f} ({parts[p]['median'] / total:.0%})" for p in PARTS]
-        rest = f"{parts['rest']:,.1f} ({parts['rest'] / total:.0%})"
-        lines.append([str(row["tokens"]), str(row["packed"]), *cells, rest, f"{total:,.1f}"])
-    title = (
-        f"Milliseconds of the parts of our training step, {record['model']}, each measured alone "
-        f"({conditions(record)}). Head and loss: forward and backward from hidden states; the "
-        "optimiser is AdamW on the LoRA weights."
-    )
-    header = ["tokens", "packed", *PARTS, "rest", "step"]
-    return f"{title}\n\n{harness.table(header, lines)}"
+INSTRUCTIONS: list[Column] = [
+    ("kernel", "kernel"),
+    ("code", "capability"),
+    ("instructions", "instructions", "{:,}"),
+    ("each", "each", "{:.3f}"),
+    ("per", "per"),
+]
 
 
 def instructions(record: Record) -> str:
-    rows = [row for row in record["rows"] if "missing" not in row]
-    lines = [
-        [r["kernel"], r["capability"], f"{r['instructions']:,}", f"{r['each']:.3f}", r["per"]]
-        for r in rows
-    ]
+    rows = tables.frame(record["rows"])
+    if rows.empty:
+        return f"Instructions were not counted: {record['rows'][0]['missing']}"
     title = (
-        f"Instructions of the C++ kernels ({conditions(record)}; {rows[0]['tool']}): fixed inputs, "
+        f"Instructions of the C++ kernels ({conditions(record)}; {rows['tool'][0]}): fixed inputs, "
         "one thread, the kernel's own only."
-        if rows
-        else "Instructions were not counted: " + record["rows"][0]["missing"]
     )
-    header = ["kernel", "code", "instructions", "each", "per"]
-    return f"{title}\n\n{harness.table(header, lines)}" if rows else title
+    return tables.paragraphs(title, tables.table(rows, INSTRUCTIONS))
 
 
 def machines(records: list[Record]) -> str:
     """Which results there are, of when and where, with their ceilings."""
-    lines = []
-    for record in records:
-        machine, peaks = record["environment"], record.get("ceilings") or {}
-        products = peaks.get("gemm_tflop_s", {})
-        lines.append(
-            [
-                record["benchmark"],
-                machine["date"][:16].replace("T", " "),
-                machine.get("gpu") or machine["cpu"],
-                str(machine["threads"]),
-                machine["torch"],
-                f"{machine['load']:.1f}" if machine.get("load") is not None else "",
-                *(f"{peaks[n]:.1f}" if peaks else "" for n in ("read_gb_s", "copy_gb_s")),
-                *(f"{products[n]:.3f}" if n in products else "" for n in ("float32", "bfloat16")),
-            ]
-        )
-    header = ["results", "date (UTC)", "machine", "threads", "torch", "load", "read GB/s"]
-    header += ["copy GB/s", "fp32 TFLOP/s", "bf16 TFLOP/s"]
-    return harness.table(header, lines)
+    columns: list[Column] = [
+        ("results", "benchmark"),
+        ("date (UTC)", "environment date", lambda date: date[:16].replace("T", " ")),
+        ("machine", "environment machine"),
+        ("threads", "environment threads"),
+        ("torch", "environment torch"),
+        ("load", "environment load", "{:.1f}"),
+        ("read GB/s", "ceilings read_gb_s", "{:.1f}"),
+        ("copy GB/s", "ceilings copy_gb_s", "{:.1f}"),
+        ("fp32 TFLOP/s", "ceilings gemm_tflop_s float32", "{:.3f}"),
+        ("bf16 TFLOP/s", "ceilings gemm_tflop_s bfloat16", "{:.3f}"),
+    ]
+    shown = ("benchmark", "environment", "ceilings")
+    rows = tables.frame({name: r[name] for name in shown if r.get(name)} for r in records)
+    of = [r["environment"].get("gpu") or r["environment"]["cpu"] for r in records]
+    return tables.table(rows.assign(**{"environment machine": of}), columns)
 
 
 def cannot(records: list[Record]) -> str:
@@ -228,76 +116,77 @@ def cannot(records: list[Record]) -> str:
     return "\n".join(lines) or "Not said in these results."
 
 
-Figure = tuple[float, str]  # smaller is better; as it is shown
-
-
-def _figures(row: Row) -> dict[str, Figure]:
-    """Everything of a row in which one can be better than another."""
-    made = {"time": (row["ms"]["median"], _ms(row["ms"]))}
+def _figures(row: Row) -> Iterator[tuple[str, float, str]]:
+    """Everything of a row in which one can be better than another: its name, its value, of which
+    less is better, and as it is shown."""
+    timing = {f"ms {name}": value for name, value in row["ms"].items()}
+    yield "time", timing["ms median"], _ms(timing)
     if "peak_mib" in row:
         # Less than a mebibyte is below what the measuring sees.
-        made["memory"] = (max(1.0, row["peak_mib"]), f"{row['peak_mib']:,.0f} MiB")
+        yield "memory", max(1.0, row["peak_mib"]), f"{row['peak_mib']:,.0f} MiB"
     error = row.get("error") or {}
-    exact: dict[str, float | None] = {n: v for n, v in error.items() if isinstance(v, float)}
+    exact = {name: value for name, value in error.items() if isinstance(value, float)}
     for band, found in error.get("dh", {}).items():
         exact[f"gradient, median of rows with p {band}"] = found["median"]
         exact[f"gradient, worst of rows with p {band}"] = found["max"]
     for name in ("reward", "value"):
-        found = error.get(name)
-        if isinstance(found, dict):
+        if isinstance(found := error.get(name), dict):
             exact[f"{name}, rms"] = found["rms"]
             exact |= {f"{name}, worst {k}": v["max"] for k, v in found.items() if k[:3] == "sum"}
-    return made | {f"error of {n}": (v, f"{v:.1e}") for n, v in exact.items() if v is not None}
-
-
-def _wins_of(record: Record) -> list[list[str]]:
-    """Where somebody who does the same work takes less time or memory, or is more exact."""
-    name, lines = record["benchmark"], []
-    case = CASES[name]
-    ours: dict[tuple[Any, ...], dict[str, Figure]] = {}
-    for row in record["rows"]:
-        key = tuple(row[c] for c in case)
-        if "missing" not in row and row["who"].startswith("qadapter"):
-            ours.setdefault(key, _figures(row))
-    for row in record["rows"]:
-        own = ours.get(tuple(row[c] for c in case), {})
-        if "missing" in row or row["who"] == "products" or row["who"].startswith("qadapter"):
-            continue
-        label = [name, " ".join(str(row[c]) for c in case), row["who"]]
-        for figure, (value, text) in _figures(row).items():
-            if figure in own and value < own[figure][0]:
-                ratio = f"{value / own[figure][0]:.2f}x ours"
-                lines.append([*label, figure, ratio, own[figure][1], text])
-    return lines
-
-
-def _all_wins(records: list[Record]) -> list[list[str]]:
-    compared = ("logits", "linear", "linear_scaling", "sample")
-    return [line for r in records if r["benchmark"] in compared for line in _wins_of(r)]
+    for name, value in exact.items():
+        if value is not None:
+            yield f"error of {name}", value, f"{value:.1e}"
 
 
 WINS = ["operation", "case", "who", "in", "by", "ours", "theirs"]
 NO_WINS = "No peer is ahead in any figure of these results."
 
 
+def _wins_of(record: Record) -> Iterator[Row]:
+    """Where somebody who does the same work takes less time or memory, or is more exact."""
+    benchmark = record["benchmark"]
+    rows = [
+        (" ".join(str(row[name]) for name in CASES[benchmark]), row)
+        for row in record["rows"]
+        if "missing" not in row and row["who"] != "products"
+    ]
+    ours: dict[str, dict[str, tuple[float, str]]] = {}
+    for case, row in rows:
+        if row["who"].startswith("qadapter"):
+            ours.setdefault(case, {name: (value, text) for name, value, text in _figures(row)})
+    for case, row in rows:
+        if row["who"].startswith("qadapter"):
+            continue
+        for name, value, text in _figures(row):
+            own, shown = ours.get(case, {}).get(name, (0.0, ""))
+            if value < own:
+                by = f"{value / own:.2f}x ours"
+                line = (benchmark, case, row["who"], name, by, shown, text)
+                yield dict(zip(WINS, line, strict=True))
+
+
+def _all_wins(records: list[Record]) -> pd.DataFrame:
+    compared = ("logits", "linear", "linear_scaling", "sample")
+    found = [line for r in records if r["benchmark"] in compared for line in _wins_of(r)]
+    return pd.DataFrame(found, columns=WINS)
+
+
 def wins(records: list[Record]) -> str:
     """Every figure in which a peer is better than we are."""
     lines = _all_wins(records)
-    return harness.table(WINS, lines) if lines else NO_WINS
+    return NO_WINS if lines.empty else tables.table(lines, [(name, name) for name in WINS])
 
 
 def wins_short(records: list[Record]) -> str:
     """Of every operation and kind of figure the case where a peer is furthest ahead."""
-    groups: dict[tuple[str, str], list[list[str]]] = {}
-    for line in _all_wins(records):
-        groups.setdefault((line[0], line[3]), []).append(line)
-    if not groups:
+    lines = _all_wins(records)
+    if lines.empty:
         return NO_WINS
-    lines = []
-    for found in groups.values():
-        furthest = min(found, key=lambda line: float(line[4].split("x")[0]))
-        lines.append([*furthest, str(len(found))])
-    return harness.table([*WINS, "such cases"], lines)
+    groups = lines.assign(ratio=lines["by"].str.removesuffix("x ours").astype(float)).groupby(
+        ["operation", "in"], sort=False
+    )
+    furthest = lines.loc[groups["ratio"].idxmin()].assign(cases=groups.size().to_list())
+    return tables.table(furthest, [*((name, name) for name in WINS), ("such cases", "cases")])
 
 
 def gpu(records: list[Record]) -> str:

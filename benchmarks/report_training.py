@@ -1,42 +1,10 @@
-"""The tables of training steps."""
+"""The tables of training steps: time and memory, parts, the longest responses that fit."""
 
-from typing import Any
+from functools import partial
 
-from benchmarks import harness
-from benchmarks.report_common import conditions
+from benchmarks import tables
+from benchmarks.tables import Column, Record, Row, conditions
 
-
-def _step_rows(record: dict[str, Any], pairs: int, first: str) -> list[list[str]]:
-    lines = []
-    for row in record["rows"]:
-        released, memory = row["released ms"]["median"], row["released peak MiB"]
-        own = {way: row[f"{way} ms"]["median"] for way in ("ours", "cached")}
-        trl = [row[TRL]["median"]] if TRL in row else []
-        lines.append(
-            [
-                *([str(row["length"])] if first == "length" else []),
-                f"{row['tokens']} / {row['padded']} / {row['packed']}",
-                str(row["response rows"]),
-                f"{released / 1e3 / pairs:.2f}",
-                *(f"{ms / 1e3 / pairs:.2f} ({released / ms:.1f}x)" for ms in own.values()),
-                *(f"{ms / 1e3 / pairs:.2f} ({ms / own['ours']:.1f}x ours)" for ms in trl),
-                f"{memory:.0f}",
-                *(f"{row[f'{way} peak MiB']:.0f}" for way in own),
-                *(f"{row['TRL DPO peak MiB']:.0f}" for _ in trl),
-            ]
-        )
-    return lines
-
-
-def _step_table(record: dict[str, Any], pairs: int, first: str) -> str:
-    trl = any(TRL in row for row in record["rows"])
-    header = [*([first] if first else []), "tokens / padded / packed", "response rows"]
-    header += ["released s/pair", "ours", "cached", *(["TRL's DPO"] if trl else [])]
-    header += ["released MiB", "ours MiB", "cached MiB", *(["TRL MiB"] if trl else [])]
-    return harness.table(header, _step_rows(record, pairs, first))
-
-
-TRL = "TRL DPO ms"
 STEP = (
     "the released way is two full forwards of the padded batch, float32 logits at every position, "
     "its loss, backward; ours packs the real tokens, what pairs share once, and has no logits; "
@@ -44,30 +12,105 @@ STEP = (
     "forwards of policy and reference, backward. Memory is what the step adds to the loaded "
     "model"
 )
+TIME = "{} ms median"
 
 
-def train_step(record: dict[str, Any], order: str = "as the file has them") -> str:
-    pairs = record["pairs"]
-    sums = {
-        way: sum(row[f"{way} ms"]["median"] for row in record["rows"])
-        for way in ("released", "ours", "cached")
-    }
+def _faster(row: Row, way: str, pairs: int) -> str:
+    ms = row[TIME.format(way)]
+    return f"{ms / 1e3 / pairs:.2f} ({row['released ms median'] / ms:.1f}x)"
+
+
+def _slower(row: Row, pairs: int) -> str | None:
+    ms = row["TRL DPO ms median"]
+    if not tables.there(ms):
+        return None
+    return f"{ms / 1e3 / pairs:.2f} ({ms / row['ours ms median']:.1f}x ours)"
+
+
+def _step_table(record: Record, pairs: int, first: list[Column]) -> str:
+    rows = tables.frame(record["rows"])
+    trl = "TRL DPO ms median" in rows
+    columns: list[Column] = [
+        *first,
+        ("tokens / padded / packed", lambda r: f"{r['tokens']} / {r['padded']} / {r['packed']}"),
+        ("response rows", "response rows"),
+        ("released s/pair", lambda row: row["released ms median"] / 1e3 / pairs, "{:.2f}"),
+        *((way, partial(_faster, way=way, pairs=pairs)) for way in ("ours", "cached")),
+        *([("TRL's DPO", partial(_slower, pairs=pairs))] if trl else []),
+        *((f"{w} MiB", f"{w} peak MiB", "{:.0f}") for w in ("released", "ours", "cached")),
+        *([("TRL MiB", "TRL DPO peak MiB", "{:.0f}")] if trl else []),
+    ]
+    return tables.table(rows, columns)
+
+
+def train_step(record: Record, order: str = "as the file has them") -> str:
+    pairs, rows = record["pairs"], tables.frame(record["rows"])
+    released, ours, cached = (sum(rows[TIME.format(way)]) for way in ("released", "ours", "cached"))
     title = (
         f"A whole training step, {record['model']}, micro-batches of {pairs} pairs of "
         f"{record.get('data', 'real chat')}, {order} ({conditions(record)}): {STEP}. Over all "
-        f"batches {sums['released'] / sums['ours']:.2f}x faster, cached "
-        f"{sums['released'] / sums['cached']:.2f}x."
+        f"batches {released / ours:.2f}x faster, cached {released / cached:.2f}x."
     )
-    return f"{title}\n\n{_step_table(record, pairs, '')}"
+    return tables.paragraphs(title, _step_table(record, pairs, []))
 
 
-def train_step_shuffled(record: dict[str, Any]) -> str:
+def train_step_shuffled(record: Record) -> str:
     return train_step(record, "shuffled")
 
 
-def train_step_scaling(record: dict[str, Any]) -> str:
+def train_step_scaling(record: Record) -> str:
     title = (
         f"A training step on one pair without any padding, {record['model']}, by the length of its "
         f"two responses ({conditions(record)}): {STEP}."
     )
-    return f"{title}\n\n{_step_table(record, 1, 'length')}"
+    return tables.paragraphs(title, _step_table(record, 1, [("length", "length")]))
+
+
+PARTS = ("base trunk", "adapter trunk", "head and loss", "trunk backward", "optimiser")
+
+
+def step_parts(record: Record) -> str:
+    """Where the time of our training step goes."""
+    rows = [row for row in record["rows"] if "parts" in row]
+    if not rows:
+        return f"Not measured yet ({record['benchmark']})."
+
+    def of_step(row: Row, field: str) -> str:
+        ms = row[f"parts {field}"]
+        return f"{ms:,.1f} ({ms / row['parts step median']:.0%})"
+
+    columns: list[Column] = [
+        ("tokens", "tokens"),
+        ("packed", "packed"),
+        *((part, partial(of_step, field=f"{part} median")) for part in PARTS),
+        ("rest", partial(of_step, field="rest")),
+        ("step", "parts step median", "{:,.1f}"),
+    ]
+    title = (
+        f"Milliseconds of the parts of our training step, {record['model']}, each measured alone "
+        f"({conditions(record)}). Head and loss: forward and backward from hidden states; the "
+        "optimiser is AdamW on the LoRA weights."
+    )
+    return tables.paragraphs(title, tables.table(tables.frame(rows), columns))
+
+
+def _longest(row: Row, who: str) -> str:
+    length = row.get(f"{who} length")
+    if not tables.there(length):
+        return ""
+    return f"{'at least ' if row[f'{who} at_least'] else ''}{length:,.0f}" if length else "none"
+
+
+def context(record: Record) -> str:
+    """One line a budget: the longest responses that fit."""
+    rows = tables.frame(record["rows"])
+    ways = [(who, partial(_longest, who=who)) for who in rows["who"].unique()]
+    budgets = tables.beside(rows, ("budget_mib",)).sort_values("budget_mib")
+    title = (
+        f"The longest responses, in tokens each of two, whose training step adds no more than so "
+        f"many MiB to the loaded model, {record['model']}, found by measuring peaks to "
+        f"{record['resolution']} tokens ({conditions(record)})."
+    )
+    missing = [f"- {who}: {reason}." for who, reason in record.get("missing", {}).items()]
+    columns: list[Column] = [("MiB", "budget_mib", "{:,}"), *ways]
+    return tables.paragraphs(title, tables.table(budgets, columns), "\n".join(missing))

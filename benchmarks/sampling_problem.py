@@ -54,6 +54,13 @@ class Problem:
     seed: Tensor
     position: Tensor
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of `QF.sample`, the logits apart."""
+        names = ("alpha_0", "alpha_tilde", "center")
+        composition = {name: getattr(self.composition, name) for name in names}
+        return {**composition, **self.filters, "seed": self.seed, "position": self.position}
+
     def composed(self) -> Tensor:
         """float32 [B, V], as cheap as plain PyTorch has it."""
         c = self.composition

@@ -14,9 +14,7 @@ from qadapter import functional as QF
 def test_sample(timed, size, device, filters, dtype):
     batch, vocab = size((8, 49152), (3, 1001))
     problem = make_problem(batch, vocab, DTYPES[dtype], device, "two", "peaked", filters)
-    c = problem.composition
-    arguments = {"alpha_0": c.alpha_0, "alpha_tilde": c.alpha_tilde, "center": c.center}
-    arguments |= {"seed": problem.seed, "position": problem.position, **problem.filters}
+    arguments = problem.arguments
     drawn = timed(lambda: QF.sample(problem.base, problem.q, **arguments))
     kept = probabilities(problem).gather(-1, drawn.tokens[:, None])[:, 0]
     assert (kept > 0).all()

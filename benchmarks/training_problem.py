@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoTokenizer
 
 import qadapter
 from benchmarks import harness
-from benchmarks.decoding_problem import SHAPES, load_base
+from benchmarks.decoding_problem import SHAPES, load_base, lora_config
 from benchmarks.peers import released, trl_dpo
 from qadapter import QAdapterModel
 from qadapter import functional as QF
@@ -45,20 +44,15 @@ class Setup:
     missing: dict[str, str]
 
 
-def lora() -> LoraConfig:
-    """On query and value: it costs every way the same, and the comparison is of the rest."""
-    targets = ["q_proj", "v_proj"]
-    return LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
-
-
 def load(name: str, device: str, dpo: bool = True) -> Setup:
     tokenizer = None
     if name in SHAPES:
-        model = QAdapterModel.from_base(load_base(name, device, torch.float32), lora_config=lora())
+        base = load_base(name, device, torch.float32)
+        model = QAdapterModel.from_base(base, lora_config=lora_config())
     else:
         source = resolve_model(name)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = QAdapterModel.from_pretrained(source, lora_config=lora()).to(device)
+        model = QAdapterModel.from_pretrained(source, lora_config=lora_config()).to(device)
     model.train()
     if (reason := packed_attention.enable(model.hf_model)) is not None:
         raise SystemExit(f"{name} cannot be packed: {reason}")

@@ -1,4 +1,5 @@
-"""Plain PyTorch, as the released code has Q and V: float copies, log_softmax, logsumexp."""
+"""Plain PyTorch, as the released code has Q and V: float copies, log_softmax, logsumexp; and
+torch.compile of the very functions, forward and backward."""
 
 from typing import Any
 
@@ -26,19 +27,6 @@ def residual_values(
     index = actions[:, None]
     q, base_logp, c = (t.gather(1, index)[:, 0] for t in (q_values, base_logps, composed))
     return q, alpha_tilde * lse, base_logp, c - lse
-
-
-def preference_loss(
-    q: Tensor, value: Tensor, pairs: int, gamma: float, reg_coef: float, bt_scale: float
-) -> Tensor:
-    """Bradley-Terry and regulariser for 2 * pairs sequences of one length, every row an action."""
-    q, value = q.view(2 * pairs, -1), value.view(2 * pairs, -1)
-    following = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
-    r = q - gamma * following
-    returns = r.mean(1)
-    margins = returns[:pairs] - returns[pairs:]
-    bt = torch.nn.functional.softplus(-bt_scale * margins).mean()
-    return bt + reg_coef * r.square().mean()
 
 
 def linear_values(
@@ -82,42 +70,65 @@ def linear_values(
     return q, alpha_tilde * lse - alpha_0 * base_lse
 
 
-def arguments(problem: Problem) -> tuple[Any, ...]:
-    mode = problem.mode
-    return (
-        problem.base_hidden,
-        problem.q_hidden,
-        problem.weight,
-        problem.actions,
-        mode.alpha_0,
-        mode.alpha_tilde,
-        mode.center,
-        problem.base_lse,
-        problem.base_logp,
-    )
-
-
 def _linear_loss(problem: Problem) -> Tensor:
-    q, value = linear_values(*arguments(problem))
+    q, value = linear_values(**problem.arguments)
     return pair_loss(q - value, problem.pairs)
 
 
 LINEAR = Peer(
     "eager",
     loss=_linear_loss,
-    values=lambda problem: linear_values(*arguments(problem)),
+    values=lambda problem: linear_values(**problem.arguments),
     cannot="nothing, but it keeps the logits and what the gradient needs of them",
 )
 
 
-def _loss_of_logits(problem: logits_problem.Problem) -> Tensor:
-    q, value, _, _ = residual_values(problem.base, problem.q, problem.actions, *problem.alphas)
-    return preference_loss(q, value, problem.pairs, **logits_problem.LOSS)
+def _linear(pairs, **arguments):  # type: ignore[no-untyped-def]
+    q, value = linear_values(**arguments)
+    return pair_loss(q - value, pairs), q.detach(), value.detach()
 
 
-LOGITS = logits_problem.Peer(
+# Compiled for each shape: code for shapes that vary would only be slower.
+_compiled_linear = torch.compile(_linear, dynamic=False)
+
+
+def _call(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():  # one graph, also where only the values are wanted
+        return _compiled_linear(problem.pairs, **problem.arguments)
+
+
+COMPILED_LINEAR = Peer(
+    "compile",
+    loss=lambda problem: _call(problem)[0],
+    values=lambda problem: _call(problem)[1:],
+    cannot="keeps logits; compiles for seconds to minutes before its first run, not counted",
+)
+
+
+def _loss(base, q, actions, alphas, pairs, gamma, reg_coef, bt_scale):  # type: ignore[no-untyped-def]
+    q_a, value, _, _ = residual_values(base, q, actions, *alphas)
+    return logits_problem.preference_loss(q_a, value, pairs, gamma, reg_coef, bt_scale)
+
+
+def _of_logits(name: str, values: Any, loss: Any, cannot: str) -> logits_problem.Peer:
+    settings = logits_problem.LOSS.values()
+    return logits_problem.Peer(
+        name,
+        values=lambda p: values(p.base, p.q, p.actions, *p.alphas),
+        loss=lambda p: loss(p.base, p.q, p.actions, p.alphas, p.pairs, *settings),
+        cannot=cannot,
+    )
+
+
+LOGITS = _of_logits(
     "eager",
-    values=lambda p: residual_values(p.base, p.q, p.actions, *p.alphas),
-    loss=_loss_of_logits,
-    cannot="nothing, but it keeps float32 tensors of the size of the logits",
+    residual_values,
+    _loss,
+    "nothing, but it keeps float32 tensors of the size of the logits",
+)
+COMPILED_LOGITS = _of_logits(
+    "compile",
+    torch.compile(residual_values),
+    torch.compile(_loss),
+    "compiles for seconds to minutes before its first run, which is not counted",
 )

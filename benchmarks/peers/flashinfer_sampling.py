@@ -11,25 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.peers import why_not
 from benchmarks.sampling_problem import Problem, Sampler
 
 
-def _sampling() -> Any:
-    return importlib.import_module("flashinfer.sampling")
-
-
 def _reason(problem: Problem) -> str:
-    if problem.q.device.type != "cuda":
+    if not problem.q.is_cuda:
         return "it has CUDA kernels only"
-    try:
-        _sampling()
-    except Exception as error:  # not installed, or for another version of something
-        return f"flashinfer cannot be imported ({type(error).__name__}: {error})"
-    return ""
+    return why_not("flashinfer.sampling", "flashinfer")
 
 
 def _prepare(problem: Problem) -> Callable[[], Tensor]:
-    fi = _sampling()
+    fi: Any = importlib.import_module("flashinfer.sampling")
     top_k, top_p, min_p = (problem.filters.get(name) for name in ("top_k", "top_p", "min_p"))
 
     def run() -> Tensor:

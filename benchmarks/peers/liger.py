@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.linear_problem import BT_SCALE, Peer, Problem, mixed_hidden
+from benchmarks.peers import why_not
+
+MODULE = "liger_kernel.chunked_loss.fused_linear_preference"
 
 
 @functools.cache
 def _function() -> Any:
-    module = importlib.import_module("liger_kernel.chunked_loss.fused_linear_preference")
+    module = importlib.import_module(MODULE)
     base = module.LigerFusedLinearPreferenceBase
 
     class QAdapterPreference(base):
@@ -65,13 +68,10 @@ def _function() -> Any:
 
 
 def _reason(problem: Problem) -> str:
-    try:
-        _function()
-    except Exception as error:  # not installed, or for another version of something
-        return f"liger-kernel cannot be imported ({type(error).__name__}: {error})"
-    if problem.mode.cached:
+    reason = why_not(MODULE, "liger-kernel")
+    if not reason and problem.mode.cached:
         return "its preference losses have no place for known statistics of the base"
-    return ""
+    return reason
 
 
 def _loss(problem: Problem) -> Tensor:

@@ -10,20 +10,9 @@ from qadapter import functional as QF
 
 
 def _arguments(problem: Problem) -> dict[str, Any]:
-    mode = problem.mode
     # Known base statistics and a policy that the base does not enter: its states are not needed.
-    base = None if mode.cached and mode.m == 0 else problem.base_hidden
-    return {
-        "base_hidden": base,
-        "q_hidden": problem.q_hidden,
-        "weight": problem.weight,
-        "actions": problem.actions,
-        "base_lse": problem.base_lse,
-        "base_logp": problem.base_logp,
-        "alpha_0": mode.alpha_0,
-        "alpha_tilde": mode.alpha_tilde,
-        "center": mode.center,
-    }
+    unused = problem.mode.cached and problem.mode.m == 0
+    return problem.arguments | ({"base_hidden": None} if unused else {})
 
 
 def _loss(problem: Problem) -> Tensor:

@@ -11,21 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import logits_problem
-from benchmarks.linear_problem import Peer, Problem, pair_loss, rewards_from_logps
-from benchmarks.peers import eager
+from benchmarks import linear_problem, logits_problem
+from benchmarks.peers import why_not
 
 
 def _reason(tensor: Tensor) -> str:
-    if tensor.device.type != "cuda":
+    if not tensor.is_cuda:
         return "it has CUDA kernels only"
-    try:
-        importlib.import_module("quack.cross_entropy")
-    except Exception as error:  # not installed, or for another version of something
-        return f"quack-kernels cannot be imported ({type(error).__name__}: {error})"
-    if torch.cuda.get_device_capability() < (9, 0):
+    reason = why_not("quack.cross_entropy", "quack-kernels")
+    if not reason and torch.cuda.get_device_capability() < (9, 0):
         return "its kernels are for compute capability 9.0 and later"
-    return ""
+    return reason
 
 
 def _logps(logits: Tensor, actions: Tensor) -> Tensor:
@@ -33,41 +29,23 @@ def _logps(logits: Tensor, actions: Tensor) -> Tensor:
     return -function(logits, actions, reduction="none")
 
 
-def _values(problem: logits_problem.Problem) -> logits_problem.Values:
-    return logits_problem.values_from_logps(problem, _logps)
+def _linear_logps(problem: linear_problem.Problem, hidden: Tensor) -> Tensor:
+    module: Any = importlib.import_module("quack.linear_cross_entropy")
+    weight, actions = problem.weight, problem.actions
+    nll = module.linear_cross_entropy_func(hidden, weight, None, actions, reduction="none")
+    return -nll.float()
 
 
-def _loss(problem: logits_problem.Problem) -> Tensor:
-    q, value, _, _ = _values(problem)
-    return eager.preference_loss(q, value, problem.pairs, **logits_problem.LOSS)
-
-
-LOGITS = logits_problem.Peer(
+LOGITS = logits_problem.peer_of_logps(
     "QuACK",
-    values=_values,
-    loss=_loss,
+    _logps,
     reason=lambda problem: _reason(problem.q),
     cannot="runs on a GPU of compute capability 9.0 or later only; gives the log-probability of "
     "the action only: the value is composed of it and a gather",
 )
-
-
-def _rewards(problem: Problem) -> Tensor:
-    module: Any = importlib.import_module("quack.linear_cross_entropy")
-
-    def logps(hidden: Tensor) -> Tensor:
-        nll = module.linear_cross_entropy_func(
-            hidden, problem.weight, None, problem.actions, reduction="none"
-        )
-        return -nll.float()
-
-    return rewards_from_logps(problem, logps)
-
-
-LINEAR = Peer(
+LINEAR = linear_problem.peer_of_logps(
     "QuACK",
-    loss=lambda problem: pair_loss(_rewards(problem), problem.pairs),
-    rewards=_rewards,
+    _linear_logps,
     reason=lambda problem: _reason(problem.weight),
     cannot="runs on a GPU of compute capability 9.0 or later only; keeps 16-bit logits where every "
     "row is wanted, as its chunked version gives their mean only",

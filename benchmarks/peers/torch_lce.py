@@ -9,7 +9,7 @@ to take 256.
 import torch
 from torch import Tensor
 
-from benchmarks.linear_problem import Peer, Problem, pair_loss, rewards_from_logps
+from benchmarks.linear_problem import Problem, peer_of_logps
 
 
 def _reason(_: Problem) -> str:
@@ -18,26 +18,18 @@ def _reason(_: Problem) -> str:
     return ""
 
 
-def _rewards(problem: Problem) -> Tensor:
-    rows = 256 if problem.weight.device.type == "cpu" else None
-
-    def logps(hidden: Tensor) -> Tensor:
-        nll = torch.nn.functional.linear_cross_entropy(
-            hidden,
-            problem.weight,
-            problem.actions,
-            reduction="none",
-            options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows),
-        )
-        return -nll.float()
-
-    return rewards_from_logps(problem, logps)
+def _logps(problem: Problem, hidden: Tensor) -> Tensor:
+    rows = None if problem.weight.is_cuda else 256
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    nll = torch.nn.functional.linear_cross_entropy(
+        hidden, problem.weight, problem.actions, reduction="none", options=options
+    )
+    return -nll.float()
 
 
-LINEAR = Peer(
+LINEAR = peer_of_logps(
     "torch LCE",
-    loss=lambda problem: pair_loss(_rewards(problem), problem.pairs),
-    rewards=_rewards,
+    _logps,
     reason=_reason,
     products=lambda problem: problem.mode.products + 1,
     cannot="gives no log-sum-exp and no value; takes the product with the head again in backward; "

@@ -11,62 +11,40 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks import logits_problem
-from benchmarks.linear_problem import Peer, Problem, pair_loss, rewards_from_logps
-from benchmarks.peers import eager
+from benchmarks import linear_problem, logits_problem
+from benchmarks.peers import why_not
 
 
 def _utils() -> Any:
     return importlib.import_module("trl.trainer.utils")
 
 
-def _reason(_: Any, name: str = "_ChunkedLogProbFunction") -> str:
-    try:
-        utils = _utils()
-    except Exception as error:  # not installed, or for another version of something
-        return f"trl cannot be imported ({type(error).__name__}: {error})"
-    if not hasattr(utils, name):
+def _reason(name: str) -> str:
+    reason = why_not("trl.trainer.utils", "trl")
+    if not reason and not hasattr(_utils(), name):
         return f"this version of trl has no {name} (1.16 has)"
-    return ""
+    return reason
 
 
-def _rewards(problem: Problem) -> Tensor:
+def _logps(problem: linear_problem.Problem, hidden: Tensor) -> Tensor:
     utils = _utils()
-    width = utils._CHUNKED_LOGPROB_CHUNK_SIZE
-
-    def logps(hidden: Tensor) -> Tensor:
-        # bias, targets, temperature, width, soft-cap, scale, what else to compute
-        rest = (None, problem.actions, 1.0, width, None, 1.0, ())
-        return utils._ChunkedLogProbFunction.apply(hidden, problem.weight, *rest)[0]
-
-    return rewards_from_logps(problem, logps)
+    # bias, targets, temperature, width, soft-cap, scale, what else to compute
+    rest = (None, problem.actions, 1.0, utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+    return utils._ChunkedLogProbFunction.apply(hidden, problem.weight, *rest)[0]
 
 
-LINEAR = Peer(
+LINEAR = linear_problem.peer_of_logps(
     "TRL",
-    loss=lambda problem: pair_loss(_rewards(problem), problem.pairs),
-    rewards=_rewards,
-    reason=_reason,
+    _logps,
+    reason=lambda _: _reason("_ChunkedLogProbFunction"),
     products=lambda problem: problem.mode.products + 1,
     cannot="gives no log-sum-exp and no value; rounds logits to the dtype of the hidden states and "
     "takes the product with the head again in backward; on a CPU that product is in float32",
 )
-
-
-def _values_of_logits(problem: logits_problem.Problem) -> logits_problem.Values:
-    return logits_problem.values_from_logps(problem, _utils().selective_log_softmax)
-
-
-def _loss_of_logits(problem: logits_problem.Problem) -> Tensor:
-    q, value, _, _ = _values_of_logits(problem)
-    return eager.preference_loss(q, value, problem.pairs, **logits_problem.LOSS)
-
-
-LOGITS = logits_problem.Peer(
+LOGITS = logits_problem.peer_of_logps(
     "TRL",
-    values=_values_of_logits,
-    loss=_loss_of_logits,
-    reason=lambda problem: _reason(problem, "selective_log_softmax"),
+    lambda logits, actions: _utils().selective_log_softmax(logits, actions),
+    reason=lambda _: _reason("selective_log_softmax"),
     cannot="gives the log-probability of the action only, in the dtype of the logits: the value is "
     "composed of it and a gather",
 )

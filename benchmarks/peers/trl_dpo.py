@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.decoding_problem import sharing_copy
+from benchmarks.peers import why_not
 
 NAME = "TRL DPO"
 CANNOT = (
@@ -21,11 +22,7 @@ CANNOT = (
 
 
 def reason() -> str:
-    try:
-        importlib.import_module("trl").DPOTrainer  # noqa: B018  imported when it is asked for
-    except Exception as error:  # not installed, or for another version of something
-        return f"trl cannot be imported ({type(error).__name__}: {error})"
-    return ""
+    return why_not("trl.trainer.dpo_trainer", "trl")
 
 
 class Trainer:

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import datasets
 import transformers
 
+from benchmarks import report as pages
 from benchmarks.quality import data as quality_data
 from benchmarks.quality import decode_cost, matched, report, summary, sweep
 from benchmarks.quality.settings import METHODS, SETS, Run, Set, changed
@@ -19,44 +20,37 @@ from benchmarks.quality.study import Study, run_all
 from qadapter import files
 
 
-def add_study(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", choices=SETS, default="quick", help="default: %(default)s")
-    parser.add_argument("--output", help="default: quality-output/<set>-<data>")
-    parser.add_argument("--data", help="preference file to learn; default, what the project ships")
-    parser.add_argument(
-        "--heldout", help="held-out pairs; default, a fifth of the prompts of --data"
-    )
-    parser.add_argument("--unrelated", help="conversations that have nothing to do with --data")
-    parser.add_argument(
-        "--rule", help="check answers by this rule: " + ", ".join(quality_data.RULES)
-    )
-    parser.add_argument("--name", help="of the data; default, from its file")
-    parser.add_argument("--model", default="smollm2", help="the base; default: %(default)s")
-    parser.add_argument("--judges", nargs="*", default=["n-grams", "embeddings"])
-    parser.add_argument("--seeds", type=int, nargs="+", help="default, the set's")
-    parser.add_argument("--change", action="append", default=[], metavar="NAME=VALUE",
-                        help="of the set or of every training, such as pairs=64")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="name the runs, and run nothing")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     run = commands.add_parser("run", help="the comparison of methods")
-    add_study(run)
+    search = commands.add_parser("sweep", help="settings of a method against each other")
+    commands.add_parser("report", help="as python -m benchmarks report")
+    rules = ", ".join(quality_data.RULES)
+    for add in (run.add_argument, search.add_argument):
+        add("--set", choices=SETS, default="quick", help="default: %(default)s")
+        add("--output", help="default: quality-output/<set>-<data>")
+        add("--data", help="preference file to learn; default, what the project ships")
+        add("--heldout", help="held-out pairs; default, a fifth of the prompts of --data")
+        add("--unrelated", help="conversations that have nothing to do with --data")
+        add("--rule", help=f"check answers by this rule: {rules}")
+        add("--name", help="of the data; default, from its file")
+        add("--model", default="smollm2", help="the base; default: %(default)s")
+        add("--judges", nargs="*", default=["n-grams", "embeddings"])
+        add("--seeds", type=int, nargs="+", help="default, the set's")
+        add("--change", action="append", default=[], metavar="NAME=VALUE",
+            help="of the set or of every training, such as pairs=64")  # fmt: skip
+        add("--list", action="store_true", help="name the runs, and run nothing")
     run.add_argument("--methods", nargs="+", choices=METHODS, help="default, all")
     run.add_argument("--only", help="runs whose name holds this text")
     run.add_argument("--done", action="store_true", help="sum up the runs that are done already")
     run.add_argument("--json", help="where the summary goes; default <output>/summary.json")
-    search = commands.add_parser("sweep", help="settings of a method against each other")
-    add_study(search)
     search.add_argument("--method", choices=METHODS, default="qadapter")
     search.add_argument("--vary", action="append", default=[], metavar="NAME=V,V,...")
     search.add_argument("--file", help="a JSON list of objects, a setting each")
     search.add_argument("--kl", type=float, nargs="+", default=matched.KLS)
     search.add_argument("--json", help="where the rows go; default <output>/sweep-<method>.json")
     search.add_argument("--answers", action="store_true", help="also make and judge answers")
-    commands.add_parser("report", help="tables and plots from benchmarks/results/quality-*.json")
     if not argv or argv[0] not in (*commands.choices, "-h", "--help"):
         argv = ["run", *argv]
     return parser.parse_args(argv)
@@ -68,20 +62,12 @@ def chosen_set(options: argparse.Namespace) -> Set:
         name, found, value = text.partition("=")
         if not found:
             raise ValueError(f"--change: expected NAME=VALUE, got {text!r}")
-        parsed = [sweep.value_of(part) for part in value.split(",") if part]
+        parsed = tuple(sweep.value_of(part) for part in value.split(",") if part)
         many = isinstance(getattr(SETS[options.set], name, None), tuple)
-        changes[name] = tuple(parsed) if many else parsed[0]
+        changes[name] = parsed if many else parsed[0]
     if options.seeds:
         changes["seeds"] = tuple(options.seeds)
     return changed(SETS[options.set], changes)
-
-
-def study_of(options: argparse.Namespace, chosen: Set) -> Study:
-    data = quality_data.load(
-        options.data, options.heldout, options.unrelated, options.rule, options.name
-    )
-    output = options.output or f"quality-output/{options.set}-{data.name}"
-    return Study(chosen, data, output, options.model, tuple(options.judges))
 
 
 def planned(options: argparse.Namespace, chosen: Set) -> list[Run]:
@@ -103,11 +89,7 @@ def planned(options: argparse.Namespace, chosen: Set) -> list[Run]:
     return runs
 
 
-def execute(options: argparse.Namespace) -> None:
-    if options.command == "report":
-        for path in report.write():
-            print(f"wrote {path}")
-        return
+def measure(options: argparse.Namespace) -> None:
     chosen = chosen_set(options)
     runs = planned(options, chosen)
     if options.list:
@@ -115,30 +97,41 @@ def execute(options: argparse.Namespace) -> None:
         return
     datasets.disable_progress_bars()  # one bar is enough
     transformers.utils.logging.disable_progress_bar()
-    study = study_of(options, chosen)
-    if options.command == "run" and options.done:
+    data = quality_data.load(
+        options.data, options.heldout, options.unrelated, options.rule, options.name
+    )
+    output = options.output or f"quality-output/{options.set}-{data.name}"
+    study = Study(chosen, data, output, options.model, tuple(options.judges))
+    if options.command == "sweep":
+        results, _ = run_all(study, runs, options.answers)
+        record = summary.summarise_sweep(study, results, options.method, options.kl)
+        files.write_json(options.json or study.output / f"sweep-{options.method}.json", record)
+        print(report.settings_table(record))
+        return
+    if options.done:
         runs = [run for run in runs if study.result(run) is not None]
         if not runs:
             raise ValueError(f"--done: no run is done in {study.output}")
-    answered = options.command == "run" or options.answers
-    results, missing = run_all(study, runs, answered)
-    if options.command == "sweep":
-        record = summary.summarise_sweep(study, results, options.method, options.kl)
-        path = options.json or str(study.output / f"sweep-{options.method}.json")
-        files.write_json(path, record)
-        print(sweep.table(record["rows"], options.kl))
-        return
-    decode = decode_cost.decode_cost(study)
-    record = summary.summarise(study, results, missing, decode)
-    path = options.json or str(study.output / "summary.json")
+    results, missing = run_all(study, runs)
+    record = summary.summarise(study, results, missing, decode_cost.decode_cost(study))
+    path = options.json or study.output / "summary.json"
     files.write_json(path, record)
-    print(report.text(record))
-    print(f"\nsummary {path}")
+    print(f"{report.text(record)}\n\nsummary {path}")
+
+
+def rewrite_pages() -> None:
+    if not list(pages.RESULTS.glob("quality-*.json")):
+        raise ValueError(f"{pages.RESULTS}: no quality-*.json; run the study with --json first")
+    pages.main([])
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        execute(parse(sys.argv[1:] if argv is None else argv))
+        options = parse(sys.argv[1:] if argv is None else argv)
+        if options.command == "report":
+            rewrite_pages()
+        else:
+            measure(options)
     except (ValueError, OSError) as error:
         print(f"quality: error: {error}", file=sys.stderr)
         return 2

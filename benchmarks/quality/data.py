@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from datasets import Dataset
 
 from qadapter.cli import demo_rule
 from qadapter.text.data import load_preference_data, prepare_dataset
-from qadapter.training import evaluation
-from qadapter.training.evaluation import DEMO_DATA, load_unrelated
+from qadapter.training.evaluation import DEMO_DATA, UNRELATED, load_unrelated
 
 Row = dict[str, Any]
 RULES: dict[str, Callable[[str], bool]] = {"in-short": demo_rule.follows}
 PROMPTS = Path(__file__).parent / "prompts.txt"
 HELD_OUT_SHARE = 0.2
+COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,22 @@ def load(
     """Preference files by path; None takes what the project ships (and its rule)."""
     if rule is not None and rule not in RULES:
         raise ValueError(f"--rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if data is None and heldout is not None:
+        raise ValueError("--heldout: expected --data with it, got --heldout alone")
     if data is None:
-        if heldout is not None:
-            raise ValueError("--heldout: expected --data with it, got --heldout alone")
-        paths = [str(DEMO_DATA / "train.jsonl"), str(DEMO_DATA / "heldout.jsonl")]
         rule = rule or "in-short"
-    else:
-        paths = [data] if heldout is None else [data, heldout]
+    shipped = [str(DEMO_DATA / "train.jsonl"), str(DEMO_DATA / "heldout.jsonl")]
+    paths = [path for path in (data, heldout) if path is not None] or shipped
     splits = [_rows(path) for path in paths]
-    if len(splits) == 1:
-        splits = _split(splits[0])
-    known = {str(row["prompt"]) for row in splits[0]}
-    kept = [row for row in splits[1] if str(row["prompt"]) not in known]
+    train, held_out = splits if len(splits) == 2 else _split(splits[0])
+    known = {str(row["prompt"]) for row in train}
+    kept = [row for row in held_out if str(row["prompt"]) not in known]
     if not kept:
         raise ValueError(f"{paths[-1]}: no held-out pair has a prompt that training does not have")
-    other = list(load_unrelated(unrelated))
-    source = evaluation.UNRELATED if unrelated is None else unrelated
     name = name or (Path(data).stem.split(".")[0] if data else "shipped")
-    return StudyData(
-        name,
-        splits[0],
-        kept,
-        other,
-        RULES[rule] if rule else None,
-        {Path(path).name: file_hash(path) for path in (*paths, source)},
-    )
+    found = {Path(path).name: file_hash(path) for path in (*paths, unrelated or UNRELATED)}
+    other = list(load_unrelated(unrelated))
+    return StudyData(name, train, kept, other, RULES[rule] if rule else None, found)
 
 
 def _rows(path: str) -> list[Row]:
@@ -114,6 +105,12 @@ def some(rows: list[Any], count: int, seed: int = 0) -> list[Any]:
     return random.Random(seed).sample(rows, count)
 
 
+def batches_by_length(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Batches of ``count`` indices of items of like length, so that little of them is padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + count] for start in range(0, len(order), count)]
+
+
 def flipped(rows: list[Row], share: float, seed: int) -> list[Row]:
     """Chosen and rejected exchanged in a share of the pairs; more noise flips some more."""
     order = list(range(len(rows)))
@@ -132,13 +129,12 @@ def text(response: Any) -> str:
     return "\n".join(str(message["content"]) for message in response).strip()
 
 
+def dataset(rows: list[Row]) -> Dataset:
+    """Of the pairs alone, without what else the file had."""
+    return Dataset.from_list([{name: row[name] for name in COLUMNS} for row in rows])
+
+
 def tokenised(rows: list[Row], tokenizer: Any, max_length: int, eos: list[int]) -> list[Row]:
     """Rows with prompt, chosen and rejected; pairs whose prompt is too long are left out."""
-    columns = ("prompt", "chosen", "rejected")
-    wanted = [{name: row[name] for name in columns} for row in rows]
-    dataset = Dataset.from_list(wanted)
-    return list(
-        prepare_dataset(
-            dataset, tokenizer, max_length=max_length, eos_token_ids=eos, drop_long_prompts=True
-        )
-    )
+    options: dict[str, Any] = {"eos_token_ids": eos, "drop_long_prompts": True}
+    return list(prepare_dataset(dataset(rows), tokenizer, max_length=max_length, **options))

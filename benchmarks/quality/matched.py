@@ -41,48 +41,39 @@ def read_off(kl: float, kls: Matrix, figures: Matrix, at_zero: float | None) -> 
 class Curve:
     """A variant's points, seed by seed: sums over drawn items are products with counts."""
 
-    def __init__(self, by_seed: dict[int, list[dict[str, Any]]]) -> None:
-        self.seeds = sorted(by_seed)
-        points = [by_seed[seed] for seed in self.seeds]
-        self.gain = np.array([[p["pairs"]["gain"] for p in seed] for seed in points])
-        self.kl = np.array([[p["unrelated"]["kl"] for p in seed] for seed in points])
-        self.nll_change = np.array(
-            [[p["unrelated"]["nll_change"] for p in seed] for seed in points]
-        )
+    def __init__(self, results: list[dict[str, Any]]) -> None:
+        results = sorted(results, key=lambda result: result["seed"])
+        self.about = {n: results[0][n] for n in ("variant", "method", "changes", "noise")}
+        self.seeds = [result["seed"] for result in results]
+        points = [[p for p in r["points"] if not p["label"].startswith("step")] for r in results]
+
+        def items(of: str, name: str) -> Matrix:
+            return np.array([[point[of][name] for point in seed] for seed in points])
+
+        self.gain = items("pairs", "gain")
+        self.kl, self.nll_change = items("unrelated", "kl"), items("unrelated", "nll_change")
         self.tokens = np.array(points[0][0]["unrelated"]["tokens"], dtype=float)
 
-    def reaches(self, kl: float) -> bool:
-        means = self.kl.sum(-1) / self.tokens.sum()
-        return bool((means.max(-1) >= kl).all())
+    def at(self, kl: float, pairs: Matrix, conversations: Matrix) -> dict[str, Matrix]:
+        """The figures [draws, seeds]; nothing where a seed does not come to that KL.
 
-    def at(self, kl: float, figure: str, pairs: Matrix, talks: Matrix) -> Matrix:
-        """[draws, seeds] of the figure; `pairs`, `talks`: how often each was drawn, [draws, n]."""
-        tokens = (talks @ self.tokens)[:, None, None]
-        kls = np.einsum("spi,di->dsp", self.kl, talks) / tokens
-        if figure == "nll_change":
-            values = np.einsum("spi,di->dsp", self.nll_change, talks) / tokens
-        else:
-            right = np.where(self.gain == 0, 0.5, self.gain > 0)
-            each = self.gain if figure == "gain" else right
-            values = np.einsum("spi,di->dsp", each, pairs) / pairs.sum(-1)[:, None, None]
-        return read_off(kl, kls, values, None if figure == "accuracy" else 0.0)
-
-
-def _curves(
-    results: list[dict[str, Any]],
-) -> dict[tuple[str, float], tuple[dict[str, Any], Curve]]:
-    """(variant, noise) -> (its first result, its curve)."""
-    found: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
-    for result in results:
-        found.setdefault((result["variant"], result["noise"]), {})[result["seed"]] = result
-    made = {}
-    for key, by_seed in found.items():
-        points = {
-            seed: [p for p in result["points"] if not p["label"].startswith("step")]
-            for seed, result in by_seed.items()
+        ``pairs``, ``conversations``: how often each was drawn, [draws, n].
+        """
+        if not (self.kl.sum(-1).max(-1) / self.tokens.sum() >= kl).all():
+            return {}
+        tokens = (conversations @ self.tokens)[:, None, None]
+        kls = np.einsum("spi,di->dsp", self.kl, conversations) / tokens
+        changes = np.einsum("spi,di->dsp", self.nll_change, conversations) / tokens
+        right = np.where(self.gain == 0, 0.5, self.gain > 0)
+        gains, accuracies = (
+            np.einsum("spi,di->dsp", each, pairs) / pairs.sum(-1)[:, None, None]
+            for each in (self.gain, right)
+        )
+        return {
+            "gain": read_off(kl, kls, gains, 0.0),
+            "accuracy": read_off(kl, kls, accuracies, None),
+            "nll_change": read_off(kl, kls, changes, 0.0),
         }
-        made[key] = (next(iter(by_seed.values())), Curve(points))
-    return made
 
 
 def rows(
@@ -96,59 +87,44 @@ def rows(
     None where a seed does not come to that KL at the largest strength. p is of the bootstrap: twice
     the share of draws on the other side of zero.
     """
-    curves = _curves(results)
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["variant"], result["noise"]), []).append(result)
+    curves = {key: Curve(group) for key, group in groups.items()}
     rng = np.random.default_rng(0)
-    made: list[dict[str, Any]] = []
-    if not curves:
-        return made
-    any_curve = next(iter(curves.values()))[1]
-    pairs, talks = (
-        np.concatenate(
-            [np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=stats.DRAWS)]
-        )  # draw 0 is the data itself
-        for n in (any_curve.gain.shape[-1], any_curve.kl.shape[-1])
-    )
-    for (variant, noise), (result, curve) in curves.items():
+    drawn = [
+        _counts(rng, each.shape[-1])
+        for curve in list(curves.values())[:1]  # the items are the same in all
+        for each in (curve.gain, curve.kl)
+    ]
+    made = []
+    for (variant, noise), curve in curves.items():
+        other = None if variant == reference else curves.get((reference, noise))
+        common = [seed for seed in other.seeds if seed in curve.seeds] if other else []
         for kl in kls:
-            row: dict[str, Any] = {
-                "variant": variant,
-                "method": result["method"],
-                "changes": result["changes"],
-                "noise": noise,
-                "kl": kl,
-                "seeds": curve.seeds,
-                "figures": None,
-                "reference_less": None,
-            }
-            made.append(row)
-            if not curve.reaches(kl):
-                continue
-            drawn = {name: curve.at(kl, name, pairs, talks) for name in FIGURES}
-            row["figures"] = {name: _interval(values)[:3] for name, values in drawn.items()}
-            if variant == reference or (reference, noise) not in curves:
-                continue
-            own = curves[reference, noise][1]
-            common = [seed for seed in own.seeds if seed in curve.seeds]
-            if not common or not own.reaches(kl):
-                continue
-            row["reference_less"] = {
-                name: _interval(
-                    own.at(kl, name, pairs, talks)[:, [own.seeds.index(s) for s in common]]
-                    - values[:, [curve.seeds.index(s) for s in common]]
-                )
-                for name, values in drawn.items()
-            }
+            figures, less = curve.at(kl, *drawn), {}
+            if figures and common and (theirs := other.at(kl, *drawn)):
+                at, at_theirs = ([c.seeds.index(s) for s in common] for c in (curve, other))
+                less = {
+                    name: _interval(theirs[name][:, at_theirs] - figures[name][:, at])
+                    for name in FIGURES
+                }
+            own = {name: _interval(values)[:3] for name, values in figures.items()}
+            row = {**curve.about, "kl": kl, "seeds": curve.seeds}
+            made.append(row | {"figures": own or None, "reference_less": less or None})
     return made
+
+
+def _counts(rng: np.random.Generator, n: int) -> Matrix:
+    """How often each of n is drawn, [draws, n]; draw 0 is the data itself."""
+    return np.concatenate([np.ones((1, n)), stats.bootstrap_counts(rng, n)])
 
 
 def _interval(drawn: Matrix) -> list[float]:
     """[mean, low, high, p] of [draws, seeds], the data itself first; seeds are drawn here."""
     seeds = drawn.shape[1]
-    rng = np.random.default_rng(1)
-    counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(drawn) - 1)
+    counts = stats.bootstrap_counts(np.random.default_rng(1), seeds, len(drawn) - 1)
     means = (drawn[1:] * counts).sum(1) / seeds
-    tail = 50 * (1 - stats.LEVEL)
-    low, high = np.percentile(means, [tail, 100 - tail])
     below = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (1 + int(below)) / (1 + len(means)))
-    return [float(drawn[0].mean()), float(low), float(high), p]
+    return [float(drawn[0].mean()), *stats.percentile_interval(means), p]

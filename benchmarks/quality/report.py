@@ -1,18 +1,14 @@
 """Tables of docs/quality.md, and the pictures beside it, from the committed summaries."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import harness
+import pandas as pd
+
+from benchmarks.quality import sweep
 from benchmarks.quality.settings import METHODS, TITLES
-from benchmarks.report_common import conditions
-
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ROOT / "docs"
-Record = dict[str, Any]
+from benchmarks.tables import Column, Record, Row, conditions, interval, paragraphs, table
 
 TESTED_TITLES = {
     "accuracy": "accuracy",
@@ -22,15 +18,16 @@ TESTED_TITLES = {
     "follows": "follows the rule",
     "questions": "questions still right",
 }
+SHARE, EXACT = interval(".0%"), interval(".4f")
 
 
-def _seeds(record: Record) -> int:
-    return max((len(row["seeds"]) for row in record["rows"]), default=1)
+def _seeds(rows: Iterable[Row]) -> int:
+    return max((len(row["seeds"]) for row in rows), default=1)
 
 
 def heading(record: Record) -> str:
     usual, counts, data = record["set"]["usual"], record["counts"], record["data"]["name"]
-    seeds = _seeds(record)
+    seeds = _seeds(record["rows"])
     return (
         f"{data}: {record['base']}, {usual['steps']} updates of {usual['batch']} pairs (of "
         f"{usual['pairs']}), learning rate {usual['learning_rate']:g}, LoRA r={usual['lora_r']} on "
@@ -42,182 +39,161 @@ def heading(record: Record) -> str:
     )
 
 
-def cell(figures: dict[str, list[float]], name: str, form: str = ".2f") -> str:
-    if name not in figures:
-        return ""
-    mean, low, high = (f"{value:{form}}" for value in figures[name])
-    return f"{mean} [{low}, {high}]"
+def title(row: Row, most: int = 0) -> str:
+    """Says how many seeds it has where others have ``most``."""
+    changes = "".join(f", {name} {value}" for name, value in row["changes"].items())
+    fewer = f" (seeds: {len(row['seeds'])})" if len(row["seeds"]) < most else ""
+    return TITLES[row["method"]] + changes + fewer
 
 
-def share(figures: dict[str, list[float]], name: str) -> str:
-    if name not in figures:
-        return ""
-    mean, low, high = figures[name]
-    return f"{mean:.0%} [{low:.0%}, {high:.0%}]"
-
-
-def title(row: dict[str, Any]) -> str:
-    changes = ", ".join(f"{name} {value}" for name, value in row["changes"].items())
-    return TITLES[row["method"]] + (f", {changes}" if changes else "")
-
-
-def _won(judge: dict[str, Any]) -> str:
-    """A share won is worth as much as its judge."""
-    return f"won, {judge['judge']} (itself {judge['accuracy'][0]:.0%} right)"
-
-
-def _columns(record: Record) -> list[tuple[str, str, Callable[..., str]]]:
-    rule = any("follows" in row["figures"] for row in record["rows"])
+def _policies(record: Record) -> list[Row]:
+    """The rows with `name`, each figure as a field, and what the trained ones have at a KL: "gain
+    at 0.1", and "less gain at 0.1", Q-Adapter's less it."""
+    matched: dict[tuple[str, float, str], Row] = {}
+    for row in record["matched"]:
+        fields = matched.setdefault((row["variant"], row["noise"], "trained"), {})
+        for less, figures in (("", row["figures"]), ("less ", row["reference_less"])):
+            for name, values in (figures or {}).items():
+                fields[f"{less}{name} at {row['kl']:g}"] = values
     return [
-        ("pairs right", "accuracy", share),
-        ("gain", "gain", cell),
-        *((_won(judge), f"wins {judge['judge']}", share) for judge in record["judge_figures"]),
-        *([("rule", "follows", share)] if rule else []),
-        ("KL", "kl", lambda f, n: cell(f, n, ".4f")),
-        ("NLL change", "nll_change", lambda f, n: cell(f, n, ".4f")),
-        ("questions", "questions", share),
-        ("words", "words", lambda f, n: cell(f, n, ".0f")),
+        {**row, **row["figures"], "name": title(row)}
+        | matched.get((row["variant"], row["noise"], row["label"]), {})
+        for row in record["rows"]
     ]
 
 
-def _table(
-    columns: list[tuple[str, str, Callable[..., str]]], rows: list[tuple[str, Record]]
-) -> str:
-    header = ["", *(name for name, _, _ in columns)]
-    lines = [[name, *(form(f, figure) for _, figure, form in columns)] for name, f in rows]
-    return harness.table(header, lines)
+def _clean(record: Record) -> list[Row]:
+    """Those without noise, by method."""
+    order = list(METHODS)
+    found = [row for row in _policies(record) if row["noise"] == 0]
+    return sorted(found, key=lambda row: order.index(row["method"]))
+
+
+def _kls(record: Record) -> list[float]:
+    return list(dict.fromkeys(row["kl"] for row in record["matched"]))
+
+
+def _table(columns: Sequence[Column], rows: Iterable[Row]) -> str:
+    return table(pd.DataFrame(rows), columns)
+
+
+def _columns(record: Record) -> list[Column]:
+    # A share won is worth as much as its judge.
+    won = [
+        (
+            f"won, {judge['judge']} (itself {judge['accuracy'][0]:.0%} right)",
+            f"wins {judge['judge']}",
+            SHARE,
+        )
+        for judge in record["judge_figures"]
+    ]
+    rule = any("follows" in row["figures"] for row in record["rows"])
+    return [
+        ("", "name"),
+        ("pairs right", "accuracy", SHARE),
+        ("gain", "gain", interval()),
+        *won,
+        *([("rule", "follows", SHARE)] if rule else []),
+        ("KL", "kl", EXACT),
+        ("NLL change", "nll_change", EXACT),
+        ("questions", "questions", SHARE),
+        ("words", "words", interval(".0f")),
+    ]
+
+
+def _at_kl(kl: float) -> list[Column]:
+    return [
+        (f"gain at KL {kl:g}", f"gain at {kl:g}", interval()),
+        ("Q-Adapter's less it", f"less gain at {kl:g}", interval("+.2f")),
+    ]
 
 
 def main_table(record: Record) -> str:
     """Every method as trained, without noise."""
     base = record["base_figures"]
-    own = [
-        row
-        for row in record["rows"]
-        if row["noise"] == 0 and row["label"] == "trained" and not row["changes"]
-    ]
-    own.sort(key=lambda row: list(METHODS).index(row["method"]))
-    most = max((len(row["seeds"]) for row in own), default=1)
-
-    def name_of(row: dict[str, Any]) -> str:
-        fewer = len(row["seeds"]) < most
-        return title(row) + (f" (seeds: {len(row['seeds'])})" if fewer else "")
-
+    own = [r for r in _clean(record) if r["label"] == "trained" and not r["changes"]]
     zero = [0.0, 0.0, 0.0]
-    nothing = {
-        "gain": zero,
-        "kl": zero,
-        "nll_change": zero,
-        "questions": [1.0, 1.0, 1.0],
-        **{name: base["figures"][name] for name in ("words", "follows") if name in base["figures"]},
-    }
-    table = _table(
-        _columns(record), [("base", nothing), *((name_of(row), row["figures"]) for row in own)]
-    )
-    left_out = "".join(f"\n- {name}: {why}" for name, why in record["missing"].items())
-    return (
+    nothing = {"gain": zero, "kl": zero, "nll_change": zero, "questions": [1.0, 1.0, 1.0]}
+    rows = [{"name": "base", **base["figures"], **nothing}]
+    rows += [{**row, "name": title(row, _seeds(own))} for row in own]
+    left_out = "\n".join(f"- {name}: {why}" for name, why in record["missing"].items())
+    return paragraphs(
         f"{heading(record)} Of {base['asked']} questions the base answers {base['right']} right, "
         f"of which {base['kept']} are asked here. By the base's own likelihood a token "
-        f"{share(base['figures'], 'in_order')} of the pairs are in order.\n\n{table}"
-        + (f"\n\nLeft out:\n{left_out}" if left_out else "")
+        f"{SHARE(base['figures']['in_order'])} of the pairs are in order.",
+        _table(_columns(record), rows),
+        left_out and f"Left out:\n\n{left_out}",
     )
-
-
-def _matched(record: Record) -> list[Record]:
-    return [row for row in record["matched"] if row["noise"] == 0]
 
 
 def short(records: list[Record]) -> str:
     """For the README, of the study with the most seeds: all methods as trained, Q-Adapter at half
     its strength too, gain at one KL."""
     found = [record for record in records if record["benchmark"] == "quality"]
-    return _short_table(max(found, key=_seeds)) if found else "Not measured yet."
-
-
-def _short_table(record: Record) -> str:
-    own = [row for row in record["rows"] if row["noise"] == 0 and not row["changes"]]
-    half = [r for r in own if r["method"] == "qadapter" and r["label"] == "strength 0.5"]
-    own = [row for row in own if row["label"] == "trained"]
-    own.sort(key=lambda row: list(METHODS).index(row["method"]))
-    at = max((row["kl"] for row in _matched(record)), default=0.0)
-    gains = {
-        row["method"]: row["figures"]["gain"]
-        for row in _matched(record)
-        if row["kl"] == at and row["figures"] and not row["changes"]
-    }
-    shown: list[tuple[str, Record]] = []
-    for row in own:
-        gain = {"matched": gains[row["method"]]} if row["method"] in gains else {}
-        shown.append((title(row), {**row["figures"], **gain}))
-        if row["method"] == "qadapter":
-            shown += [(f"{title(r)}, strength 0.5", r["figures"]) for r in half]
-    columns = [c for c in _columns(record) if c[1] not in ("gain", "words")]
-    columns.append((f"gain at KL {at:g}", "matched", cell))
-    return f"{heading(record)}\n\n{_table(columns, shown)}"
+    if not found:
+        return "Not measured yet."
+    record = max(found, key=lambda record: _seeds(record["rows"]))
+    rows = []
+    for row in _clean(record):
+        if row["label"] == "trained" and not row["changes"]:
+            rows.append(row)
+        elif row["variant"] == "qadapter" and row["label"] == "strength 0.5":
+            rows.append(row | {"name": f"{row['name']}, strength 0.5"})
+    columns = [column for column in _columns(record) if column[1] not in ("gain", "words")]
+    return paragraphs(
+        heading(record), _table([*columns, _at_kl(max(_kls(record), default=0.0))[0]], rows)
+    )
 
 
 def strength_table(record: Record) -> str:
     """What varies the strength of a method after, or by, its training."""
     rows = []
-    for row in record["rows"]:
+    for row in _policies(record):
         blended = row["method"] == "qadapter" and row["label"].startswith("strength")
         varied = row["method"] == "dpo_own" and row["label"] == "trained"
         stopped = row["method"] == "sft" and not row["label"].startswith("strength")
         if row["noise"] == 0 and (blended or varied or stopped):
-            name = title(row) if row["label"] == "trained" else f"{title(row)}, {row['label']}"
-            rows.append((name, row["figures"]))
-    return f"{heading(record)}\n\n{_table(_columns(record), rows)}"
+            label = "" if row["label"] == "trained" else f", {row['label']}"
+            rows.append(row | {"name": row["name"] + label})
+    return paragraphs(heading(record), _table(_columns(record), rows))
 
 
 def tests_table(record: Record) -> str:
     """Q-Adapter less each other method."""
-    lines = [
-        [
-            TITLES.get(test["against"], test["against"]),
-            TESTED_TITLES.get(test["figure"], test["figure"].replace("wins", "won,")),
-            f"{test['mean']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]",
-            f"{test['p']:.4f}",
-            f"{test['p_holm']:.4f}",
-        ]
-        for test in record["tests"]
+    columns: list[Column] = [
+        ("Q-Adapter less", lambda test: TITLES.get(test["against"], test["against"])),
+        (
+            "figure",
+            lambda test: TESTED_TITLES.get(test["figure"], test["figure"].replace("wins", "won,")),
+        ),
+        ("difference", lambda t: (t["mean"], t["low"], t["high"]), interval("+.4f")),
+        ("p", "p", "{:.4f}"),
+        ("p, Holm", "p_holm", "{:.4f}"),
     ]
-    header = ["Q-Adapter less", "figure", "difference", "p", "p, Holm"]
-    text = (
-        "Paired by item and seed; p of a sign-flip test over items, also adjusted for the number "
-        "of methods."
+    return paragraphs(
+        f"{record['data']['name']}: Paired by item and seed; p of a sign-flip test over items, "
+        "also adjusted for the number of methods.",
+        _table(columns, record["tests"]),
     )
-    return f"{record['data']['name']}: {text}\n\n{harness.table(header, lines)}"
 
 
 def matched_table(record: Record) -> str:
     """Gain at the same forgetting."""
-    kls = list(dict.fromkeys(row["kl"] for row in _matched(record)))
-    by_variant: dict[str, list[Record]] = {}
-    for row in sorted(_matched(record), key=lambda row: list(METHODS).index(row["method"])):
-        by_variant.setdefault(row["variant"], []).append(row)
-    header = ["", "seeds"]
-    for kl in kls:
-        header += [f"gain at KL {kl:g}", "Q-Adapter's less it", "p", "pairs right", "NLL change"]
-    lines = []
-    for rows in by_variant.values():
-        cells = [title(rows[0]), str(len(rows[0]["seeds"]))]
-        for row in rows:
-            figures, less = row["figures"] or {}, row["reference_less"] or {}
-            cells += [
-                cell(figures, "gain"),
-                cell({n: f[:3] for n, f in less.items()}, "gain", "+.2f"),
-                f"{less['gain'][3]:.4f}" if less else "",
-                share(figures, "accuracy"),
-                cell(figures, "nll_change", ".3f"),
-            ]
-        lines.append(cells)
-    text = (
-        "What each method has where its KL is the same, read off between the strengths of its "
-        "LoRA blended with the base, seed by seed. Intervals and p by a bootstrap over pairs, "
-        "conversations and seeds, which finds the place of that KL in every draw anew. Empty: not "
-        "reached at the largest strength."
+    columns: list[Column] = [("", "name"), ("seeds", lambda row: len(row["seeds"]))]
+    for kl in _kls(record):
+        columns += [
+            *_at_kl(kl),
+            ("p", f"less gain at {kl:g}", lambda values: f"{values[3]:.4f}"),
+            ("pairs right", f"accuracy at {kl:g}", SHARE),
+            ("NLL change", f"nll_change at {kl:g}", interval(".3f")),
+        ]
+    return paragraphs(
+        f"{record['data']['name']}: What each method has where its KL is the same, read off "
+        "between the strengths of its LoRA blended with the base, seed by seed. Intervals and p by "
+        "a bootstrap over pairs, conversations and seeds, which finds the place of that KL in "
+        "every draw anew. Empty: not reached at the largest strength.",
+        _table(columns, [row for row in _clean(record) if row["label"] == "trained"]),
     )
-    return f"{record['data']['name']}: {text}\n\n{harness.table(header, lines)}"
 
 
 def noise_table(record: Record) -> str:
@@ -225,87 +201,75 @@ def noise_table(record: Record) -> str:
     noisy = {row["variant"] for row in record["rows"] if row["noise"] > 0}
     if not noisy:
         return f"{record['data']['name']}: no run with flipped pairs."
-    rows, most = [], _seeds(record)
-    for row in sorted(record["rows"], key=lambda row: (row["noise"], row["variant"])):
-        if row["variant"] not in noisy or row["label"] != "trained":
-            continue
-        at = {
-            f"{what} {other['kl']:g}": figures["gain"][:3]
-            for other in record["matched"]
-            if (other["variant"], other["noise"]) == (row["variant"], row["noise"])
-            for what, figures in (("own", other["figures"]), ("less", other["reference_less"]))
-            if figures
-        }
-        fewer = f" (seeds: {len(row['seeds'])})" if len(row["seeds"]) < most else ""
-        name = f"{row['noise']:.0%} flipped, {title(row)}{fewer}"
-        rows.append((name, {**row["figures"], **at}))
+    rows = [
+        row | {"name": f"{row['noise']:.0%} flipped, {title(row, _seeds(record['rows']))}"}
+        for row in sorted(_policies(record), key=lambda row: (row["noise"], row["variant"]))
+        if row["variant"] in noisy and row["label"] == "trained"
+    ]
     # Runs with noise are scored alone.
-    columns = [c for c in _columns(record) if c[1] in ("accuracy", "gain", "kl", "nll_change")]
-    for kl in dict.fromkeys(row["kl"] for row in record["matched"]):
-        columns += [
-            (f"gain at KL {kl:g}", f"own {kl:g}", cell),
-            ("Q-Adapter's less it", f"less {kl:g}", lambda f, n: cell(f, n, "+.2f")),
-        ]
-    return f"{heading(record)}\n\n{_table(columns, rows)}"
+    scored = ("name", "accuracy", "gain", "kl", "nll_change")
+    columns = [column for column in _columns(record) if column[1] in scored]
+    columns += [column for kl in _kls(record) for column in _at_kl(kl)]
+    return paragraphs(heading(record), _table(columns, rows))
 
 
 def cost_table(record: Record) -> str:
     """Training and decoding."""
-    lines = [
-        [
-            TITLES[row["variant"]],
-            str(row["runs"]),
-            str(row["threads"]),
-            f"{row['seconds_per_pair']:.3f}",
-            f"{row['peak_mib']:.0f}",
-        ]
-        for row in record["cost"]
+    columns: list[Column] = [
+        ("", lambda row: TITLES[row["variant"]]),
+        ("runs", "runs"),
+        ("threads", "threads"),
+        ("seconds a pair", "seconds_per_pair", "{:.3f}"),
+        ("MiB", "peak_mib", "{:.0f}"),
     ]
-    header = ["", "runs", "threads", "seconds a pair", "MiB"]
     text = (
         f"{record['data']['name']}: the median update's time by its pairs, and what training adds "
         f"to the resident memory, each the least over the runs ({conditions(record)}). The methods "
         "of TRL also pass the base in every update; Q-Adapter could keep the base's figures "
         "(`precompute_base`), which was off."
     )
-    made = f"{text}\n\n{harness.table(header, lines)}"
-    decode = record.get("decode")
-    if decode:
-        lines = [
-            [row["way"], f"{row['ms_per_token']:.1f}", f"{row['times_base']:.2f}x"]
-            for row in decode["rows"]
+    parts = [text, _table(columns, record["cost"])]
+    if decode := record.get("decode"):
+        columns = [
+            ("", "way"),
+            ("ms a step", "ms_per_token", "{:.1f}"),
+            ("of the base", "times_base", "{:.2f}x"),
         ]
-        table = harness.table(["", "ms a step", "of the base"], lines)
-        made += f"\n\nGenerating, a step of a batch of {decode['batch']}:\n\n{table}"
-    return made
+        parts.append(f"Generating, a step of a batch of {decode['batch']}:")
+        parts.append(_table(columns, decode["rows"]))
+    return paragraphs(*parts)
 
 
 def judges_table(record: Record) -> str:
-    lines = [
-        [
-            judge["judge"],
-            str(judge["training_pairs"]),
-            str(judge["heldout_pairs"]),
-            share(judge, "accuracy"),
-            share(judge, "longer"),
-        ]
-        for judge in record["judge_figures"]
+    columns: list[Column] = [
+        ("judge", "judge"),
+        ("training pairs", "training_pairs"),
+        ("held-out pairs", "heldout_pairs"),
+        ("right", "accuracy", SHARE),
+        ("the longer one wins", "longer", SHARE),
     ]
-    header = ["judge", "training pairs", "held-out pairs", "right", "the longer one wins"]
-    return f"{record['data']['name']}\n\n{harness.table(header, lines)}"
+    return paragraphs(record["data"]["name"], _table(columns, record["judge_figures"]))
+
+
+def settings_table(record: Record) -> str:
+    """A line a setting of a sweep, the best gain at the middle KL first."""
+    columns: list[Column] = [("setting", "name"), ("seeds", "seeds")]
+    titles = {"accuracy": "accuracy", "gain": "gain", "kl": "KL", "nll_change": "nll change"}
+    columns += [(shown, name, interval(".3f")) for name, shown in titles.items()]
+    for kl in record["kls"]:
+        for name, shown in (("gain", "gain"), ("accuracy", "accuracy"), ("nll_change", "nll")):
+            columns.append((f"{shown} at KL {kl:g}", f"{name} at {kl:g}", "{:.3f}"))
+    return _table(columns, sweep.compared(record["rows"], record["kls"]))
 
 
 def sweep_table(record: Record) -> str:
-    """Settings of a method, the best gain at the middle KL first."""
-    from benchmarks.quality import sweep
-
-    middle = record["kls"][len(record["kls"]) // 2]
+    """Settings of a method against each other."""
     text = (
         f"{TITLES[record['method']]}, a line for what differs from the usual settings, the best "
-        f"gain at KL {middle:g} first. {heading(record)} Figures at a KL are read off between the "
-        "strengths."
+        f"gain at KL {sweep.middle(record['kls']):g} first. {heading(record)} Figures at a KL are "
+        "read off between the strengths."
     )
-    return f"{text}\n\n{sweep.table(record['rows'], record['kls'])}"
+    return paragraphs(text, settings_table(record))
 
 
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
@@ -323,41 +287,16 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
 
 def text(record: Record) -> str:
     """What a run prints at its end."""
-    return "\n\n".join(
-        make(record) for results, make in TABLES.values() if results == record["benchmark"]
-    )
+    tables = [make for results, make in TABLES.values() if results == record["benchmark"]]
+    return paragraphs(*(make(record) for make in tables))
 
 
-def load(results: Path = RESULTS, of: str = "quality") -> dict[str, Record]:
-    """The committed studies, or sweeps, by their file's name."""
-    paths = sorted(results.glob(f"{of}-*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-
-
-def draw(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
+def draw(results: Path, docs: Path) -> list[Path]:
     """The pictures of every study; returns their paths."""
     from benchmarks.quality import figures
 
-    return [p for stem, record in load(results).items() for p in figures.draw(record, docs, stem)]
-
-
-def write(results: Path = RESULTS, docs: Path = DOCS, readme: Path | None = None) -> list[Path]:
-    """Rewrites the marked tables and the pictures; returns what was written."""
-    from benchmarks.report import replace
-
-    records = {of: list(load(results, of).values()) for of in ("quality", "quality_sweep")}
-    if not records["quality"]:
-        raise ValueError(f"{results}: no quality-*.json; run the study with --json first")
-    written = []
-    for page in [readme or ROOT / "README.md", *sorted(docs.glob("*.md"))]:
-        before = after = page.read_text(encoding="utf-8")
-        for name, (of, make) in TABLES.items():
-            if f"<!-- table:{name} -->" in after:
-                made = "\n\n".join(map(make, records[of])) or "Not measured yet."
-                after = replace(after, f"table:{name}", made)
-        if "<!-- table:quality_short -->" in after:
-            after = replace(after, "table:quality_short", short(records["quality"]))
-        if after != before:
-            page.write_text(after, encoding="utf-8")
-            written.append(page)
-    return written + draw(results, docs)
+    drawn = []
+    for path in sorted(results.glob("quality-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        drawn += figures.draw(record, docs, path.stem)
+    return drawn

@@ -1,33 +1,29 @@
 """Log-likelihoods and KL of many policies made of the same two streams, sequence by sequence."""
 
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.quality.data import Row, batches_by_length
 from qadapter import QAdapterModel
 from qadapter import functional as QF
+from qadapter.composition import StreamWeights, stream_weights
 from qadapter.text.collator import collate_sequences
 from qadapter.text.tokenization import pad_token_id
 
 CHUNK = 256  # rows whose float32 logits exist at a time
-Row = dict[str, Any]
+Logits = Callable[[slice], tuple[Tensor, Tensor]]  # float32, of the base and the LoRA
 
 
-class Blend(NamedTuple):
-    """The policy softmax(q * z_q + base * z_b)."""
-
-    q: float
-    base: float
+def strength(s: float) -> StreamWeights:
+    return StreamWeights(s, 1.0 - s)
 
 
-def strength(s: float) -> Blend:
-    return Blend(s, 1.0 - s)
-
-
-def trained(alpha_0: float, alpha_tilde: float, center: float) -> Blend:
-    return Blend(1.0 / alpha_tilde, (alpha_0 - center) / alpha_tilde)
+def trained(alpha_0: float, alpha_tilde: float, center: float) -> StreamWeights:
+    return stream_weights((alpha_0, alpha_tilde, center))
 
 
 @torch.no_grad()
@@ -36,7 +32,7 @@ def score(
     tokenizer: Any,
     rows: list[Row],
     column: str,
-    blends: list[Blend],
+    blends: Sequence[StreamWeights],
     batch_size: int = 4,
     base_cache: dict[int, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
@@ -48,14 +44,13 @@ def score(
     """
     model.eval()
     lengths = [len(row["prompt_ids"]) + len(row[f"{column}_ids"]) for row in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
     results: list[dict[str, Any]] = [{} for _ in rows]
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    for place, part in enumerate(batches_by_length(lengths, batch_size)):
         sequences = [(rows[i]["prompt_ids"], rows[i][f"{column}_ids"], False) for i in part]
         batch = collate_sequences(sequences, pad_token_id(tokenizer))
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        base, policy, kl = _rows(_Logits(model, batch, base_cache, start), batch, blends)
+        logits = _logits(model, batch, {} if base_cache is None else base_cache, place)
+        base, policy, kl = _rows(logits, batch["actions"], blends)
         ends = batch["cu_seqlens"].tolist()
         for i, (begin, end) in zip(part, itertools.pairwise(ends), strict=True):
             results[i] = {
@@ -68,11 +63,10 @@ def score(
 
 
 def _rows(
-    logits: "_Logits", batch: dict[str, Tensor], blends: list[Blend]
+    logits: Logits, actions: Tensor, blends: Sequence[StreamWeights]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """base_logp [N], policy_logp and kl [blends, N], float64 on the CPU."""
-    actions = batch["actions"]
-    base, policy, divergence = [], [], []
+    parts = []
     for start in range(0, actions.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
         z_b, z_q = logits(part)
@@ -83,19 +77,14 @@ def _rows(
         p_b = (z_b - lse_b[:, None]).exp_()
         mean_b, mean_d = torch.linalg.vecdot(p_b, z_b), torch.linalg.vecdot(p_b, d)
         taken_b, taken_d = (z.gather(1, chosen[:, None])[:, 0] for z in (z_b, d))
-        base.append(taken_b - lse_b)
         logps, kls = [], []
         for q, b in blends:
             lse = _blended_lse(z_b, z_q, chosen, lse_b, q, b)
             logps.append((q + b) * taken_b + q * taken_d - lse)
             kls.append((mean_b - lse_b) - ((q + b) * mean_b + q * mean_d - lse))
-        policy.append(torch.stack(logps))
-        divergence.append(torch.stack(kls))
-    return (
-        torch.cat(base).double().cpu(),
-        torch.cat(policy, 1).double().cpu(),
-        torch.cat(divergence, 1).double().cpu(),
-    )
+        parts.append((taken_b - lse_b, torch.stack(logps), torch.stack(kls)))
+    base, policy, kl = (torch.cat(made, -1).double().cpu() for made in zip(*parts, strict=True))
+    return base, policy, kl
 
 
 def _blended_lse(
@@ -111,41 +100,28 @@ def _blended_lse(
     return q * (values.value + alpha_0 * lse_b)
 
 
-class _Logits:
-    """float32 logits of both streams, a part of the rows at a time.
+def _logits(
+    model: QAdapterModel, batch: dict[str, Tensor], base_cache: dict[int, Tensor], place: int
+) -> Logits:
+    """Of both streams, a part of the rows at a time.
 
     From hidden states and a float32 product where the head is plain: bfloat16 logits would add a
     KL of their own.
     """
+    ids, rows, mask = batch["input_ids"], batch["rows"], batch["attention_mask"]
+    if not model.selects_hidden_rows:
+        logits = model(ids, mask, rows)
+        return lambda part: (logits[0][part].float(), logits[1][part].float())
+    if place not in base_cache:
+        base_cache[place] = model._base_hidden(ids, rows, {"attention_mask": mask})
+    streams = base_cache[place], model._stream_hidden(ids, rows, {"attention_mask": mask})
+    head = model.hf_model.get_output_embeddings()
+    weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
 
-    def __init__(
-        self,
-        model: QAdapterModel,
-        batch: dict[str, Tensor],
-        base_cache: dict[int, Tensor] | None,
-        place: int,
-    ) -> None:
-        ids, rows = batch["input_ids"], batch["rows"]
-        self.head: Any = None
-        if model.selects_hidden_rows:
-            arguments = {"attention_mask": batch["attention_mask"]}
-            base = None if base_cache is None else base_cache.get(place)
-            if base is None:
-                base = model._base_hidden(ids, rows, arguments)
-            if base_cache is not None:
-                base_cache[place] = base
-            self.streams = (base, model._stream_hidden(ids, rows, arguments))
-            self.head = model.hf_model.get_output_embeddings()
-            self.weight = self.head.weight.float()
-        else:
-            self.streams = tuple(model(ids, batch["attention_mask"], rows))
-
-    def __call__(self, part: slice) -> tuple[Tensor, Tensor]:
-        base, q = (stream[part].float() for stream in self.streams)
-        if self.head is None:
-            return base, q
-        bias = None if self.head.bias is None else self.head.bias.float()
-        return (
-            torch.nn.functional.linear(base, self.weight, bias),
-            torch.nn.functional.linear(q, self.weight, bias),
+    def of(part: slice) -> tuple[Tensor, Tensor]:
+        base, q = (
+            torch.nn.functional.linear(hidden[part].float(), weight, bias) for hidden in streams
         )
+        return base, q
+
+    return of

@@ -88,26 +88,26 @@ class Run:
         return {**known, **dict(self.changes), "seed": self.seed, "noise": self.noise}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Set:
     """How much is trained and measured."""
 
     pairs: int
     steps: int
-    seeds: tuple[int, ...]
-    noise: tuple[float, ...]
-    noisy_methods: tuple[str, ...]
-    betas: tuple[float, ...]  # of DPO (`dpo_own`), besides its usual one
-    rates: tuple[float, ...]  # learning rates of DPO (`dpo_own`) and SFT, besides everybody's
+    seeds: tuple[int, ...] = (0,)
+    noise: tuple[float, ...] = ()
+    noisy_methods: tuple[str, ...] = ()
+    betas: tuple[float, ...] = ()  # of DPO (`dpo_own`), besides its usual one
+    rates: tuple[float, ...] = ()  # learning rates of DPO (`dpo_own`) and SFT, besides everybody's
     heldout: int  # pairs for accuracy
     prompts: int  # answered and judged
     new_tokens: int
     unrelated: int  # conversations for KL
     questions: int  # asked of the base; those that it answers right count
     kept_questions: int  # at most so many
-    strengths: tuple[float, ...]  # scored
-    answered_strengths: tuple[float, ...]  # of Q-Adapter, also answered
-    checkpoints: tuple[float, ...]  # shares of the steps, scored; SFT's are answered too
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # scored
+    answered_strengths: tuple[float, ...] = (0.5, 2.0)  # of Q-Adapter, also answered
+    checkpoints: tuple[float, ...] = (0.5,)  # shares of the steps, scored; SFT's are answered too
     training: Settings = field(default_factory=dict)
 
     @property
@@ -119,44 +119,30 @@ class Set:
 
         TRL's methods, several times slower than all others, end their seed.
         """
-        slow = [method for method in MAIN if method in TRL]
         fast = [method for method in MAIN if method not in TRL]
         fast += ["dpo_own"] if self.betas or self.rates else []
-        main = [Run(method, seed) for seed in self.seeds for method in fast]
-        more = [
-            run
-            for seed in self.seeds
-            for run in (
-                *(Run("dpo_own", seed, 0.0, (("beta", beta),)) for beta in self.betas),
-                *(
-                    Run(method, seed, 0.0, (("learning_rate", rate),))
-                    for rate in self.rates
-                    for method in ("dpo_own", "sft")
-                ),
-                *(Run(m, seed, noise) for noise in self.noise for m in self.noisy_methods),
-                *(Run(method, seed) for method in slow),
-            )
-        ]
-        return main + more
+        made = [Run(method, seed) for seed in self.seeds for method in fast]
+        for seed in self.seeds:
+            made += [Run("dpo_own", seed, 0.0, (("beta", beta),)) for beta in self.betas]
+            made += [
+                Run(method, seed, 0.0, (("learning_rate", rate),))
+                for rate in self.rates
+                for method in ("dpo_own", "sft")
+            ]
+            made += [Run(m, seed, noise) for noise in self.noise for m in self.noisy_methods]
+            made += [Run(method, seed) for method in TRL]
+        return made
 
 
 QUICK = Set(
     pairs=108,
     steps=18,
-    seeds=(0,),
-    noise=(),
-    noisy_methods=(),
-    betas=(),
-    rates=(),
     heldout=36,
     prompts=36,
     new_tokens=40,
     unrelated=24,
     questions=160,
     kept_questions=48,
-    strengths=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
-    answered_strengths=(0.5, 2.0),
-    checkpoints=(0.5,),
     training={"learning_rate": 1e-3, "batch": 6, "micro_batch": 6, "warmup_steps": 3},
 )
 FULL = Set(
@@ -174,8 +160,6 @@ FULL = Set(
     questions=240,
     kept_questions=96,
     strengths=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
-    answered_strengths=(0.5, 2.0),
-    checkpoints=(0.5,),
 )
 SETS = {"quick": QUICK, "full": FULL}
 
@@ -193,8 +177,3 @@ def changed(chosen: Set, changes: Settings) -> Set:
 def digest(content: Any) -> str:
     """Short and the same in every process."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def plain(content: Any) -> Any:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(content))

@@ -22,6 +22,18 @@ class Interval(NamedTuple):
     high: float
 
 
+def bootstrap_counts(rng: np.random.Generator, n: int, count: int = DRAWS) -> Matrix:
+    """How often each of n is drawn, [count, n]."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=count)
+
+
+def percentile_interval(values: Matrix) -> tuple[float, float]:
+    """What holds `LEVEL` of them."""
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
 def interval(
     values: Sequence[Sequence[float]], weights: Sequence[Sequence[float]] | None = None
 ) -> Interval:
@@ -33,17 +45,13 @@ def interval(
     rng = np.random.default_rng(0)
     seeds, items = numerator.shape
     # How often each item, and each seed, is drawn.
-    columns = rng.multinomial(items, np.full(items, 1 / items), size=DRAWS)
-    rows = np.ones((DRAWS, 1))
-    if seeds > 1:
-        rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS)
+    columns = bootstrap_counts(rng, items)
+    rows = bootstrap_counts(rng, seeds) if seeds > 1 else np.ones((DRAWS, 1))
     sums = [
         np.einsum("ds,si,di->d", rows, m, columns, optimize=True) for m in (numerator, denominator)
     ]
-    draws = sums[0] / np.maximum(sums[1], 1e-12)
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(draws, [tail, 100 - tail])
-    return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
+    ratios = sums[0] / np.maximum(sums[1], 1e-12)
+    return Interval(float(numerator.sum() / denominator.sum()), *percentile_interval(ratios))
 
 
 def _matrix(values: Sequence[Sequence[float]]) -> Matrix:

@@ -1,174 +1,134 @@
 """From runs to figures with intervals: what is committed, tabulated and drawn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from benchmarks.quality import matched, stats
-from benchmarks.quality.settings import plain
 from benchmarks.quality.study import TRAINED, Study
-from qadapter import files
 
-Point = dict[str, Any]
-Values = tuple[list[float], list[float] | None]  # items, and what their sum is divided by
-
-
-def _accuracy(point: Point) -> Values:
-    return [1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in point["pairs"]["gain"]], None
-
-
-FIGURES: dict[str, Callable[[Point], Values]] = {
-    "accuracy": _accuracy,
-    "gain": lambda p: (p["pairs"]["gain"], None),
-    "chosen": lambda p: (p["pairs"]["chosen"], None),
-    "in_order": lambda p: (p["pairs"]["in_order"], None),
-    "kl": lambda p: (p["unrelated"]["kl"], p["unrelated"]["tokens"]),
-    "nll_change": lambda p: (p["unrelated"]["nll_change"], p["unrelated"]["tokens"]),
-}
-ANSWERED: dict[str, Callable[[dict[str, Any]], list[float]]] = {
-    "words": lambda f: f["words"],
-    "follows": lambda f: f["follows"],
-    "questions": lambda f: f["questions"]["right"],
-    "questions_contained": lambda f: f["questions"]["contained"],
-}
+Record = dict[str, Any]
+Values = tuple[list[float], list[float]]  # a figure is the ratio of their sums
+PER_TOKEN = ("kl", "nll_change")
 TESTED = ("accuracy", "gain", "kl", "nll_change", "follows", "questions")
 
 
-def values(point: Point) -> dict[str, Values]:
+def accuracy(gains: list[float]) -> list[float]:
+    return [1.0 if gain > 0 else 0.5 if gain == 0 else 0.0 for gain in gains]
+
+
+def values(point: Record) -> dict[str, Values]:
     """Every figure that the point has, item by item."""
-    made = {name: figure(point) for name, figure in FIGURES.items()}
-    answered = point.get("figures")
-    if answered:
-        made |= {f"wins {judge}": (shares, None) for judge, shares in answered["wins"].items()}
-        for name, figure in ANSWERED.items():
-            if name != "follows" or "follows" in answered:
-                made[name] = (figure(answered), None)
-    return {name: pair for name, pair in made.items() if pair[0]}
+    pairs, unrelated, answered = point["pairs"], point["unrelated"], point.get("figures", {})
+    asked = answered.get("questions", {})
+    made = {
+        "accuracy": accuracy(pairs["gain"]),
+        **{name: pairs[name] for name in ("gain", "chosen", "in_order")},
+        **{name: unrelated[name] for name in PER_TOKEN},
+        **{f"wins {judge}": shares for judge, shares in answered.get("wins", {}).items()},
+        **{name: answered.get(name) for name in ("words", "follows")},
+        "questions": asked.get("right"),
+        "questions_contained": asked.get("contained"),
+    }
+    return {
+        name: (items, unrelated["tokens"] if name in PER_TOKEN else [1.0] * len(items))
+        for name, items in made.items()
+        if items
+    }
 
 
-def _grouped(results: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:
-    """(variant, noise, label) -> the seeds' points."""
-    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+def _by_policy(results: list[Record]) -> list[list[tuple[Record, Record]]]:
+    """(result, point) of all seeds of the same variant, noise and label."""
+    groups: dict[Any, list[tuple[Record, Record]]] = {}
     for result in sorted(results, key=lambda r: r["seed"]):
         for point in result["points"]:
             key = (result["variant"], result["noise"], point["label"])
-            groups.setdefault(key, []).append({**point, "result": result})
-    return groups
+            groups.setdefault(key, []).append((result, point))
+    return list(groups.values())
 
 
-def rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows(results: list[Record]) -> list[Record]:
     made = []
-    for (variant, noise, label), points in _grouped(results).items():
-        by_seed = [values(point) for point in points]
-        names = [name for name in by_seed[0] if all(name in seed for seed in by_seed)]
-        first = points[0]
-        figures = {
-            name: list(
-                stats.interval(
-                    [seed[name][0] for seed in by_seed],
-                    None if by_seed[0][name][1] is None else [seed[name][1] for seed in by_seed],
-                )
-            )
-            for name in names
+    for group in _by_policy(results):
+        result, point = group[0]
+        row = {name: result[name] for name in ("variant", "method", "changes", "noise")}
+        row |= {name: point[name] for name in ("label", "step", "blend")}
+        row["seeds"] = [result["seed"] for result, _ in group]
+        by_seed = [values(point) for _, point in group]
+        row["figures"] = {
+            name: list(stats.interval(*zip(*(seed[name] for seed in by_seed), strict=True)))
+            for name in by_seed[0]
+            if all(name in seed for seed in by_seed)
         }
-        made.append(
-            {
-                "variant": variant,
-                "method": first["result"]["method"],
-                "changes": first["result"]["changes"],
-                "noise": noise,
-                "label": label,
-                "step": first["step"],
-                "blend": first["blend"],
-                "seeds": [point["result"]["seed"] for point in points],
-                "figures": figures,
-            }
-        )
+        made.append(row)
     return made
 
 
-def paired_tests(
-    results: list[dict[str, Any]], reference: str = "qadapter"
-) -> list[dict[str, Any]]:
+def paired_tests(results: list[Record], reference: str = "qadapter") -> list[Record]:
     """The reference less every other method, as trained, with the usual settings and without
     noise, on the seeds of both."""
-    groups = {
-        variant: {point["result"]["seed"]: values(point) for point in points}
-        for (variant, noise, label), points in _grouped(results).items()
-        if noise == 0 and label == TRAINED and not points[0]["result"]["changes"]
+    by_method = {
+        group[0][0]["variant"]: {result["seed"]: values(point) for result, point in group}
+        for group in _by_policy([r for r in results if not r["noise"] and not r["changes"]])
+        if group[0][1]["label"] == TRAINED
     }
-    own = groups.get(reference, {})
-    made: list[dict[str, Any]] = []
-    for variant, other in groups.items():
+    own = by_method.pop(reference, {})
+    made: list[Record] = []
+    for variant, other in by_method.items():
         seeds = sorted(own.keys() & other.keys())
-        if variant == reference or not seeds:
-            continue
-        for name in own[seeds[0]]:
-            if name not in TESTED and not name.startswith("wins "):
-                continue
-            if not all(name in side[seed] for side in (own, other) for seed in seeds):
-                continue
-            sides = [[_per_item(*side[seed][name]) for seed in seeds] for side in (own, other)]
-            difference = stats.paired(*sides)
-            made.append(
-                {"against": variant, "figure": name, "seeds": seeds, **difference._asdict()}
-            )
+        for name in own[seeds[0]] if seeds else ():
+            tested = name in TESTED or name.startswith("wins ")
+            if tested and all(name in side[seed] for side in (own, other) for seed in seeds):
+                sides = [[_per_item(side[seed][name]) for seed in seeds] for side in (own, other)]
+                difference = stats.paired(*sides)._asdict()
+                made.append({"against": variant, "figure": name, "seeds": seeds, **difference})
     for name in dict.fromkeys(test["figure"] for test in made):
         family = [test for test in made if test["figure"] == name]
-        adjusted = stats.holm([test["p"] for test in family])
-        for test, p in zip(family, adjusted, strict=True):
+        for test, p in zip(family, stats.holm([test["p"] for test in family]), strict=True):
             test["p_holm"] = p
     return made
 
 
-def _per_item(items: list[float], weights: list[float] | None) -> list[float]:
-    if weights is None:
-        return items
-    return [value / weight for value, weight in zip(items, weights, strict=True)]
+def _per_item(figure: Values) -> list[float]:
+    return [value / weight for value, weight in zip(*figure, strict=True)]
 
 
-def cost(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def cost(results: list[Record]) -> list[Record]:
     """The least over a method's runs: what else ran on the machine only adds.
 
     Of the runs with the most threads alone, since fewer are slower; without those with noise or
     changed settings, whose base passes are cached.
     """
+    by_method: dict[str, list[Record]] = {}
+    for result in results:
+        if not result["changes"] and not result["noise"]:
+            by_method.setdefault(result["variant"], []).append(result["training"])
     made = []
-    plain_runs = [r for r in results if not r["changes"] and not r["noise"]]
-    for variant in dict.fromkeys(r["variant"] for r in plain_runs):
-        own = [r["training"] for r in plain_runs if r["variant"] == variant]
-        threads = max(t["threads"] for t in own)
-        own = [t for t in own if t["threads"] == threads]
-        made.append(
-            {
-                "variant": variant,
-                "runs": len(own),
-                "threads": threads,
-                "seconds_per_pair": min(t["seconds_per_pair"] for t in own),
-                "peak_mib": min(t["peak_mib"] for t in own),
-            }
-        )
+    for variant, trained in by_method.items():
+        threads = max(t["threads"] for t in trained)
+        own = [t for t in trained if t["threads"] == threads]
+        row = {"variant": variant, "runs": len(own), "threads": threads}
+        made.append(row | {n: min(t[n] for t in own) for n in ("seconds_per_pair", "peak_mib")})
     return made
 
 
-def base_figures(study: Study) -> dict[str, Any]:
+def base_figures(study: Study) -> Record:
     record = study.base_record
-    figures = {
-        "in_order": list(stats.interval([record["pairs"]["in_order"]])),
-        "words": list(stats.interval([[float(len(a.split())) for a in record["answers"]]])),
+    items = {
+        "in_order": record["pairs"]["in_order"],
+        "words": [float(len(answer.split())) for answer in record["answers"]],
     }
     if study.data.rule is not None:
-        follows = [float(study.data.rule(answer)) for answer in record["answers"]]
-        figures["follows"] = list(stats.interval([follows]))
+        items["follows"] = [float(study.data.rule(answer)) for answer in record["answers"]]
     return {
-        "figures": figures,
+        "figures": {name: list(stats.interval([values])) for name, values in items.items()},
         "asked": record["asked"],
         "right": record["right"],
         "kept": len(record["kept"]),
     }
 
 
-def judges(study: Study) -> list[dict[str, Any]]:
+def judges(study: Study) -> list[Record]:
     return [
         {
             "judge": report["judge"],
@@ -181,25 +141,22 @@ def judges(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def _about(study: Study) -> dict[str, Any]:
-    about = files.read_json(study.output / "study.json")
+def _about(study: Study) -> Record:
+    lists = ("heldout", "prompts", "unrelated", "questions")
     return {
-        **about["what"],
-        "set": {**plain(asdict(study.set)), "usual": study.set.usual},
-        "environment": about["environment"],
+        **study.about["what"],
+        "set": {**asdict(study.set), "usual": study.set.usual},
+        "environment": study.about["environment"],
         "counts": {
             "train": len(study.data.train),
-            "heldout": len(study.heldout),
-            "prompts": len(study.prompts),
-            "unrelated": len(study.unrelated),
-            "questions": len(study.questions),
+            **{name: len(getattr(study, name)) for name in lists},
         },
     }
 
 
 def summarise_sweep(
-    study: Study, results: list[dict[str, Any]], method: str, kls: Sequence[float]
-) -> dict[str, Any]:
+    study: Study, results: list[Record], method: str, kls: Sequence[float]
+) -> Record:
     """The same of settings of a method against each other."""
     return {
         "benchmark": "quality_sweep",
@@ -212,10 +169,10 @@ def summarise_sweep(
 
 def summarise(
     study: Study,
-    results: list[dict[str, Any]],
+    results: list[Record],
     missing: dict[str, str],
-    decode: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    decode: Record | None = None,
+) -> Record:
     """Everything that the report needs; holds figures alone, no text of the data."""
     return {
         "benchmark": "quality",

@@ -8,29 +8,26 @@ What is compared is the frontier of a setting, not its one trained point: each i
 strengths, and its gain and accuracy are read off at the same forgetting.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks.bench import grid
 from benchmarks.quality import matched
 from benchmarks.quality.settings import Run
 from qadapter import files
 
-AT_KL = {"gain": "gain", "accuracy": "accuracy", "nll_change": "nll"}
-
 
 def combinations(vary: Sequence[str]) -> list[dict[str, Any]]:
     """NAME=VALUE,VALUE,... -> every choice of one value each."""
-    axes = []
+    axes = {}
     for text in vary:
         name, found, values = text.partition("=")
         if not found or not name or not all(values.split(",")):
             raise ValueError(f"--vary: expected NAME=VALUE,VALUE,..., got {text!r}")
-        axes.append([(name, value_of(value)) for value in values.split(",")])
-    return [dict(choice) for choice in itertools.product(*axes)]
+        axes[name] = [value_of(value) for value in values.split(",")]
+    return grid(**axes)
 
 
 def value_of(text: str) -> Any:
@@ -63,32 +60,26 @@ def at_kl(rows: list[dict[str, Any]], kl: float, figure: str) -> float | None:
     return float(matched.read_off(kl, kls, values, None if figure == "accuracy" else 0.0))
 
 
-def table(rows: list[dict[str, Any]], kls: Sequence[float]) -> str:
-    """A line a variant, the best gain at the middle KL first."""
+def middle(kls: Sequence[float]) -> float:
+    return kls[len(kls) // 2]
+
+
+def compared(rows: list[dict[str, Any]], kls: Sequence[float]) -> list[dict[str, Any]]:
+    """A row a variant, the best gain at the middle KL first: figures as trained and at each KL."""
     variants: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["label"] == "trained" or row["label"].startswith("strength"):
+        if not row["label"].startswith("step"):
             variants.setdefault(row["variant"], []).append(row)
-    middle = kls[len(kls) // 2]
-
-    def rank(variant: str) -> float:
-        gain = at_kl(variants[variant], middle, "gain")
-        return float("-inf") if gain is None else gain
-
-    header = ["setting", "seeds", "accuracy", "gain", "KL", "nll change"]
-    header += [f"{name} at KL {kl:g}" for kl in kls for name in AT_KL.values()]
-    lines = []
-    for variant in sorted(variants, key=rank, reverse=True):
-        own = variants[variant]
+    made = []
+    for own in variants.values():
         trained = next(row for row in own if row["label"] == "trained")
         changes = ", ".join(f"{name} {value}" for name, value in trained["changes"].items())
-        cells = [changes or "as usual", str(len(trained["seeds"]))]
-        for name in ("accuracy", "gain", "kl", "nll_change"):
-            mean, low, high = trained["figures"][name]
-            cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-        for kl in kls:
-            for figure in AT_KL:
-                value = at_kl(own, kl, figure)
-                cells.append("" if value is None else f"{value:.3f}")
-        lines.append(cells)
-    return harness.table(header, lines)
+        at = {f"{name} at {kl:g}": at_kl(own, kl, name) for kl in kls for name in matched.FIGURES}
+        made.append({"name": changes or "as usual", "seeds": len(trained["seeds"])})
+        made[-1] |= {**trained["figures"], **at}
+
+    def rank(row: dict[str, Any]) -> float:
+        gain = row[f"gain at {middle(kls):g}"]
+        return float("-inf") if gain is None else gain
+
+    return sorted(made, key=rank, reverse=True)

@@ -6,6 +6,7 @@ log-likelihood per token; DPO and IPO are TRL's `DPOTrainer`, "dpo_own" DPO's lo
 `QAdapterTrainer`.
 """
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -15,18 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from benchmarks import harness
+from benchmarks.quality.data import Row, dataset
 from benchmarks.quality.settings import TRL, Settings
 from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
 from qadapter.model.wrapping import load_base
 from qadapter.text.collator import collate_sequences
 from qadapter.text.tokenization import pad_token_id
 
-Row = dict[str, Any]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CHOSEN = ("prompt_ids", "chosen_ids", "chosen_truncated")
 Weights = dict[str, torch.Tensor]
 
 
@@ -39,10 +41,11 @@ class Trained:
     """``weights`` of the LoRA by step; ``log`` is what the trainer logged."""
 
     weights: dict[int, Weights]
-    log: list[dict[str, float]]
     seconds: float
     seconds_per_pair: float
     peak_mib: float
+    threads: int
+    log: list[dict[str, float]]
 
 
 def lora_config(settings: Settings) -> LoraConfig:
@@ -67,7 +70,7 @@ def composition(method: str, settings: Settings) -> dict[str, float]:
 
 def new_model(base: str, settings: Settings, **values: float) -> QAdapterModel:
     """The base with a LoRA whose start depends on the seed alone."""
-    loaded = load_base(base, "auto", {}).to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_base(base, "auto", {}).to(DEVICE)
     set_seed(settings["seed"])
     return QAdapterModel.from_base(loaded, lora_config=lora_config(settings), **values)
 
@@ -88,13 +91,15 @@ def train(
     ``base_cache``: where Q-Adapter and DPO by its step keep and find what the base contributes.
     """
     watch = _Watch({*checkpoints, settings["steps"]}, on_step)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    common = {"train_dataset": dataset(rows), "processing_class": tokenizer, "callbacks": [watch]}
     with tempfile.TemporaryDirectory() as folder:
-        make = _trl if method in TRL else _own
-        trainer = make(method, settings, base, tokenizer, rows, replay, folder, watch, base_cache)
+        if method in TRL:
+            trainer = _trl(method, settings, base, folder, common)
+        else:
+            trainer = _own(method, settings, base, folder, common, replay, base_cache)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
-        with harness.peak_memory(device) as peak:
+        with harness.peak_memory(DEVICE) as peak:
             trainer.train()
         seconds = time.perf_counter() - started
     # The first step also warms up.
@@ -105,7 +110,8 @@ def train(
         if "loss" in line
     ]
     per_pair = statistics.median(steps) / settings["batch"]
-    return Trained(watch.weights, log, seconds, per_pair, peak.mebibytes)
+    threads = torch.get_num_threads()
+    return Trained(watch.weights, seconds, per_pair, peak.mebibytes, threads, log)
 
 
 class _Watch(TrainerCallback):
@@ -126,8 +132,7 @@ class _Watch(TrainerCallback):
         # From end to end, so that loading a batch counts.
         self.seconds.append(time.perf_counter() - self.last)
         if state.global_step in self.wanted:
-            peft_model = getattr(model, "peft_model", model)
-            weights = get_peft_model_state_dict(peft_model)
+            weights = get_peft_model_state_dict(getattr(model, "peft_model", model))
             self.weights[state.global_step] = {
                 name: value.detach().clone().cpu() for name, value in weights.items()
             }
@@ -140,15 +145,12 @@ def _arguments(settings: Settings, folder: str) -> dict[str, Any]:
     if batch % micro:
         raise ValueError(f"micro_batch: expected a divisor of batch {batch}, got {micro}")
     return {
+        **{n: settings[n] for n in ("learning_rate", "warmup_steps", "max_length", "seed")},
         "output_dir": folder,
         "max_steps": settings["steps"],
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": batch // micro,
-        "learning_rate": settings["learning_rate"],
-        "warmup_steps": settings["warmup_steps"],
         "lr_scheduler_type": "linear",
-        "max_length": settings["max_length"],
-        "seed": settings["seed"],
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -161,25 +163,15 @@ def _own(
     method: str,
     settings: Settings,
     base: str,
-    tokenizer: Any,
-    rows: list[Row],
-    replay: list[Row],
     folder: str,
-    watch: _Watch,
+    common: dict[str, Any],
+    replay: list[Row],
     base_cache: str | None,
-) -> Any:
+) -> QAdapterTrainer:
     model = new_model(base, settings, **composition(method, settings))
-    columns = ("prompt", "chosen", "rejected")
-    common: dict[str, Any] = {
-        "model": model,
-        "train_dataset": Dataset.from_list([{c: row[c] for c in columns} for row in rows]),
-        "processing_class": tokenizer,
-        "callbacks": [watch],
-    }
     arguments = {**_arguments(settings, folder), "drop_long_prompts": True}
     if method in ("sft", "replay"):
-        args = QAdapterConfig(**arguments)
-        return _SftTrainer(replay if method == "replay" else [], args=args, **common)
+        return _SftTrainer(replay, model=model, args=QAdapterConfig(**arguments), **common)
     if method == "dpo_own":
         loss = {"reg_coef": 0.0, "bt_scale": settings["beta"], "length_norm": "none"}
     else:
@@ -187,31 +179,20 @@ def _own(
         loss = {name: settings[name] for name in names}
     if base_cache is not None and model.alpha_0 == model.center:
         arguments |= {"precompute_base": True, "base_cache_dir": base_cache}
-    args = QAdapterConfig(**arguments, **loss)
-    return QAdapterTrainer(args=args, **common)
+    return QAdapterTrainer(model=model, args=QAdapterConfig(**arguments, **loss), **common)
 
 
 class _SftTrainer(QAdapterTrainer):
     """The negative log-likelihood of the chosen responses (and of replayed ones) per token."""
 
     def __init__(self, replay: list[Row], **kwargs: Any) -> None:
-        pad, self._replay, self._turn = pad_token_id(kwargs["processing_class"]), replay, 0
+        pad, in_turns = pad_token_id(kwargs["processing_class"]), itertools.cycle(replay)
 
         def collate(features: list[Row]) -> dict[str, torch.Tensor]:
-            sequences = [
-                (list(f["prompt_ids"]), list(f["chosen_ids"]), bool(f["chosen_truncated"]))
-                for f in features
-            ]
-            for _ in features if self._replay else ():
-                sequences.append(self._next_replayed())
-            return collate_sequences(sequences, pad)
+            rows = [*features, *itertools.islice(in_turns, len(features))]
+            return collate_sequences([tuple(row[name] for name in CHOSEN) for row in rows], pad)
 
         super().__init__(data_collator=collate, **kwargs)
-
-    def _next_replayed(self) -> tuple[list[int], list[int], bool]:
-        row = self._replay[self._turn % len(self._replay)]
-        self._turn += 1
-        return list(row["prompt_ids"]), list(row["chosen_ids"]), bool(row["chosen_truncated"])
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -225,17 +206,7 @@ class _SftTrainer(QAdapterTrainer):
         return (loss, values) if return_outputs else loss
 
 
-def _trl(
-    method: str,
-    settings: Settings,
-    base: str,
-    tokenizer: Any,
-    rows: list[Row],
-    replay: list[Row],
-    folder: str,
-    watch: _Watch,
-    base_cache: str | None,
-) -> Any:
+def _trl(method: str, settings: Settings, base: str, folder: str, common: dict[str, Any]) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         from trl import DPOConfig, DPOTrainer
@@ -251,13 +222,6 @@ def _trl(
         beta=settings["beta"],
         loss_type=[{"dpo": "sigmoid", "ipo": "ipo"}[method]],
     )
-    columns = ("prompt", "chosen", "rejected")
-    loaded = load_base(base, "auto", {})
-    return DPOTrainer(
-        model=loaded,
-        args=args,
-        train_dataset=Dataset.from_list([{c: row[c] for c in columns} for row in rows]),
-        processing_class=tokenizer,
-        peft_config=lora_config(settings),  # TRL seeds just before it makes the LoRA
-        callbacks=[watch],
-    )
+    # TRL seeds just before it makes the LoRA.
+    model, lora = load_base(base, "auto", {}), lora_config(settings)
+    return DPOTrainer(model=model, args=args, peft_config=lora, **common)

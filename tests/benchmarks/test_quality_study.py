@@ -15,6 +15,7 @@ from tests.tiny_text import preference_rows
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import recording
+from benchmarks import report as pages
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import data, decode_cost, report, score, study, summary, train
 from benchmarks.quality.settings import METHODS, QUICK, changed
@@ -188,7 +189,7 @@ def test_more_seeds_and_methods_go_on_in_the_same_folder(call, tmp_path, monkeyp
     assert {tuple(row["seeds"]) for row in rows} == {(0, 1)}
 
 
-def test_noise_pictures_and_report(call, tmp_path):
+def test_noise_pictures_and_report(call, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     options = [
         "--change",
@@ -210,7 +211,10 @@ def test_noise_pictures_and_report(call, tmp_path):
     names = [*report.TABLES, "quality_short"]
     marks = [f"<!-- table:{name} -->\n<!-- /table -->\n" for name in names]
     (docs / "quality.md").write_text("# Quality\n\n" + "\n".join(marks))
-    written = report.write(path.parent, docs, docs / "quality.md")
+    (tmp_path / "README.md").write_text("# Q-Adapter\n")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", path.parent)
+    assert command.main(["report"]) == 0
     page = (docs / "quality.md").read_text()
     assert page.count("<!-- /table -->") == len(names)
     assert "50% flipped" in page and "strength 0.5" in page and "beta 0.3" in page
@@ -219,11 +223,12 @@ def test_noise_pictures_and_report(call, tmp_path):
     record = json.loads(path.read_text())
     assert {test["against"] for test in record["tests"]} == {"sft", "dpo_own"}
     assert {row["noise"] for row in record["matched"]} == {0.0, 0.5}
-    pictures = {picture.name for picture in written if picture.suffix == ".png"}
+    pictures = {picture.name for picture in docs.glob("*.png")}
     assert pictures == {f"quality-tiny-{name}.png" for name in ("frontier", "learning", "noise")}
     assert min((docs / name).stat().st_size for name in pictures) > 10_000
-    with pytest.raises(ValueError, match=r"no quality-\*.json"):
-        report.write(tmp_path / "nothing", docs)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path / "nothing")
+    assert command.main(["report"]) == 2
+    assert "no quality-*.json" in capsys.readouterr().err
 
 
 def test_a_sweep_is_resumed_and_compares_variants(call, tmp_path, monkeypatch):
@@ -286,8 +291,7 @@ def test_decoding_is_timed_to_the_last_token(base, tmp_path, files_of, monkeypat
 
 
 def test_an_untouched_policy_is_right_half_the_time():
-    point = {"pairs": {"gain": [0.0, 1.0, -1.0]}}
-    assert summary._accuracy(point)[0] == [0.5, 1.0, 0.0]
+    assert summary.accuracy([0.0, 1.0, -1.0]) == [0.5, 1.0, 0.0]
 
 
 def test_costs_are_of_runs_that_pass_the_base():

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks import plots, report, report_suite
+from benchmarks import plots, plotting, report, report_suite, report_training, tables
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- table:(\w+) -->.*?<!-- /table -->", re.S)
@@ -54,9 +54,8 @@ def copied(tmp_path, monkeypatch):
     shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "docs").mkdir()
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
-    for module in (report, plots):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     return tmp_path
 
 
@@ -84,6 +83,48 @@ def test_a_result_that_changes_makes_the_page_stale(copied):
             row["ms"]["median"] *= 3
     path.write_text(json.dumps(record))
     assert report.stale() == [copied / "README.md"]
+
+
+def test_a_table_has_a_column_each_and_nothing_where_nothing_is():
+    rows = tables.frame(
+        [
+            {"who": "a", "ms": {"median": 1234.5, "p20": 1, "p80": 2}, "share": 0.5, "n": 3},
+            {"who": "b", "ms": {"median": 2.0, "p20": 1, "p80": 3}, "share": None},
+            {"who": "c", "missing": "left out"},
+        ]
+    )
+    columns = [("", "who"), ("ms", tables.spread(1)), ("share", "share", "{:.0%}")]
+    columns += [("twice", lambda row: 2 * row["n"], "{:g}"), ("none", "no such field")]
+    assert tables.table(rows, columns).splitlines() == [
+        "|   |                ms | share | twice | none |",
+        "|--:|------------------:|------:|------:|-----:|",
+        "| a | 1,234.5 (1.0-2.0) |   50% |     6 |      |",
+        "| b |     2.0 (1.0-3.0) |       |       |      |",
+    ]
+
+
+def test_competitors_side_by_side():
+    case = [("bf16", "ours"), ("fp32", "ours"), ("fp32", "eager"), ("bf16", "compile")]
+    rows = tables.frame({"dtype": d, "who": w, "ms": i} for i, (d, w) in enumerate(case))
+    wide = tables.beside(rows, ("dtype",))
+    columns = [("", "dtype"), *((who, f"{who} ms", "{:g}") for who in ("ours", "eager"))]
+    lines = [
+        [c.strip() for c in line.split("|")] for line in tables.table(wide, columns).split("\n")
+    ]
+    assert lines[2:] == [["", "bf16", "0", "", ""], ["", "fp32", "1", "2", ""]]
+    assert list(tables.beside(rows, ("dtype",), ["eager"])["dtype"]) == ["fp32"]
+    assert tables.beside(rows, ("dtype",), ["QuACK"]).empty
+
+
+def test_who_is_left_out_everywhere_or_somewhere():
+    rows = [
+        {"who": "a", "mode": "x", "missing": "no GPU"},
+        {"who": "a", "mode": "y", "missing": "no GPU"},
+        {"who": "b", "mode": "y", "missing": "no place"},
+        {"who": "b", "mode": "x"},
+    ]
+    assert tables.left_out(rows, "mode") == "- a: no GPU.\n- b (y): no place."
+    assert tables.left_out(rows[3:], "mode") == ""
 
 
 def row(who, median, error, peak, **more):
@@ -136,12 +177,68 @@ def context_record():
 
 
 def test_contexts_as_table_and_plot(tmp_path):
-    text = report_suite.context(context_record())
+    text = report_training.context(context_record())
     lines = [
         [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
     ]
     assert lines[0] == ["MiB", "ours", "released"]
     assert lines[2:] == [["64", "96", "none"], ["512", "at least 2,048", ""]]
     assert "- TRL DPO: left out." in text
-    plots.draw_context(context_record(), tmp_path / "context.png")
+    plotting.save(plots.context(context_record()), tmp_path / "context.png")
     assert (tmp_path / "context.png").read_bytes()[1:4] == b"PNG"
+
+
+def cells(table):
+    """Of a Markdown table, its header and ruler left out."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
+def committed(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}-cpu.json").read_text())
+
+
+def medians(name, **case):
+    """who -> median of the rows of one case."""
+    rows = [r for r in committed(name)["rows"] if case.items() <= r.items() and "ms" in r]
+    found = {row["who"]: row["ms"]["median"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_the_speed_in_short_is_narrow_and_of_the_results():
+    text = report.content("speed")
+    assert max(map(len, text.splitlines())) <= 100
+    machine = committed("train_step")["environment"]
+    assert text.startswith(f"{machine['cpu']}, {machine['threads']} threads")
+    step, cached, hidden, logits, token, draw = cells(text)
+    rows = committed("train_step")["rows"]
+
+    def mean(way):
+        return sum(row[f"{way} ms"]["median"] for row in rows) / len(rows)
+
+    for line, way in ((step, "ours"), (cached, "cached")):
+        assert line[1] == f"{mean(way) / 1e3:.2f} s"
+        assert line[2] == f"{max(row[f'{way} peak MiB'] for row in rows):.0f}"
+        assert line[3:5] == ["TRL's DPO", f"{mean('TRL DPO') / mean(way):.1f}x"]
+        assert line[5] == f"{max(row['TRL DPO peak MiB'] for row in rows):.0f}"
+    who = medians("linear", dtype="bf16", d=576, v=49152, mode="uncached")
+    assert hidden[0] == "loss, hidden states, bf16 576 x 49,152"
+    assert hidden[1] == f"{who['qadapter']:.0f} ms"
+    assert hidden[4] == f"{who['compile'] / who['qadapter']:.1f}x"
+    who = medians("logits", dtype="bf16", op="loss+backward")
+    assert logits[1] == f"{who['qadapter']:.1f} ms"
+    assert logits[4] == f"{who['compile'] / who['qadapter']:.1f}x"
+    who = medians("decode", batch=8, mode="sampled", lora="all")
+    assert token[1] == f"{who['two streams']:.1f} ms"
+    assert token[3:5] == ["two forwards", f"{who['naive'] / who['two streams']:.1f}x"]
+    case = {"streams": "two", "logits": "peaked", "filters": "top-k, top-p"}
+    who = medians("sample", dtype="bf16", b=8, v=49152, **case)
+    assert draw[1] == f"{who['qadapter cpp']:.3f} ms"
+    assert draw[3:5] == ["transformers", f"{who['transformers'] / who['qadapter cpp']:.1f}x"]
+
+
+def test_the_speed_in_short_of_nothing_is_said_to_be_missing(copied):
+    for path in (copied / "results").glob("*.json"):
+        path.unlink()
+    assert report.content("speed") == "Not measured yet."

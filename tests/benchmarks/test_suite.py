@@ -24,6 +24,7 @@ from benchmarks import (
     bench_train_step,
     compare,
     harness,
+    linear_problem,
     logits_problem,
     recording,
     sets,
@@ -357,8 +358,8 @@ def test_regression_runs_of_the_operations():
 
 
 def test_peers_that_are_missing_say_why():
-    problem = bench_linear.make_problem(
-        8, 16, 50, torch.float32, "cpu", bench_linear.MODES["uncached"], 1
+    problem = linear_problem.make_problem(
+        8, 16, 50, torch.float32, "cpu", linear_problem.MODES["uncached"], 1
     )
     options = bench_linear.parse(["--quick", "--peers", "QuACK", "CCE exact", "eager"])
     rows = bench_linear.run_case(options.peers, problem, None, options)
