@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
-    """The file that ``make`` writes, in the folder that the processes of pytest-xdist share."""
+    """The file or folder that ``make`` makes, where all processes of pytest-xdist find it."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
