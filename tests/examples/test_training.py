@@ -84,7 +84,6 @@ def test_runs_as_a_script_from_any_folder(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].endswith("in 2 steps")

@@ -239,7 +239,7 @@ def test_flash_attention_gets_one_varlen_call(monkeypatch, share_prompt):
     assert model.hf_model.config._attn_implementation == name
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows=PAIRS, share=st.booleans())
 def test_collator(rows, share):
     """Every row sees the prompt and its response so far, and takes the padded collator's action."""

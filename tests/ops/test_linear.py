@@ -9,26 +9,12 @@ import pytest
 import torch
 from torch.library import opcheck
 
-import qadapter
 from qadapter import QAdapterLinearLoss, reference
 from qadapter import functional as QF
 
-LIVE = [info for info in qadapter.backends() if info.available]
-BACKENDS = [
-    pytest.param((i.name, device), id=f"{i.name}-{device}") for i in LIVE for device in i.devices
-]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")
 NAMES = ("q", "value", "base_logp", "policy_logp", "base_lse", "gradient")
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request):
-    name, device = request.param
-    if name == "triton" and device == "cpu":
-        pytest.skip("the interpreter has a test module of its own")
-    with qadapter.use_backend(name):
-        yield torch.device(device)
 
 
 def case(rows, vocab, dim, dtype=torch.float32, seed=0, size=3.0):

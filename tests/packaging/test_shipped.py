@@ -37,7 +37,7 @@ def python(code: str, cwd: Path, executable: str = sys.executable, **env: str) -
         env=clean | env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=installing.LIMIT,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()

@@ -13,7 +13,7 @@ from tests.text.chat_tokenizer import EOS, PAIR, TOKENIZER, decode
 from tests.text.tokenized_pairs import PAIRS
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pairs=PAIRS, multiple=st.sampled_from([None, 1, 4, 8]), pad=st.integers(0, 99))
 def test_rows(pairs, multiple, pad):
     batch = PreferenceCollator(pad, multiple)(pairs)
@@ -54,7 +54,7 @@ def test_rows(pairs, multiple, pad):
         assert ((mine + 1) // width == s).all()  # the action stands in the same sequence
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(pairs=PAIRS)
 def test_padding_changes_only_the_padding(pairs):
     narrow, wide = PreferenceCollator(7)(pairs), PreferenceCollator(8, 64)(pairs)

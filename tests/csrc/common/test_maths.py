@@ -10,22 +10,26 @@ import pytest
 import torch
 
 from qadapter.ops.philox import row_keys, uniform
+from tests.made_once import made_once
 
 ROOT = Path(__file__).resolve().parents[3]
 LOG2E = math.log2(math.e)
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(scope="module")
-def maths(tmp_path_factory):
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("maths") / "maths.so"
+def build(library):
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     source = Path(__file__).with_name("maths.cpp")
     command = ["c++", *flags, "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", source, "-o", library]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def maths(tmp_path_factory):
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    library = made_once(tmp_path_factory, "maths.so", build)
     loaded = ctypes.CDLL(str(library))
     loaded.mix.restype = loaded.value_of.restype = ctypes.c_float
     for name in ("draw", "share", "least", "deepest"):

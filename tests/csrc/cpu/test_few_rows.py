@@ -22,17 +22,11 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = torch.finfo(F32).eps
 
 
-@pytest.fixture(autouse=True, params=["best", "avx512", "avx2", "plain"])
-def isa(request, monkeypatch):
-    if request.param == "best":  # with bfloat16 dot products, where there are any
-        monkeypatch.delenv("QADAPTER_CPU_CAPABILITY", raising=False)
-    else:
-        monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
-        if cpp.capability() != request.param:
-            pytest.skip(f"this CPU has no {request.param}")
+@pytest.fixture(autouse=True)
+def fresh(product_isa):
+    """few_rows looks the instruction set up once."""
     forget()
-    yield request.param
-    monkeypatch.undo()
+    yield
     forget()
 
 
@@ -80,12 +74,24 @@ def test_linear_of_every_rest(dtype, dim):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_linear_is_no_worse_than_torch(dtype):
+def test_linear_is_better_than_a_sum_in_order(dtype):
+    """Against what any machine computes alike: float32 sums of one term after another.
+
+    Their n roundings are of partial sums that grow, so the error grows as n; over k partial sums it
+    is 1 / sqrt(k) of that, and no vector has fewer than 4 (0.5). In bfloat16 the last rounding is
+    nearly all of it, the same for both.
+    """
     x, weight, bias = problem(8, 300, 1536, dtype)
     exact = linear(x.double(), weight.double(), bias.double())
-    ours = (few_rows.rows_linear(x, weight, bias).double() - exact).abs().max()
-    theirs = (linear(x, weight, bias).double() - exact).abs().max()
-    assert ours <= 2 * theirs
+    in_order = bias.float().repeat(8, 1)
+    for k in range(1536):
+        in_order += x[:, k, None].float() * weight[:, k].float()
+
+    def error(result):
+        return (result.double() - exact).norm()
+
+    allowed = 0.75 if dtype == F32 else 1.001
+    assert error(few_rows.rows_linear(x, weight, bias)) <= allowed * error(in_order.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

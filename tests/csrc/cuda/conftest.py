@@ -1,21 +1,28 @@
-"""Where the CUDA kernels run: on a host, and on a GPU where there is one."""
+"""Where the CUDA kernels run: compiled for a host (`host_build`), and on a GPU if there is one."""
 
 import pytest
 import torch
 
 from qadapter.ops import cuda
 from tests.csrc.cuda import host_build
+from tests.made_once import made_once
+
+GPU, GPU_STATE = cuda.available()
 
 
-@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
-def cuda_device(request, monkeypatch):
-    """Where the CUDA C++ kernels run: compiled for a host (`host_build`), and on a GPU."""
-    if request.param == "cuda":
-        usable, reason = cuda.available()
-        if not usable:
-            pytest.skip(reason)
-        return torch.device("cuda")
+@pytest.fixture(scope="session")
+def host_operations(tmp_path_factory):
     if (reason := host_build.why_not()) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(cuda, "extension", host_build.load)
+    return host_build.load(made_once(tmp_path_factory, "cuda_host.so", host_build.build))
+
+
+@pytest.fixture
+def host(monkeypatch, host_operations):
+    monkeypatch.setattr(cuda, "extension", lambda: host_operations)
     return torch.device("cpu")
+
+
+@pytest.fixture(params=["host", *([pytest.param("cuda", marks=pytest.mark.gpu)] if GPU else [])])
+def cuda_device(request):
+    return torch.device("cuda") if request.param == "cuda" else request.getfixturevalue("host")

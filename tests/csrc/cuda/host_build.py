@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -49,18 +50,20 @@ def _compile(source: Path, out: Path) -> Path:
     return target
 
 
-@functools.cache
-def load() -> object:
-    """Compiles and loads it once; `torch.ops.qadapter_cuda_host`."""
+def build(library: Path) -> None:
     sources = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")]
     sources = [path for path in sources if path.name not in ONLY_FOR_GPUS]
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        emulator = HERE / "emulator.cpp"
-        objects = [_compile(path, out) for path in [emulator, *sorted(sources)]]
-        library = out / "cuda_host.so"
+        all_sources = [HERE / "emulator.cpp", *sorted(sources)]
+        with ThreadPool(2) as pool:
+            objects = pool.map(lambda path: _compile(path, Path(folder)), all_sources)
         paths = [f"-L{path}" for path in library_paths()]
         command = ["c++", "-shared", *objects, *paths, "-ltorch_cpu", "-lc10", "-o", library]
         subprocess.run(command, check=True)
-        torch.ops.load_library(str(library))
+
+
+@functools.cache
+def load(library: Path) -> object:
+    """`torch.ops.qadapter_cuda_host`."""
+    torch.ops.load_library(str(library))
     return torch.ops.qadapter_cuda_host

@@ -59,26 +59,24 @@ def short_name(mangled: str) -> str:
     return name.replace("qadapter::lowp::", "").replace("qadapter::cuda::", "")
 
 
-@functools.cache
-def compile_source(name: str) -> tuple[str, bytes]:
-    """(what ptxas says, the object file) for all targets."""
+def compile_source(name: str, out: Path) -> None:
+    """object.o for all targets, and what ptxas says of it in log.txt, in a new folder ``out``."""
     targets = [f"-gencode=arch={arch},code={code}" for code, arch in TARGETS.items()]
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v", "-lineinfo"]
-    source = ROOT / "csrc/cuda" / name
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "object.o")
-        command = [find_nvcc(), *flags, *targets, f"-I{ROOT / 'csrc'}", "-c", source, "-o", out]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stderr + done.stdout, out.read_bytes()
+    out.mkdir()
+    command = [find_nvcc(), *flags, *targets, f"-I{ROOT / 'csrc'}"]
+    command += ["-c", ROOT / "csrc/cuda" / name, "-o", out / "object.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (out / "log.txt").write_text(done.stderr + done.stdout)
 
 
-def resources(name: str) -> dict[str, dict[str, list[int]]]:
+def resources(compiled: Path) -> dict[str, dict[str, list[int]]]:
     """Kernel -> target -> [registers, static shared memory, stack frame, spilled bytes]."""
     found: dict[str, dict[str, list[int]]] = defaultdict(dict)
     kernel = target = ""
     stack = spilled = 0
-    for line in compile_source(name)[0].splitlines():
+    for line in (compiled / "log.txt").read_text().splitlines():
         if entry := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
             kernel, target = short_name(entry[1]), entry[2]
         elif frame := re.search(
@@ -91,13 +89,10 @@ def resources(name: str) -> dict[str, dict[str, list[int]]]:
     return dict(found)
 
 
-def accesses(name: str, cuobjdump: str) -> dict[tuple[str, str], tuple[int, int]]:
+def accesses(compiled: Path, cuobjdump: str) -> dict[tuple[str, str], tuple[int, int]]:
     """(Kernel, target) -> how many 16-byte loads and stores of global memory its SASS has."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "object.o")
-        path.write_bytes(compile_source(name)[1])
-        command = [cuobjdump, "-sass", str(path)]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [cuobjdump, "-sass", str(compiled / "object.o")]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {}
     target = kernel = ""
     for line in listing.splitlines():
@@ -113,7 +108,11 @@ def accesses(name: str, cuobjdump: str) -> dict[tuple[str, str], tuple[int, int]
 
 
 def main() -> None:
-    table = {name: resources(name) for name in SOURCES}
+    table = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in SOURCES:
+            compile_source(name, Path(folder, name))
+            table[name] = resources(Path(folder, name))
     rows = []
     for name, kernels in table.items():
         for kernel, targets in sorted(kernels.items()):

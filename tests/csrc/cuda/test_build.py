@@ -9,6 +9,7 @@ import json
 import pytest
 
 from tests.csrc.cuda import nvcc_build
+from tests.made_once import made_once
 
 NVCC = nvcc_build.find_nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc in CUDA_HOME, on PATH or /usr/local")
@@ -34,9 +35,17 @@ def test_the_table_has_every_source():
     assert {key.split(": ")[0] for key in TABLE if ": " in key} == set(nvcc_build.SOURCES)
 
 
+@pytest.fixture
+def compiled(source, tmp_path_factory):
+    def build(out):
+        nvcc_build.compile_source(source, out)
+
+    return made_once(tmp_path_factory, f"nvcc-{source}", build)
+
+
 @pytest.mark.parametrize("source", SOURCES)
-def test_compiles_for_all_targets_within_its_resources(source):
-    found = nvcc_build.resources(source)
+def test_compiles_for_all_targets_within_its_resources(source, compiled):
+    found = nvcc_build.resources(compiled)
     expected = {k.split(": ")[1]: v for k, v in TABLE.items() if k.startswith(f"{source}: ")}
     assert set(found) == set(expected)
     for kernel, targets in found.items():
@@ -52,11 +61,11 @@ def test_compiles_for_all_targets_within_its_resources(source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_streaming_kernels_use_16_byte_accesses(source):
+def test_streaming_kernels_use_16_byte_accesses(source, compiled):
     cuobjdump = nvcc_build.find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("no cuobjdump beside nvcc, in Triton or on PATH")
-    found = nvcc_build.accesses(source, cuobjdump)
+    found = nvcc_build.accesses(compiled, cuobjdump)
     assert {target for _, target in found} == TARGETS
     for (kernel, target), (loads, stores) in found.items():
         least = STREAMING.get(kernel.split("<")[0], (0, 0))

@@ -163,13 +163,23 @@ def test_small_seeds(cuda_device):
 
 @pytest.mark.parametrize("filters", [(0, 1.0, 0.0), (5, 1.0, 0.0), (7, 0.8, 0.02)])
 def test_the_distribution(cuda_device, filters):
-    """Chi-square of 4000 draws (20000 on a GPU) against the specification, at 1e-6."""
-    count = 20000 if cuda_device.type == "cuda" else 4000
+    """Chi-square of 20000 draws against the specification, at 1e-6.
+
+    On a host, which takes milliseconds a row, the draws are the torch backend's, and every 80th of
+    them is made by the kernels, too.
+    """
+    count, step = 20_000, 1 if cuda_device.type == "cuda" else 80
     q = torch.tensor([[0.0, 1.0, -1.0, 2.0, 1.0, -3.0, 0.5, -INF, 1.5, 0.2]])
     named = dict(zip(("top_k", "top_p", "min_p"), filters, strict=True))
     expected = reference.filtered_logprobs(None, q.double() * 1.25, **named)[0].exp()
     args = arguments(None, q.expand(count, -1), filters)
-    tokens = cuda.sample(*moved(args, cuda_device))[0].cpu()
+    tokens = sample_torch.sample(*args)[0]
+    some = [a[::step].contiguous() if len(a) == count else a for a in args[1:6]]
+    drawn = cuda.sample(*moved([None, *some, *args[6:]], cuda_device))[0].cpu()
+    if step == 1:
+        tokens = drawn
+    else:
+        assert torch.equal(drawn, tokens[::step])
     seen = torch.bincount(tokens, minlength=10).double()
     assert (seen[expected == 0] == 0).all()
     kept = expected > 0
@@ -179,15 +189,14 @@ def test_the_distribution(cuda_device, filters):
     assert chi2 < bound  # Wilson and Hilferty's approximation of the quantile
 
 
-def test_the_order_of_threads_does_not_matter(cuda_device, monkeypatch):
-    if cuda_device.type == "cuda":
-        pytest.skip("make cuda-sanitize")
+def test_the_order_of_threads_does_not_matter(host, monkeypatch):
+    """A missing barrier would show; on a GPU this is compute-sanitizer's task."""
     base, q = (logits("ties", 2, 1500, seed) for seed in (1, 2))
     for filters in ((0, 1.0, 0.0), (40, 0.9, 0.01), (0, 0.9, 0.0)):
         found = []
         for order in ("0", "1", "5"):
             monkeypatch.setenv("QADAPTER_EMULATOR_ORDER", order)
-            found.append(both(cuda_device, base, q, filters))
+            found.append(both(host, base, q, filters))
         assert all(torch.equal(a, b) for x in found for a, b in zip(x, found[0], strict=True))
 
 
