@@ -71,7 +71,8 @@ def test_load_all_kinds(tmp_path):
         ("a.jsonl", "", "no rows|missing"),
         ("a.json", '[\n{"chosen": 1,}]', r"a\.json, line 2: not valid JSON"),
         ("a.json", '{"chosen": 1}', "expected a list of objects, found dict"),
-        ("a.csv", "chosen,rejected\n", "unknown kind of file"),
+        ("a.xlsx", "chosen,rejected\n", "unknown kind of file"),
+        ("a.csv", "chosen,rejected\n", "no rows"),
     ],
 )
 def test_load_errors_name_the_place(tmp_path, name, text, message):
