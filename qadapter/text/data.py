@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qadapter.text.bad_rows import BadRows, RowError
-from qadapter.text.forms import TOKEN_COLUMNS, check_columns, described
+from qadapter.text.forms import FLAG_COLUMNS, TOKEN_COLUMNS, check_columns, described
 from qadapter.text.loading import load_preference_data, load_responses
 from qadapter.text.tokenization import PromptTooLongError, tokenize_preference
 
@@ -29,8 +29,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-FLAG_COLUMNS = ("chosen_truncated", "rejected_truncated")
 
 
 def prepare_dataset(

@@ -16,6 +16,7 @@ from qadapter.text.bad_rows import RowError
 from qadapter.text.messages import checked_text, message_list
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+FLAG_COLUMNS = ("chosen_truncated", "rejected_truncated")
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "system")
 """What is read of a row, beside tokens; other columns are ignored."""
 

@@ -12,6 +12,7 @@ from qadapter.text import readers
 from qadapter.text.bad_rows import BadRows, RowError
 from qadapter.text.forms import (
     COLUMNS,
+    FLAG_COLUMNS,
     OPENAI,
     PROMPTS,
     TOKEN_COLUMNS,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+READ = (*COLUMNS, *TOKEN_COLUMNS, *FLAG_COLUMNS)
 
 Source = str | Path | Sequence[str | Path]
 
@@ -107,7 +110,12 @@ def _load_named(name: str, split: str, config: str | None) -> Dataset:
             return _sliced(saved, split, name)
         return _split(dict(saved), split, name)
     try:
-        return load_dataset(str(folder) if folder.is_dir() else name, config, split=split)
+        path = str(folder) if folder.is_dir() else name
+        dataset = load_dataset(path, config, split=split)
+        if dataset.info.builder_name == "csv":
+            # pandas takes the texts None, null and NA for missing.
+            dataset = load_dataset(path, config, split=split, keep_default_na=False)
+        return dataset
     except DatasetGenerationError as error:
         raise ValueError(
             f"{name}: {error.__cause__ or error}. With the files themselves ('{name}/*.jsonl') "
@@ -192,6 +200,10 @@ def _from_files(
         parts.append(_renamed(table, columns, name))
     if len(parts) == 1:
         return parts[0]
+    read = [[c for c in part.column_names if c in (*READ, *PROMPTS, *OPENAI)] for part in parts]
+    if any(set(columns) != set(read[0]) for columns in read):
+        # What one lacks would be filled with None, which is a prompt that is to be found.
+        raise ValueError(f"{name}: the files have different columns: {read}")
     try:
         return concatenate_datasets(parts)
     except ValueError as error:
@@ -220,8 +232,9 @@ def _from_records(
         raise ValueError(f"{name}: no rows" + (f" left: {bad}" if bad.reasons else ""))
     if form:
         logger.warning("%s: the columns are taken as %s.", name, form)
+    table = _table(rows, bad, name)
     bad.log(len(rows) + bad.reasons.total(), name)
-    return _table(rows, name)
+    return table
 
 
 def _checked_record(record: Any, columns: Mapping[str, str] | None, place: str) -> dict[str, Any]:
@@ -265,11 +278,8 @@ def _check_kinds(
             )
 
 
-def _table(rows: Sequence[tuple[str, dict[str, Any]]], name: str) -> Dataset:
+def _table(rows: list[tuple[str, dict[str, Any]]], bad: BadRows, name: str) -> Dataset:
     from datasets import Dataset
-
-    # Not those of the first row only: a prompt or tools may come later.
-    columns = list(dict.fromkeys(column for _, row in rows for column in row))
 
     def table(count: int) -> Any:
         try:
@@ -277,13 +287,22 @@ def _table(rows: Sequence[tuple[str, dict[str, Any]]], name: str) -> Dataset:
         except (ValueError, TypeError, OverflowError) as error:  # pyarrow's are of these kinds
             return error
 
+    # Not those of the first row only: a prompt or tools may come later.
+    found = dict.fromkeys(column for _, row in rows for column in row)
+    columns = list(found)
     made = table(len(rows))
-    if not isinstance(made, Exception):
-        return made
-    # The first row with which it fails; halving finds it among a million in twenty tries.
-    at = bisect.bisect_left(
-        range(len(rows)), True, key=lambda i: isinstance(table(i + 1), Exception)
-    )
-    raise ValueError(
-        f"{rows[at][0]}: the row does not fit into one table with those before: {made}"
-    )
+    if isinstance(made, Exception):
+        columns = [column for column in found if column in READ]
+        made = table(len(rows))
+        if not isinstance(made, Exception):
+            left = ", ".join(column for column in found if column not in READ)
+            logger.warning("%s: left out what does not fit into a table: %s.", name, left)
+    while isinstance(made, Exception):
+        # Halving finds the first row with which it fails among a million in twenty tries.
+        fails = range(len(rows))
+        at = bisect.bisect_left(fails, True, key=lambda i: isinstance(table(i + 1), Exception))
+        text = "the row does not fit into one table with those before"
+        bad.add(RowError(rows[at][0], f"{text}: {made}", text))
+        del rows[at]
+        made = table(len(rows))
+    return made

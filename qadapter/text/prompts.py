@@ -115,7 +115,7 @@ def prompt_row(record: Any, place: str) -> PromptRow:
     # Tables fill with None what a row lacks.
     given = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
     if len(given) != 1:
-        names = "'prompt', 'messages' and 'conversations'"
+        names = "'prompt' and 'messages' (or ShareGPT's 'conversations')"
         found = ", ".join(map(str, fields)) or "none"
         wrong = f"both are there: {', '.join(given)}" if given else f"found: {found}"
         raise ValueError(f"{place}: expected one of the fields {names}; {wrong}")

@@ -194,11 +194,13 @@ def _continued(
 ) -> dict[str, list[dict[str, Any]]]:
     """Whole conversations whose responses go on with the last message of the prompt."""
     last = prompt[-1]
-    if all(messages[0]["content"].startswith(last["content"]) for messages in responses.values()):
+    firsts = [messages[0]["content"] for messages in responses.values()]
+    begun = all(first.startswith(last["content"]) for first in firsts)
+    if begun or last["content"] in firsts:
         raise RowError(
             where,
-            "the prompt ends in the beginning of an answer, and both responses begin with it too: "
-            "leave it out of the responses, which go on from there, or out of the prompt",
+            "the prompt ends in the beginning of an answer, which the responses repeat: leave it "
+            "out of them, since they go on from there, or out of the prompt",
         )
     return {
         column: [
@@ -247,14 +249,40 @@ def _warn_once(message: str) -> None:
 
 def fitting_max_length(max_length: int, config: Any) -> int:
     """``max_length``, or the number of the model's positions where that is less (said once)."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or not 0 < positions < max_length:
+    positions = _positions(config)
+    if positions is None or max_length <= positions:
         return max_length
     _warn_once(
         f"max_length={max_length} is more than the model's {positions} positions: longer texts "
         f"are cut there, as with max_length={positions}."
     )
     return positions
+
+
+def check_positions(prepared: Any, config: Any) -> None:
+    """ValueError if a row of a prepared data set is longer than the model has positions."""
+    from pyarrow import compute
+
+    positions = _positions(config)
+    if positions is None:
+        return
+    start = 0
+    for batch in prepared.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(1000):
+        prompt, *responses = (compute.list_value_length(batch[column]) for column in TOKEN_COLUMNS)
+        longest = compute.add(prompt, compute.max_element_wise(*responses))
+        for i, length in enumerate(longest.to_pylist()):
+            if length > positions:
+                raise RowError(
+                    f"row {start + i}",
+                    f"{length} tokens are more than the model's {positions} positions; prepare the "
+                    f"data with max_length={positions} or less",
+                )
+        start += len(longest)
+
+
+def _positions(config: Any) -> int | None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
