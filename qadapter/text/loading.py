@@ -252,6 +252,7 @@ def _as_pair(
     given: dict[str, Any], place: str, first: tuple[str, dict[str, Any], dict[str, Any]] | None
 ) -> dict[str, Any]:
     """The record in TRL's form; RowError also where it is text, and the first one messages."""
+    check_columns(list(given), place)
     if first is not None:
         _check_kinds(("chosen", "rejected"), given, first[1], place, first[0])
     row = pair(given, place)

@@ -141,7 +141,9 @@ def _writes_none(apply: Any) -> bool:
 
     Some templates ask whether content is None, so that it must not be "" for all of them.
     """
+    from jinja2 import UndefinedError
+
     try:
         return bool(apply(None) == apply("None"))
-    except TypeError:
+    except (TypeError, UndefinedError):
         return True

@@ -127,16 +127,17 @@ def _encode(
             "tools": _parsed(example, "tools", where) or None,
             **(_parsed(example, "chat_template_kwargs", where) or {}),
         }
+        firsts = [messages[0] for messages in responses.values()]
         going_on = is_unfinished(prompt) and all(
-            messages[0]["role"] == "assistant" and messages[0]["content"] is not None
-            for messages in responses.values()
+            first["role"] == "assistant" and first["content"] is not None for first in firsts
         )
+        answers = any(first["role"] == "assistant" for first in firsts)  # else a tool's result
         own = _template(
             tokenizer,
             prompt,
             options,
             where,
-            add_generation_prompt=not going_on,
+            add_generation_prompt=answers and not going_on,
             continue_final_message=going_on,
         )
         conversations = (
