@@ -140,7 +140,10 @@ def _split(splits: Mapping[str, Dataset], split: str, name: str) -> Dataset:
         parts = instructions.to_absolute({s: len(d) for s, d in splits.items()})
     except (ValueError, AssertionError) as error:
         raise ValueError(f"{name}: split={split!r}: {error}") from None
-    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    # `select` refuses the empty range behind the last row, so that it is made one at the first.
+    chosen = [
+        splits[part.splitname].select(range(part.from_, part.to) or range(0)) for part in parts
+    ]
     return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
