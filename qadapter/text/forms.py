@@ -162,7 +162,7 @@ def messages_from_json(value: Any, where: str, column: str) -> Any:
     try:
         content = json.loads(value)
     except json.JSONDecodeError:
-        if not all(f"'{key}':" in value for key in ("role", "content")):
+        if not any(all(f"'{key}':" in value for key in keys) for keys in MESSAGE_KEYS):
             return value
         reason = f"'{column}' holds messages in Python's notation"
         raise RowError(

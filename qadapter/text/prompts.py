@@ -93,7 +93,12 @@ def _lines(text: str, name: str) -> list[tuple[str, Any]]:
 
 
 def _read_stdin() -> list[PromptRow]:
-    records = _lines(sys.stdin.read(), "stdin")
+    try:
+        records = _lines(sys.stdin.read(), "stdin")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"stdin: not {error.encoding}: byte 0x{error.object[error.start]:02x}"
+        ) from None
     if not records:
         raise ValueError("stdin: no rows")
     if records[0][1].startswith("{"):

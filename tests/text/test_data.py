@@ -355,6 +355,28 @@ def test_prepare_dataset_errors():
         prepare_dataset(dataset.remove_columns("rejected"), TOKENIZER)
 
 
+def test_a_stream_is_tokenised_as_it_is_read(caplog):
+    rows = [
+        PAIR,
+        PAIR | {"chosen": [assistant("")]},
+        PAIR | {"prompt": [user("hello " * 60)]},
+        PAIR,
+    ]
+    dataset = datasets.Dataset.from_list(rows)
+    expected = list(prepare_dataset(dataset.select([0, 3]), TOKENIZER))
+    nameless = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    assert nameless.column_names is None
+    for stream in (dataset.to_iterable_dataset(), nameless):
+        prepared = prepare_dataset(stream, TOKENIZER, max_length=60, skip_bad_rows=True)
+        assert list(prepared) == expected
+        assert prepare_dataset(prepared, TOKENIZER) is prepared
+        for words in ("Dropped row 1: 'chosen' is empty", "Dropped row 2: the prompt has"):
+            assert words in caplog.text
+        caplog.clear()
+        with pytest.raises(ValueError, match="row 1: 'chosen' is empty"):
+            list(prepare_dataset(stream, TOKENIZER))
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_text_longer_than_the_models_positions(monkeypatch):
     monkeypatch.setattr(tokenization, "_warned", set())

@@ -146,6 +146,15 @@ def test_other_names_of_the_prompt(column, caplog):
     assert not caplog.text
 
 
+def test_the_tools_of_openais_format():
+    tokenizer = make_tokenizer(template="{{ tools | tojson }}" + TEMPLATE)
+    tools = [{"type": "function", "function": {"name": "search"}}]
+    row = PLAIN_FORMS["OpenAI"] | {"input": {"messages": [user(QUESTION)], "tools": tools}}
+    assert tokenize_preference(row, tokenizer) == tokenize_preference(
+        PAIR | {"tools": tools}, tokenizer
+    )
+
+
 def test_turns_that_both_responses_share():
     turns = [user("hello"), assistant("hello world"), user(QUESTION)]
     row = {"prompt": QUESTION, "chosen": [*turns, assistant(GOOD)]}
@@ -231,6 +240,7 @@ def test_a_tool_answers_a_call_that_ends_the_prompt():
         ({"chosen": [assistant("a \ud83d b")]}, "'chosen': message 0 has half of a"),
         ({"prompt": "a", "chosen": "b", "rejected": "\udce9"}, "'rejected' has half of a"),
         ({"prompt": "[{'role': 'user', 'content': 'what?'}]"}, "'prompt' holds messages in Py"),
+        ({"chosen": "[{'from': 'gpt', 'value': 'a'}]"}, "'chosen' holds messages in Py"),
         ({"tools": "[{"}, "'tools' is not valid JSON"),
         (SYSTEM_FORMS["in the lists only"]
          | {"prompt": [{**SYSTEM, "content": "no"}, user(QUESTION)]},

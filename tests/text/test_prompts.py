@@ -88,6 +88,9 @@ def test_tool_calls():
     # It is a whole message: the answer is another one.
     assert text.endswith("<|im_start|>assistant\n!<|im_end|>\n<|im_start|>assistant\n")
     assert "None" not in text
+    # Also where it says something before.
+    text = prompt_text(tokenizer, [*QUESTION, {**CALL, "content": "hello"}])
+    assert text.endswith("hello!<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(ValueError, match="needs a chat template"):
         prompt_text(make_tokenizer(template=None), turns)
 
