@@ -13,8 +13,24 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--adapter", required=True, help="folder of a saved adapter")
     parser.add_argument("--base-model", help="where the base is, if not where it was at training")
-    parser.add_argument("--data", required=True, help="held-out pairs: a file or a Hub id")
-    parser.add_argument("--split", default="test", help="split of a Hub data set")
+    parser.add_argument(
+        "--data", required=True, nargs="+", help="held-out pairs: files, a glob, a folder, a Hub id"
+    )
+    parser.add_argument(
+        "--split", default="test", help="split of a Hub data set, or a slice: test[:1%%]"
+    )
+    parser.add_argument("--data-config", help="configuration of a Hub data set")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="NAME=COLUMN",
+        help="columns of other names, such as prompt=question",
+    )
+    parser.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="drop and count rows that cannot be used, instead of an error",
+    )
     parser.add_argument(
         "--unrelated",
         help="pairs whose chosen responses are text that has nothing to do with the preference; "
@@ -32,20 +48,32 @@ def add_parser(commands: Any) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     from qadapter import files
-    from qadapter.text.data import load_preference_data
+    from qadapter.text.data import prepare_dataset
+    from qadapter.text.tokenization import eos_token_ids
     from qadapter.training import evaluation
 
-    data = sampling.head(load_preference_data(options.data, options.split), options.max_examples)
+    data = sampling.load_pairs(options.data, options.split, options)
+    data = sampling.head(data, options.max_examples)
     unrelated = sampling.head(evaluation.load_unrelated(options.unrelated), options.max_examples)
     folders = {sampling.FIRST: sampling.checked_folder(options.adapter)}
     model, tokenizer = sampling.load(folders, options.base_model, options.dtype)
     trained = {}
     if (Path(options.adapter) / "training_args.json").exists():
         trained = files.read_json(Path(options.adapter) / "training_args.json")
+    count = len(data)
+    if options.skip_bad_rows:
+        data = prepare_dataset(
+            data,
+            tokenizer,
+            max_length=options.max_length,
+            eos_token_ids=eos_token_ids(model, tokenizer),
+            drop_long_prompts=True,
+            skip_bad_rows=True,
+        )
     common = {"batch_size": options.batch_size, "max_length": options.max_length}
     report = {
         "adapter": str(options.adapter),
-        "data": str(options.data),
+        "data": " ".join(options.data),
         "unrelated": str(options.unrelated or "packaged"),
         "alpha_0": model.alpha_0,
         "alpha_tilde": model.alpha_tilde,
@@ -61,6 +89,7 @@ def evaluate(options: argparse.Namespace) -> int:
         ),
         "forgetting": evaluation.evaluate_forgetting(model, tokenizer, unrelated, **common),
     }
+    report["preference"]["dropped"] += count - len(data)
     if options.json:
         files.write_json(options.json, report)
     print(evaluation.table(report))

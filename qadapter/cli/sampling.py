@@ -123,6 +123,25 @@ def head(dataset: Any, count: int | None) -> Any:
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
+def load_pairs(data: list[str], split: str, options: Any) -> Any:
+    """`load_preference_data` with ``data_config``, ``columns`` and ``skip_bad_rows`` of options."""
+    from qadapter.text.data import load_preference_data
+
+    columns = {}
+    for value in options.columns or []:
+        here, found, theirs = value.partition("=")
+        if not (here and found and theirs) or here in columns:
+            raise ValueError(f"--columns: expected NAME=COLUMN, each name once, got {value!r}")
+        columns[here] = theirs
+    return load_preference_data(
+        data,
+        split,
+        config=options.data_config,
+        columns=columns or None,
+        skip_bad_rows=options.skip_bad_rows,
+    )
+
+
 def checked_folder(folder: str) -> str:
     from qadapter.model.checkpoint import is_adapter_folder
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from qadapter.cli.sampling import head
+from qadapter.cli.sampling import head, load_pairs
 
 
 @dataclass
@@ -13,9 +13,14 @@ class TrainArguments:
     """What ``qadapter train`` takes besides the fields of QAdapterConfig."""
 
     model: str = field(metadata={"help": "Hub id, folder, adapter folder, or smollm2."})
-    data: str = field(metadata={"help": "Preference pairs: .jsonl, .json, .parquet or a Hub id."})
+    data: list[str] = field(
+        metadata={
+            "help": "Preference pairs: files (.jsonl, .json, .csv, .tsv, compressed or not, "
+            ".parquet, .arrow), a glob, a folder of save_to_disk, or a Hub id."
+        }
+    )
     output: str | None = field(default=None, metadata={"help": "Folder for the adapter."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs."})
+    eval_data: list[str] | None = field(default=None, metadata={"help": "Held-out pairs."})
     preset: str = field(
         default="default",
         metadata={
@@ -23,7 +28,20 @@ class TrainArguments:
             "choices": ["default", "released"],
         },
     )
-    split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    split: str = field(
+        default="train", metadata={"help": "Split of a Hub data set, or a slice: train[:1%%]."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "The same for the held-out pairs."})
+    data_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set."}
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns of other names, such as prompt=question chosen=good."},
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Drop and count rows that cannot be used (else an error)."}
+    )
     max_examples: int | None = field(
         default=None, metadata={"help": "Use the first so many pairs."}
     )
@@ -43,7 +61,6 @@ def train(argv: Sequence[str]) -> int:
 
     from qadapter.model.checkpoint import is_adapter_folder, resolve_model
     from qadapter.model.modeling import QAdapterModel
-    from qadapter.text.data import load_preference_data
     from qadapter.training.plots import plot_training
     from qadapter.training.trainer import RELEASED_PRESET, QAdapterConfig, QAdapterTrainer
 
@@ -60,11 +77,16 @@ def train(argv: Sequence[str]) -> int:
     if options.output is None and config.output_dir in (None, "trainer_output"):
         raise ValueError("--output: give the folder for the adapter")
 
-    dataset = head(load_preference_data(options.data, options.split), options.max_examples)
-    held_out = load_preference_data(options.eval_data, "test") if options.eval_data else None
+    dataset = head(load_pairs(options.data, options.split, options), options.max_examples)
+    held_out = None
+    if options.eval_data:
+        held_out = load_pairs(options.eval_data, options.eval_split, options)
     source = resolve_model(options.model)
     lora = None if is_adapter_folder(source) else _lora_config(options)
     model = QAdapterModel.from_pretrained(source, lora_config=lora, dtype=options.dtype)
+    if options.skip_bad_rows:
+        dataset = _usable(model, config, dataset, "training")
+        held_out = held_out and _usable(model, config, held_out, "evaluation")
     trainer = QAdapterTrainer(model, config, train_dataset=dataset, eval_dataset=held_out)
     trainer.train(resume_from_checkpoint=options.resume or config.resume_from_checkpoint)
     if held_out is not None:
@@ -74,6 +96,26 @@ def train(argv: Sequence[str]) -> int:
     plot = plot_training(trainer.state.log_history, Path(config.output_dir) / "training.png")
     print(f"adapter saved to {config.output_dir}" + (f", plot {plot}" if plot else ""))
     return 0
+
+
+def _usable(model: Any, config: Any, dataset: Any, what: str) -> Any:
+    """Tokenised as the trainer does it, without the rows that it would refuse."""
+    from transformers import AutoTokenizer
+
+    from qadapter.text.data import prepare_dataset
+    from qadapter.text.tokenization import eos_token_ids
+
+    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    return prepare_dataset(
+        dataset,
+        tokenizer,
+        max_length=config.max_length,
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        drop_long_prompts=config.drop_long_prompts,
+        skip_bad_rows=True,
+        num_proc=config.dataset_num_proc,
+        desc=f"Tokenizing {what} pairs",
+    )
 
 
 def _peek(arguments: Sequence[str], option: str) -> str | None:

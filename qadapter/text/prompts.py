@@ -1,5 +1,6 @@
 """Prompts: from a file or a list of messages to token ids, padded on the left."""
 
+import contextlib
 import json
 import math
 import sys
@@ -10,11 +11,17 @@ from typing import Any
 
 import torch
 
-from qadapter.text.readers import read_json
+from qadapter.text import readers
+from qadapter.text.bad_rows import RowError
+from qadapter.text.forms import messages_from_json
+from qadapter.text.messages import checked_text, is_unfinished, message_list, render
 from qadapter.text.tokenization import pad_token_id
 
 Prompt = str | list[dict[str, Any]]
-SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+SUFFIXES = (*readers.FILE_SUFFIXES, ".txt")
+
+
+PROMPT_FIELDS = ("prompt", "messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,11 @@ class PromptRow:
 def read_prompts(path: str | Path) -> list[PromptRow]:
     """The prompts of a file, checked.
 
-    .jsonl (an object or a string a line), .json (a list of them), .txt (a prompt a line, empty
-    lines skipped), .parquet; "-" is stdin, JSON lines if the first begins with {, else text.
-    An object has ``prompt`` (text, or a list of chat messages) or
-    ``messages``, and may have ``strength`` and ``seed``; its other fields are kept.
+    .jsonl (an object or a string a line), .json (a list of them, or JSON lines), .csv and .tsv,
+    .txt (a prompt a line, empty lines skipped), all of them also compressed, .parquet, .arrow; a
+    glob; "-" is stdin, JSON lines if the first begins with {, else text. An object has ``prompt``
+    (text, or a list of chat messages), ``messages`` or ``conversations``, and may have ``strength``
+    and ``seed``; its other fields are kept. Messages may be in any form that `message_list` knows.
 
     Raises:
         FileNotFoundError: no such file.
@@ -42,23 +50,41 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
     """
     if str(path) == "-":
         return _read_stdin()
-    path = Path(path).expanduser()
-    if not path.is_file():
+    files = readers.find_files([path])
+    if files is None:
         raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-    if path.suffix == ".parquet":
-        from datasets import Dataset
+    records: list[tuple[str, Any]] = []
+    for file in files:
+        kind = readers.kind_of(file, SUFFIXES)
+        if kind in readers.TABLE_SUFFIXES:
+            from datasets import load_dataset
 
-        rows: Any = Dataset.from_parquet(str(path))
-        records = [(f"{path}, row {i}", row) for i, row in enumerate(rows, start=1)]
-    elif path.suffix == ".txt":
-        records = _lines(path.read_text(encoding="utf-8-sig"), str(path))
-    else:
-        records = read_json(path)
+            rows: Any = load_dataset(kind[1:], data_files=[str(file)], split="train")
+            records += [(f"{file}, row {i}", row) for i, row in enumerate(rows, start=1)]
+        elif kind == ".txt":
+            records += _lines(readers.read_text(file), str(file))
+        elif kind in (".csv", ".tsv"):
+            records += [(p, _parsed(row, p)) for p, row in readers.read_records(file, kind)]
+        else:
+            records += readers.read_records(file, kind)
     if not records:
         raise ValueError(f"{path}: no rows")
     return [prompt_row(record, place) for place, record in records]
+
+
+def _parsed(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """A row of a table of text: numbers and messages as such, what is left empty not there."""
+    for name in PROMPT_FIELDS:
+        if name in row:
+            row[name] = messages_from_json(row[name], place, name)
+    for name in ("strength", "seed"):
+        text = row.get(name)
+        if text == "":
+            del row[name]
+        elif text is not None:
+            with contextlib.suppress(ValueError):  # prompt_row says what is expected
+                row[name] = int(text) if name == "seed" else float(text)
+    return row
 
 
 def _lines(text: str, name: str) -> list[tuple[str, Any]]:
@@ -67,7 +93,12 @@ def _lines(text: str, name: str) -> list[tuple[str, Any]]:
 
 
 def _read_stdin() -> list[PromptRow]:
-    records = _lines(sys.stdin.read(), "stdin")
+    try:
+        records = _lines(sys.stdin.read(), "stdin")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"stdin: not {error.encoding}: byte 0x{error.object[error.start]:02x}"
+        ) from None
     if not records:
         raise ValueError("stdin: no rows")
     if records[0][1].startswith("{"):
@@ -82,22 +113,23 @@ def _read_stdin() -> list[PromptRow]:
 def prompt_row(record: Any, place: str) -> PromptRow:
     """A checked prompt from a string or an object; ``place`` is for error messages."""
     if isinstance(record, str):
-        return PromptRow(_checked_prompt(record, f"{place}: prompt"), place)
+        return PromptRow(_checked_prompt(record, place, "prompt"), place)
     if not isinstance(record, Mapping):
         raise ValueError(f"{place}: expected an object or a string, got {type(record).__name__}")
     fields = dict(record)
     # Tables fill with None what a row lacks.
-    given = [name for name in ("prompt", "messages") if fields.get(name) is not None]
+    given = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
     if len(given) != 1:
+        names = "'prompt' and 'messages' (or ShareGPT's 'conversations')"
         found = ", ".join(map(str, fields)) or "none"
-        wrong = "both are there" if given else f"found: {found}"
-        raise ValueError(f"{place}: expected one of the fields 'prompt' and 'messages'; {wrong}")
+        wrong = f"both are there: {', '.join(given)}" if given else f"found: {found}"
+        raise ValueError(f"{place}: expected one of the fields {names}; {wrong}")
     prompt = fields[given[0]]
-    for name in ("prompt", "messages"):
+    for name in PROMPT_FIELDS:
         fields.pop(name, None)
     strength, seed = fields.pop("strength", None), fields.pop("seed", None)
     return PromptRow(
-        _checked_prompt(prompt, f"{place}: {given[0]}"),
+        _checked_prompt(prompt, place, given[0]),
         place,
         None if strength is None else checked_strength(strength, f"{place}: strength"),
         None if seed is None else checked_seed(seed, f"{place}: seed"),
@@ -119,23 +151,14 @@ def checked_seed(value: Any, what: str) -> int:
     return int(value)
 
 
-def _checked_prompt(prompt: Any, what: str) -> Prompt:
+def _checked_prompt(prompt: Any, place: str, what: str) -> Prompt:
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise ValueError(f"{what}: expected some text, got an empty prompt")
-        return prompt
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"{what}: expected text or a list of messages, got {prompt!r}")
-    messages = []
-    for i, message in enumerate(prompt):
-        ok = isinstance(message, Mapping) and isinstance(message.get("role"), str)
-        if not ok or message.get("content") is None:
-            raise ValueError(
-                f"{what}: message {i} is not an object with 'role' and 'content': {message!r}"
-            )
-        messages.append({k: v for k, v in message.items() if v is not None})
+            raise RowError(place, f"{what}: expected some text, got an empty prompt")
+        return checked_text(prompt, place, what)
+    messages = message_list(prompt, place, what)
     if all(m["role"] == "system" for m in messages):
-        raise ValueError(f"{what}: expected a user's message, got only the system's")
+        raise RowError(place, f"{what}: expected a user's message, got only the system's")
     return messages
 
 
@@ -148,25 +171,28 @@ def prompt_text(
     assistant's, the answer goes on from it.
 
     Raises:
-        ValueError: the chat template refuses the messages.
+        ValueError: not messages, or the chat template refuses them.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages = message_list(
+        {"role": "user", "content": prompt} if isinstance(prompt, str) else prompt,
+        "the prompt",
+        "messages",
+    )
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     if not chat or tokenizer.chat_template is None:
-        return "\n".join(str(message["content"]) for message in messages)
-    from jinja2 import TemplateError
-
-    unfinished = messages[-1]["role"] == "assistant"
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=not unfinished,
-            continue_final_message=unfinished,
-        )
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses the messages: {error}") from None
+        if any(message["content"] is None for message in messages):
+            raise ValueError("a message that only calls tools needs a chat template")
+        return "\n".join(message["content"] for message in messages)
+    unfinished = is_unfinished(messages)
+    text: str = render(
+        tokenizer,
+        messages,
+        tokenize=False,
+        add_generation_prompt=not unfinished,
+        continue_final_message=unfinished,
+    )
+    return text
 
 
 def prompt_ids(

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from qadapter.text.bad_rows import RowError
+from qadapter.text.forms import TOKEN_COLUMNS, pair
+from qadapter.text.messages import is_unfinished, render, without_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _warned: set[str] = set()
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(RowError):
     """The prompt leaves no room for a response within ``max_length``."""
 
 
@@ -35,8 +38,9 @@ def tokenize_preference(
     Args:
         example: ``chosen`` and ``rejected``, both strings or both lists of messages (``{"role",
             "content"}``), with an explicit ``prompt`` of the same kind or an implicit one (what
-            both begin with). Optional: ``tools`` and ``chat_template_kwargs``, handed to the chat
-            template.
+            both begin with), or another form that `qadapter.text.forms` knows. Optional: ``tools``
+            and ``chat_template_kwargs``, handed to the chat template. Where the prompt ends in
+            a message of the assistant's, the responses go on with it.
         tokenizer: its chat template is used for messages.
         max_length: longest sequence (prompt and response). Longer ones lose their end.
         eos_token_ids: the ids that end a response; default is the tokenizer's. Models with several
@@ -54,7 +58,7 @@ def tokenize_preference(
     Raises:
         PromptTooLongError: the prompt has ``max_length`` tokens or more.
         ValueError: an empty response, strings and messages mixed, pairs that do not share their
-            prompt.
+            prompt, messages that the chat template refuses.
     """
     where = "the example" if index is None else f"row {index}"
     eos = _eos_ids(tokenizer, eos_token_ids)
@@ -62,29 +66,29 @@ def tokenize_preference(
         prompt_ids = list(example["prompt_ids"])
         whole = {c: prompt_ids + list(example[f"{c}_ids"]) for c in ("chosen", "rejected")}
     else:
-        prompt, chosen, rejected = _split_prompt(example, where)
-        prompt_ids, whole = _encode(
-            example, prompt, {"chosen": chosen, "rejected": rejected}, tokenizer, eos
-        )
+        row = pair(example, where)
+        responses = {column: row[column] for column in ("chosen", "rejected")}
+        prompt_ids, whole = _encode(row, row["prompt"], responses, tokenizer, eos, where)
     if not prompt_ids:
-        raise ValueError(
-            f"{where}: the prompt has no token of its own (empty, or merged with the response), "
-            "so there is no first state"
+        raise RowError(
+            where,
+            "the prompt has no token of its own (empty, or merged with the response), "
+            "so there is no first state",
         )
     if len(prompt_ids) >= max_length:
         longest = max(len(ids) for ids in whole.values())
         raise PromptTooLongError(
-            f"{where}: the prompt has {len(prompt_ids)} tokens (the whole sequence {longest}), "
+            where,
+            f"the prompt has {len(prompt_ids)} tokens (the whole sequence {longest}), "
             f"which leaves no room for a response within max_length={max_length}; "
-            "prepare_dataset(..., drop_long_prompts=True) drops such rows"
+            "prepare_dataset(..., drop_long_prompts=True) drops such rows",
+            f"the prompt leaves no room for a response within max_length={max_length}",
         )
     result: dict[str, Any] = {"prompt_ids": prompt_ids}
     for column, ids in whole.items():
         response = _end_response(ids[len(prompt_ids) :], tokenizer, eos)
         if len(response) < 2:
-            raise ValueError(
-                f"{where}: '{column}' is empty (no token before the end of the sequence)"
-            )
+            raise RowError(where, f"'{column}' is empty (no token before the end of the sequence)")
         room = max_length - len(prompt_ids)
         result[f"{column}_ids"] = response[:room]
         result[f"{column}_truncated"] = len(response) > room
@@ -102,85 +106,13 @@ def _eos_ids(tokenizer: PreTrainedTokenizerBase, given: int | Iterable[int] | No
     return ids
 
 
-def _split_prompt(example: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
-    """(prompt, chosen, rejected), all of them strings or all of them message lists."""
-    check_columns(list(example), where)
-    parts: dict[str, Any] = {c: example.get(c) for c in ("prompt", "chosen", "rejected")}
-    kinds = {
-        column: _kind(value, column, where)
-        for column, value in parts.items()
-        if column != "prompt" or value is not None
-    }
-    if len(set(kinds.values())) > 1:
-        found = ", ".join(f"'{column}' is a {kind}" for column, kind in kinds.items())
-        raise ValueError(
-            f"{where}: mixed formats: {found}. Give all as strings or all as message lists "
-            "(if 'chosen' and 'rejected' hold the whole conversation, remove the 'prompt' column)"
-        )
-    for column in ("chosen", "rejected"):
-        if _is_empty(parts[column]):
-            raise ValueError(f"{where}: '{column}' is empty")
-    if parts["prompt"] is None:
-        parts = _extract_prompt(parts["chosen"], parts["rejected"], where)
-        for column in ("chosen", "rejected"):
-            if _is_empty(parts[column]):
-                raise ValueError(f"{where}: '{column}' is empty after the prompt that both share")
-    if kinds["chosen"] == "message list":
-        if not parts["prompt"]:
-            raise ValueError(
-                f"{where}: 'chosen' and 'rejected' share no leading message, so there is no prompt"
-            )
-        for column in ("chosen", "rejected"):
-            role = parts[column][0]["role"]
-            if role not in ("assistant", "tool"):
-                raise ValueError(
-                    f"{where}: the response in '{column}' begins with a message of role '{role}'; "
-                    "both responses must follow the same prompt, and an explicit prompt must not "
-                    "be repeated in them"
-                )
-    return parts["prompt"], parts["chosen"], parts["rejected"]
-
-
-def _kind(value: Any, column: str, where: str) -> str:
-    if isinstance(value, str):
-        return "string"
-    if isinstance(value, list) and all(isinstance(m, Mapping) and "role" in m for m in value):
-        return "message list"
-    raise ValueError(
-        f"{where}: '{column}' is neither a string nor a list of messages with a role, but "
-        f"{value!r:.80}"
-    )
-
-
-def _is_empty(value: Any) -> bool:
-    if isinstance(value, str):
-        return not value
-    return not any(m.get("content") or m.get("tool_calls") for m in value)
-
-
-def _extract_prompt(chosen: Any, rejected: Any, where: str) -> dict[str, Any]:
-    """Split off the leading messages or characters that both share (a space stays outside)."""
-    # At least one character or message is left for each response.
-    limit = min(len(chosen), len(rejected)) - 1
-    n = 0
-    while n < limit and chosen[n] == rejected[n]:
-        n += 1
-    if isinstance(chosen, str):
-        if chosen == rejected:
-            raise ValueError(
-                f"{where}: 'chosen' and 'rejected' are the same text: no prompt to be told from it"
-            )
-        if n and chosen[n - 1] == " ":
-            n -= 1
-    return {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
-
-
 def _encode(
     example: Mapping[str, Any],
     prompt: Any,
     responses: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     eos: list[int],
+    where: str,
 ) -> tuple[list[int], dict[str, list[int]]]:
     if isinstance(prompt, str):
         own = _one_bos(tokenizer(prompt).input_ids, tokenizer)
@@ -191,26 +123,31 @@ def _encode(
             for c, text in responses.items()
         }
     else:
-        tools = example.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
         options = {
-            "tools": _without_none(tools) or None,
-            **(_without_none(example.get("chat_template_kwargs")) or {}),
+            "tools": _parsed(example, "tools", where) or None,
+            **(_parsed(example, "chat_template_kwargs", where) or {}),
         }
-        prompt = [_clean_message(m) for m in prompt]
-        going_on = (
-            prompt[-1]["role"] == "assistant"
-        )  # the responses continue a message that the prompt began
+        firsts = [messages[0] for messages in responses.values()]
+        going_on = is_unfinished(prompt) and all(
+            first["role"] == "assistant" and first["content"] is not None for first in firsts
+        )
+        answers = any(first["role"] == "assistant" for first in firsts)  # else a tool's result
         own = _template(
             tokenizer,
             prompt,
             options,
-            add_generation_prompt=not going_on,
+            where,
+            add_generation_prompt=answers and not going_on,
             continue_final_message=going_on,
         )
+        conversations = (
+            _continued(prompt, responses, where)
+            if going_on
+            else {c: prompt + messages for c, messages in responses.items()}
+        )
         whole = {
-            c: _template(tokenizer, prompt + [_clean_message(m) for m in messages], options)
-            for c, messages in responses.items()
+            c: _template(tokenizer, messages, options, where)
+            for c, messages in conversations.items()
         }
     n = 0
     for three in zip(own, *whole.values(), strict=False):
@@ -226,13 +163,54 @@ def _encode(
     return own[:n], whole
 
 
+def _parsed(example: Mapping[str, Any], column: str, where: str) -> Any:
+    """A column that may hold JSON as text, as all cells of a CSV file do."""
+    value = example.get(column)
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RowError(
+                where, f"'{column}' is not valid JSON: {error}", f"'{column}' is not valid JSON"
+            ) from None
+    return without_none(value)
+
+
 def _template(
-    tokenizer: PreTrainedTokenizerBase, messages: list, options: dict, **kwargs: Any
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    options: dict[str, Any],
+    where: str,
+    **kwargs: Any,
 ) -> list[int]:
-    ids = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=False, **options, **kwargs
-    )
+    try:
+        ids = render(tokenizer, messages, tokenize=True, return_dict=False, **options, **kwargs)
+    except ValueError as error:
+        raise RowError(where, str(error)) from error
     return _one_bos(ids, tokenizer)
+
+
+def _continued(
+    prompt: list[dict[str, Any]], responses: dict[str, list[dict[str, Any]]], where: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Whole conversations whose responses go on with the last message of the prompt."""
+    last = prompt[-1]
+    firsts = [messages[0]["content"] for messages in responses.values()]
+    begun = all(first.startswith(last["content"]) for first in firsts)
+    if begun or last["content"] in firsts:
+        raise RowError(
+            where,
+            "the prompt ends in the beginning of an answer, which the responses repeat: leave it "
+            "out of them, since they go on from there, or out of the prompt",
+        )
+    return {
+        column: [
+            *prompt[:-1],
+            {**last, **first, "content": last["content"] + first["content"]},
+            *others,
+        ]
+        for column, (first, *others) in responses.items()
+    }
 
 
 def _one_bos(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -264,33 +242,48 @@ def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return str(tokenizer.decode([token]))
 
 
-def _clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    # Tables fill keys that a message lacks with None; templates ask whether a key is there.
-    return {k: _without_none(v) for k, v in message.items() if v is not None or k == "content"}
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
-
-
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=3)
 
 
-def check_columns(columns: Sequence[str], place: str) -> None:
-    if set(TOKEN_COLUMNS) <= set(columns):
+def fitting_max_length(max_length: int, config: Any) -> int:
+    """``max_length``, or the number of the model's positions where that is less (said once)."""
+    positions = _positions(config)
+    if positions is None or max_length <= positions:
+        return max_length
+    _warn_once(
+        f"max_length={max_length} is more than the model's {positions} positions: longer texts "
+        f"are cut there, as with max_length={positions}."
+    )
+    return positions
+
+
+def check_positions(prepared: Any, config: Any) -> None:
+    """ValueError if a row of a prepared data set is longer than the model has positions."""
+    from pyarrow import compute
+
+    positions = _positions(config)
+    if positions is None:
         return
-    missing = [column for column in ("chosen", "rejected") if column not in columns]
-    if missing:
-        raise ValueError(
-            f"{place}: missing column(s) {', '.join(missing)}; "
-            f"found: {', '.join(columns) or 'none'}. "
-            "Preference data needs 'chosen' and 'rejected'; 'prompt' is optional"
-        )
+    start = 0
+    for batch in prepared.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(1000):
+        prompt, *responses = (compute.list_value_length(batch[column]) for column in TOKEN_COLUMNS)
+        longest = compute.add(prompt, compute.max_element_wise(*responses))
+        for i, length in enumerate(longest.to_pylist()):
+            if length > positions:
+                raise RowError(
+                    f"row {start + i}",
+                    f"{length} tokens are more than the model's {positions} positions; prepare the "
+                    f"data with max_length={positions} or less",
+                )
+        start += len(longest)
+
+
+def _positions(config: Any) -> int | None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -26,9 +26,9 @@ def test_other_kinds_of_files(tmp_path):
     rows = read_prompts(tmp_path / "a.parquet")
     assert rows[0].prompt == [{"role": "user", "content": "hello"}]
     assert [(r.strength, r.fields) for r in rows] == [(0.5, {"n": 1}), (None, {"n": 2})]
-    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.xlsx").touch()
     with pytest.raises(ValueError, match="unknown kind of file"):
-        read_prompts(tmp_path / "a.csv")
+        read_prompts(tmp_path / "a.xlsx")
     with pytest.raises(FileNotFoundError, match=r"b\.txt"):
         read_prompts(tmp_path / "b.txt")
 

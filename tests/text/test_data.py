@@ -8,6 +8,7 @@ import warnings
 import datasets
 import pytest
 from tokenizers import processors
+from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 from qadapter.text import tokenization
 from qadapter.text.data import load_preference_data, prepare_dataset
@@ -71,7 +72,8 @@ def test_load_all_kinds(tmp_path):
         ("a.jsonl", "", "no rows|missing"),
         ("a.json", '[\n{"chosen": 1,}]', r"a\.json, line 2: not valid JSON"),
         ("a.json", '{"chosen": 1}', "expected a list of objects, found dict"),
-        ("a.csv", "chosen,rejected\n", "unknown kind of file"),
+        ("a.xlsx", "chosen,rejected\n", "unknown kind of file"),
+        ("a.csv", "chosen,rejected\n", "no rows"),
     ],
 )
 def test_load_errors_name_the_place(tmp_path, name, text, message):
@@ -351,3 +353,45 @@ def test_prepare_dataset_errors():
         prepare_dataset(datasets.DatasetDict(train=dataset), TOKENIZER)
     with pytest.raises(ValueError, match=r"missing column\(s\) rejected; found: prompt, chosen"):
         prepare_dataset(dataset.remove_columns("rejected"), TOKENIZER)
+
+
+def test_a_stream_is_tokenised_as_it_is_read(caplog):
+    rows = [
+        PAIR,
+        PAIR | {"chosen": [assistant("")]},
+        PAIR | {"prompt": [user("hello " * 60)]},
+        PAIR,
+    ]
+    dataset = datasets.Dataset.from_list(rows)
+    expected = list(prepare_dataset(dataset.select([0, 3]), TOKENIZER))
+    nameless = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    assert nameless.column_names is None
+    for stream in (dataset.to_iterable_dataset(), nameless):
+        prepared = prepare_dataset(stream, TOKENIZER, max_length=60, skip_bad_rows=True)
+        assert list(prepared) == expected
+        assert prepare_dataset(prepared, TOKENIZER) is prepared
+        for words in ("Dropped row 1: 'chosen' is empty", "Dropped row 2: the prompt has"):
+            assert words in caplog.text
+        caplog.clear()
+        with pytest.raises(ValueError, match="row 1: 'chosen' is empty"):
+            list(prepare_dataset(stream, TOKENIZER))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_text_longer_than_the_models_positions(monkeypatch):
+    monkeypatch.setattr(tokenization, "_warned", set())
+    config = LlamaConfig(max_position_embeddings=40)
+    assert tokenization.fitting_max_length(40, config) == 40
+    with pytest.warns(UserWarning, match="max_length=41 is more than the model's 40 positions"):
+        assert tokenization.fitting_max_length(41, config) == 40
+    assert tokenization.fitting_max_length(10**6, BloomConfig()) == 10**6  # has no such number
+    assert tokenization.fitting_max_length(1025, GPT2Config(n_positions=1025)) == 1025
+
+    dataset = datasets.Dataset.from_list([PAIR] * 1001 + [PAIR | {"chosen": [assistant("a" * 90)]}])
+    prepared = prepare_dataset(dataset, TOKENIZER)
+    tokenization.check_positions(prepared, LlamaConfig(max_position_embeddings=200))
+    tokenization.check_positions(prepared.select(range(1001)), config)
+    with pytest.raises(ValueError, match=r"row 1001: .* tokens are more than the model's 40 posit"):
+        tokenization.check_positions(prepared, config)
+    with pytest.raises(ValueError, match="row 1: "):
+        tokenization.check_positions(prepared.select([3, 1001]), config)
