@@ -1,4 +1,4 @@
-"""The command line: run (the default), sweep, report."""
+"""The command line: run (the default), sweep."""
 
 import argparse
 import os
@@ -12,7 +12,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import datasets
 import transformers
 
-from benchmarks import report as pages
 from benchmarks.quality import data as quality_data
 from benchmarks.quality import decode_cost, matched, report, summary, sweep
 from benchmarks.quality.settings import METHODS, SETS, Run, Set, changed
@@ -25,7 +24,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command")
     run = commands.add_parser("run", help="the comparison of methods")
     search = commands.add_parser("sweep", help="settings of a method against each other")
-    commands.add_parser("report", help="as python -m benchmarks report")
     rules = ", ".join(quality_data.RULES)
     for add in (run.add_argument, search.add_argument):
         add("--set", choices=SETS, default="quick", help="default: %(default)s")
@@ -119,19 +117,9 @@ def measure(options: argparse.Namespace) -> None:
     print(f"{report.text(record)}\n\nsummary {path}")
 
 
-def rewrite_pages() -> None:
-    if not list(pages.RESULTS.glob("quality-*.json")):
-        raise ValueError(f"{pages.RESULTS}: no quality-*.json; run the study with --json first")
-    pages.main([])
-
-
 def main(argv: list[str] | None = None) -> int:
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
-        if options.command == "report":
-            rewrite_pages()
-        else:
-            measure(options)
+        measure(parse(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError) as error:
         print(f"quality: error: {error}", file=sys.stderr)
         return 2

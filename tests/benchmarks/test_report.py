@@ -44,15 +44,17 @@ def test_every_marker_is_known():
         assert len(BLOCK.findall(text)) == text.count("<!-- table:"), page
 
 
-def test_readme_has_no_figure_of_its_own():
-    assert unsupported((ROOT / "README.md").read_text()) == []
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_what_is_said_of_speed_is_in_the_results(page):
+    assert unsupported((ROOT / page).read_text()) == []
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """The pages and results in a folder that may be changed."""
-    shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "docs").mkdir()
+    for page in ("README.md", "docs/speed.md"):
+        shutil.copy(ROOT / page, tmp_path / page)
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
@@ -60,7 +62,7 @@ def copied(tmp_path, monkeypatch):
 
 
 def test_a_figure_that_no_result_holds_is_found(copied):
-    page = copied / "README.md"
+    page = copied / "docs" / "speed.md"
     text = page.read_text()
     table = text.index("<!-- table:logits -->")
     number = re.compile(r"\d+\.\dx").search(text, table)
@@ -82,7 +84,7 @@ def test_a_result_that_changes_makes_the_page_stale(copied):
         if "missing" not in row:
             row["ms"]["median"] *= 3
     path.write_text(json.dumps(record))
-    assert report.stale() == [copied / "README.md"]
+    assert report.stale() == [copied / "README.md", copied / "docs" / "speed.md"]
 
 
 def test_a_table_has_a_column_each_and_nothing_where_nothing_is():
