@@ -132,6 +132,15 @@ def tile_shape(vocab: int, vec: int, align: int) -> tuple[int, int]:
     return rows, rows // (32 * per_thread)
 
 
+def row_walk(*streams: Tensor) -> tuple[int, dict[str, int]]:
+    """How kernels walk the rows of these [N, V]: (skew, the constants of the launch)."""
+    vocab, vec = streams[0].shape[1], vector_length(streams[0].dtype)
+    align, skew = row_alignment(vec, *streams)
+    rows, warps = tile_shape(vocab, vec, align)
+    ragged = align == 2 or vocab % vec != 0
+    return skew, {"RAGGED": ragged, "ALIGN": align, "VEC": vec, "ROWS": rows, "num_warps": warps}
+
+
 def label_pointer(labels: Tensor) -> Tensor:
     """Integer labels at a 16-byte boundary: some Triton versions load misaligned int64 wrongly."""
     return labels if labels.data_ptr() % 16 == 0 else labels.clone()

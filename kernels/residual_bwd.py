@@ -21,10 +21,8 @@ from qadapter.kernels.common import (
     mix_streams,
     on_device,
     ragged_columns,
-    row_alignment,
     row_head,
-    tile_shape,
-    vector_length,
+    row_walk,
 )
 
 
@@ -131,10 +129,8 @@ def residual_bwd(
     if base_logits is None and sign != 0:
         raise ValueError("without base_logits alpha_0 must equal center")
     base = q_logits if sign == 0 or base_logits is None else base_logits
-    vec = vector_length(q_logits.dtype)
-    align, skew = row_alignment(vec, q_logits, base, grad)
-    tile, warps = tile_shape(vocab, vec, align)
-    blocks = max(1, triton.cdiv(vocab // vec, tile))
+    skew, walk = row_walk(q_logits, base, grad)
+    blocks = max(1, triton.cdiv(vocab // walk["VEC"], walk["ROWS"]))
     with on_device(q_logits.device):
         residual_bwd_kernel[(num_rows, blocks)](
             base,
@@ -153,11 +149,7 @@ def residual_bwd(
             LOG2E / alpha_tilde,
             LOG2E,
             SIGN=sign,
-            RAGGED=align == 2 or vocab % vec != 0,
-            ALIGN=align,
-            VEC=vec,
-            ROWS=tile,
-            num_warps=warps,
+            **walk,
             enable_fp_fusion=True,
         )
     return grad

@@ -35,10 +35,8 @@ from qadapter.kernels.common import (
     online_update,
     processor_count,
     ragged_columns,
-    row_alignment,
     row_head,
-    tile_shape,
-    vector_length,
+    row_walk,
 )
 from qadapter.kernels.residual_finish import finish_row, residual_fwd_merge_kernel
 
@@ -246,10 +244,8 @@ def launch(
         )
     base = q_logits if base_logits is None else base_logits  # a pointer that is never followed
     streams = [q_logits] if base_lse is not None and sign == 0 else [q_logits, base]
-    vec = vector_length(q_logits.dtype)
-    align, skew = row_alignment(vec, *streams)
-    tile, warps = tile_shape(vocab, vec, align)
-    vectors = vocab // vec
+    skew, walk = row_walk(*streams)
+    tile, vectors = walk["ROWS"], vocab // walk["VEC"]
     if splits is None:
         splits = choose_splits(num_rows, vectors, tile, processor_count(q_logits.device))
     per_split = max(1, triton.cdiv(triton.cdiv(vectors, splits), tile)) * tile
@@ -281,11 +277,7 @@ def launch(
             sign,
             *given,
             SPLIT=splits > 1,
-            RAGGED=align == 2 or vocab % vec != 0,
-            ALIGN=align,
-            VEC=vec,
-            ROWS=tile,
-            num_warps=warps,
+            **walk,
             enable_fp_fusion=True,
         )
         if splits > 1:

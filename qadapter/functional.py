@@ -347,16 +347,13 @@ def sample(
     Raises:
         ValueError: an argument that does not fit, named.
     """
-    checks.tensor("q_logits", q_logits, 2, checks.LOGIT_DTYPES)
+    checks.logits(base_logits, q_logits)
     alpha_0 = sample_ops.float_rows("alpha_0", alpha_0, q_logits)
     alpha_tilde = sample_ops.float_rows("alpha_tilde", alpha_tilde, q_logits)
     if not isinstance(alpha_tilde, Tensor):
         checks.number("alpha_tilde", alpha_tilde, above=0.0)
     center = checks.number("center", center)
-    if base_logits is not None:
-        checks.tensor("base_logits", base_logits, 2, checks.LOGIT_DTYPES)
-        checks.same("base_logits", base_logits, "q_logits", q_logits)
-    elif isinstance(alpha_0, Tensor) or alpha_0 != center:
+    if base_logits is None and (isinstance(alpha_0, Tensor) or alpha_0 != center):
         raise ValueError(
             "base_logits: may only be None where alpha_0 == center (both numbers), got None"
         )
@@ -368,10 +365,8 @@ def sample(
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
     if not 0.0 <= checks.number("min_p", min_p) <= 1.0:
         raise ValueError(f"min_p: expected a number in [0, 1], got {min_p!r}")
-    batch, vocab = q_logits.shape
-    if vocab == 0:
-        raise ValueError(f"q_logits: expected at least one column, got {tuple(q_logits.shape)}")
 
+    batch, vocab = q_logits.shape
     device = q_logits.device
     base_weight = alpha_0 - center
     no_base = not isinstance(base_weight, Tensor) and base_weight == 0

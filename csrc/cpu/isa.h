@@ -3,12 +3,21 @@
 // Vector code is written once per kernel, in a header that is included once per instruction set
 // into its own namespace (avx512, avx2, plain), between isa_begin_<set>.h and isa_end.h. Those hold
 // the compiler's target pragma, so that no file needs flags of its own and the rest of the library
-// stays runnable on the oldest CPU of the platform.
+// stays runnable on the oldest CPU of the platform. isa_each.h does all of it for a kernel of one
+// header, and QADAPTER_FOR_ISA takes what the kernel defines from the namespace of a set.
 #pragma once
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define QADAPTER_X86 1
+// GCC 12 warns some thousand times of undefined vectors that its own intrinsics make on purpose;
+// what it has to say about the code here would drown in that.
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #else
 #define QADAPTER_X86 0
 #endif
@@ -16,6 +25,13 @@
 namespace qadapter {
 
 enum class Isa : int { plain = 0, avx2 = 1, avx512 = 2 };
+
+#if QADAPTER_X86
+#define QADAPTER_FOR_ISA(isa, name) \
+  ((isa) == Isa::avx512 ? avx512::name : ((isa) == Isa::avx2 ? avx2::name : plain::name))
+#else
+#define QADAPTER_FOR_ISA(isa, name) (static_cast<void>(isa), plain::name)
+#endif
 
 // The best instruction set of the running CPU (and operating system).
 inline Isa detect_isa() {

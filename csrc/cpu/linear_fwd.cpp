@@ -96,12 +96,8 @@ const LinearKernel& kernel_for(int64_t isa, DType hidden, DType weight) {
   if (choose_bf16_dot(isa) && hidden == DType::bf16 && weight == DType::bf16) {
     return avx512_bf16::linear_kernels[w];
   }
-  const Isa best = choose_isa(isa);
-  if (best == Isa::avx512) return avx512::linear_kernels[w];
-  if (best == Isa::avx2) return avx2::linear_kernels[w];
 #endif
-  (void)isa;
-  return plain::linear_kernels[w];
+  return QADAPTER_FOR_ISA(choose_isa(isa), linear_kernels)[w];
 }
 
 Matrix matrix_of(const Tensor& t, int64_t columns) {

@@ -56,17 +56,4 @@ struct LinearKernel {
                        LinearRow* rows);
 };
 
-namespace avx512_bf16 {
-extern const LinearKernel linear_kernels[3];  // [DType of the weight]; bf16 only
-}
-namespace avx512 {
-extern const LinearKernel linear_kernels[3];
-}
-namespace avx2 {
-extern const LinearKernel linear_kernels[3];
-}
-namespace plain {
-extern const LinearKernel linear_kernels[3];
-}
-
 }  // namespace qadapter

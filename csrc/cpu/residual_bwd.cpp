@@ -25,57 +25,13 @@
 
 #include "common/contract.h"
 #include "cpu/drivers.h"
-#include "cpu/isa.h"
-#include "cpu/simd_plain.h"
 #include "cpu/tensors.h"
 
-namespace qadapter {
-namespace plain {
-#include "cpu/residual_bwd_kernel.h"
-}  // namespace plain
-}  // namespace qadapter
-
-#if QADAPTER_X86
-#include "cpu/isa_begin_avx2.h"
-#include "cpu/simd_avx2.h"
-namespace qadapter {
-namespace avx2 {
-#include "cpu/residual_bwd_kernel.h"
-}  // namespace avx2
-}  // namespace qadapter
-#include "cpu/isa_end.h"
-
-#include "cpu/isa_begin_avx512.h"
-#include "cpu/simd_avx512.h"
-namespace qadapter {
-namespace avx512 {
-#include "cpu/residual_bwd_kernel.h"
-}  // namespace avx512
-}  // namespace qadapter
-#include "cpu/isa_end.h"
-#endif
+#define QADAPTER_KERNEL "cpu/residual_bwd_kernel.h"
+#include "cpu/isa_each.h"
 
 namespace qadapter {
 namespace {
-
-const BwdTable& table_for(Isa isa, DType dtype) {
-  const int d = static_cast<int>(dtype);
-#if QADAPTER_X86
-  if (isa == Isa::avx512) return avx512::bwd_tables[d];
-  if (isa == Isa::avx2) return avx2::bwd_tables[d];
-#endif
-  (void)isa;
-  return plain::bwd_tables[d];
-}
-
-void fence_for(Isa isa) {
-#if QADAPTER_X86
-  if (isa == Isa::avx512) return avx512::bwd_fence();
-  if (isa == Isa::avx2) return avx2::bwd_fence();
-#endif
-  (void)isa;
-  plain::bwd_fence();
-}
 
 // Memory that was never touched is handed out in pages of 4 KB, each with a fault; in huge pages
 // there are 512 times fewer. Only a hint, and only for the pages wholly inside.
@@ -110,10 +66,7 @@ Tensor residual_bwd(std::optional<Tensor> base_logits, Tensor q_logits, Tensor a
   const double m = alpha_0 - center;
   const Mix mix = mix_of(m);
   const Rows q_rows(q_logits, dtype);
-  const Rows b_rows = base_logits.has_value() ? Rows(*base_logits, dtype) : Rows();
-  STD_TORCH_CHECK(!base_logits.has_value() ||
-                      (base_logits->size(0) == n && base_logits->size(1) == vocab),
-                  "qadapter: base_logits and q_logits differ in shape");
+  const Rows b_rows = base_rows(base_logits, q_logits);
   STD_TORCH_CHECK(base_logits.has_value() || mix == Mix::none,
                   "qadapter: base_logits may be missing only with m == 0");
   const int64_t* action = int64s(actions, n);
@@ -128,7 +81,8 @@ Tensor residual_bwd(std::optional<Tensor> base_logits, Tensor q_logits, Tensor a
   if (stream) ask_for_huge_pages(grad_data, static_cast<size_t>(bytes));
 
   const Isa isa = choose_isa(isa_wanted);
-  const BwdPiece run = table_for(isa, dtype).piece[static_cast<int>(mix)][stream];
+  const BwdTable& table = QADAPTER_FOR_ISA(isa, bwd_tables)[static_cast<int>(dtype)];
+  const BwdPiece run = table.piece[static_cast<int>(mix)][stream];
   const Pieces pieces(n, vocab);
   for_each_piece(pieces.count(), pieces.length, [&](int64_t piece) {
     const int64_t row = piece / pieces.per_row, first = piece % pieces.per_row * pieces.length;
@@ -150,7 +104,7 @@ Tensor residual_bwd(std::optional<Tensor> base_logits, Tensor q_logits, Tensor a
       fill_nan(to, in.length, dtype);
     } else {
       run(in);
-      if (stream) fence_for(isa);
+      if (stream) table.fence();
     }
   });
   return grad;

@@ -25,19 +25,7 @@ using BwdPiece = void (*)(const BwdColumns&);
 
 struct BwdTable {
   BwdPiece piece[3][2];  // [Mix][streaming stores]
+  void (*fence)();       // after streaming stores
 };
-
-namespace avx512 {
-extern const BwdTable bwd_tables[3];  // [DType]
-void bwd_fence();
-}  // namespace avx512
-namespace avx2 {
-extern const BwdTable bwd_tables[3];
-void bwd_fence();
-}  // namespace avx2
-namespace plain {
-extern const BwdTable bwd_tables[3];
-void bwd_fence();
-}  // namespace plain
 
 }  // namespace qadapter

@@ -3,6 +3,8 @@
 
 namespace {
 
+#include "cpu/streams_kernel.h"
+
 template <class T, Mix MIX>
 struct Gradient {
   Simd::F m, shift, minus_scale, minus_log2_sum;
@@ -17,13 +19,9 @@ struct Gradient {
 
   inline void group(const T* q, const T* base, Simd::F g[2]) const {
     Simd::F x[2], b[2];
-    Simd::load2(q, x[0], x[1]);
     if (MIX != Mix::none) Simd::load2(base, b[0], b[1]);
+    load_x<T, MIX>(q, m, b, x);
     for (int k = 0; k < 2; ++k) {
-      if (MIX != Mix::none) {
-        const Simd::F other = MIX == Mix::negative ? Simd::flip_neg_inf(b[k]) : b[k];
-        x[k] = Simd::fma(m, other, x[k]);
-      }
       g[k] = exp2.value(Simd::fma(Simd::sub(shift, x[k]), minus_scale, minus_log2_sum));
     }
   }
@@ -37,22 +35,18 @@ struct Gradient {
 
   // fewer than a group, by way of padded copies
   void part(const T* q, const T* base, T* grad, int count) const {
-    T q_pad[Simd::kGroup], b_pad[Simd::kGroup], g_pad[Simd::kGroup];
-    for (int k = 0; k < Simd::kGroup; ++k) q_pad[k] = b_pad[k] = Storage<T>::neg_inf();
-    std::memcpy(q_pad, q, count * sizeof(T));
-    if (MIX != Mix::none) std::memcpy(b_pad, base, count * sizeof(T));
-    store<false>(q_pad, b_pad, g_pad);
+    const Few<T> few(q, base, count, MIX != Mix::none);
+    T g_pad[Simd::kGroup];
+    store<false>(few.q, few.base, g_pad);
     std::memcpy(grad, g_pad, count * sizeof(T));
   }
 
   // the action's column: its two terms are added in float, then rounded once
   void action(const T* q, const T* base, T* grad, float coef_a) const {
-    T q_pad[Simd::kGroup], b_pad[Simd::kGroup], g_pad[Simd::kGroup];
-    for (int k = 0; k < Simd::kGroup; ++k) q_pad[k] = b_pad[k] = Storage<T>::neg_inf();
-    q_pad[0] = *q;
-    if (MIX != Mix::none) b_pad[0] = *base;
+    const Few<T> few(q, base, 1, MIX != Mix::none);
+    T g_pad[Simd::kGroup];
     Simd::F g[2];
-    group(q_pad, b_pad, g);
+    group(few.q, few.base, g);
     g[0] = Simd::add(g[0], Simd::set1(coef_a));
     Simd::store2<false>(g_pad, g[0], g[1]);
     *grad = g_pad[0];
@@ -97,10 +91,11 @@ template <class T>
 constexpr BwdTable bwd_table() {
   return {{{bwd_variant<T, Mix::none>(false), bwd_variant<T, Mix::none>(true)},
            {bwd_variant<T, Mix::positive>(false), bwd_variant<T, Mix::positive>(true)},
-           {bwd_variant<T, Mix::negative>(false), bwd_variant<T, Mix::negative>(true)}}};
+           {bwd_variant<T, Mix::negative>(false), bwd_variant<T, Mix::negative>(true)}},
+          &Simd::fence};
 }
 
 }  // namespace
 
+// [DType]
 const BwdTable bwd_tables[3] = {bwd_table<float>(), bwd_table<BF16>(), bwd_table<Half>()};
-void bwd_fence() { Simd::fence(); }

@@ -29,48 +29,13 @@
 
 #include "common/contract.h"
 #include "cpu/drivers.h"
-#include "cpu/isa.h"
-#include "cpu/simd_plain.h"
 #include "cpu/tensors.h"
 
-namespace qadapter {
-namespace plain {
-#include "cpu/residual_fwd_kernel.h"
-}  // namespace plain
-}  // namespace qadapter
-
-#if QADAPTER_X86
-#include "cpu/isa_begin_avx2.h"
-#include "cpu/simd_avx2.h"
-namespace qadapter {
-namespace avx2 {
-#include "cpu/residual_fwd_kernel.h"
-}  // namespace avx2
-}  // namespace qadapter
-#include "cpu/isa_end.h"
-
-#include "cpu/isa_begin_avx512.h"
-#include "cpu/simd_avx512.h"
-namespace qadapter {
-namespace avx512 {
-#include "cpu/residual_fwd_kernel.h"
-}  // namespace avx512
-}  // namespace qadapter
-#include "cpu/isa_end.h"
-#endif
+#define QADAPTER_KERNEL "cpu/residual_fwd_kernel.h"
+#include "cpu/isa_each.h"
 
 namespace qadapter {
 namespace {
-
-const FwdTable& table_for(Isa isa, DType dtype) {
-  const int d = static_cast<int>(dtype);
-#if QADAPTER_X86
-  if (isa == Isa::avx512) return avx512::fwd_tables[d];
-  if (isa == Isa::avx2) return avx2::fwd_tables[d];
-#endif
-  (void)isa;
-  return plain::fwd_tables[d];
-}
 
 struct Statistics {
   float shift;
@@ -101,10 +66,7 @@ Outputs residual_fwd(std::optional<Tensor> base_logits, Tensor q_logits, Tensor 
   const double m = alpha_0 - center;
   const Mix mix = mix_of(m);
   const Rows q_rows(q_logits, dtype);
-  const Rows b_rows = base_logits.has_value() ? Rows(*base_logits, dtype) : Rows();
-  STD_TORCH_CHECK(!base_logits.has_value() ||
-                      (base_logits->size(0) == n && base_logits->size(1) == vocab),
-                  "qadapter: base_logits and q_logits differ in shape");
+  const Rows b_rows = base_rows(base_logits, q_logits);
   STD_TORCH_CHECK(base_logits.has_value() ||
                       (mix == Mix::none && base_lse_in.has_value() && base_logp_in.has_value()),
                   "qadapter: base_logits may be missing only with m == 0 and its statistics given");
@@ -112,7 +74,8 @@ Outputs residual_fwd(std::optional<Tensor> base_logits, Tensor q_logits, Tensor 
   const float* given_logp = floats(base_logp_in, n);
   const int64_t* action = int64s(actions, n);
 
-  const FwdTable& table = table_for(choose_isa(isa), dtype);
+  const FwdTable& table =
+      QADAPTER_FOR_ISA(choose_isa(isa), fwd_tables)[static_cast<int>(dtype)];
   const bool want_base = given_lse == nullptr;
   const FwdPiece run = table.piece[static_cast<int>(mix)][want_base];
   const FwdElement x_element = table.x[static_cast<int>(mix)];

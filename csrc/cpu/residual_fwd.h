@@ -49,14 +49,4 @@ struct FwdTable {
   FwdElement plain_q;    // q alone, converted to float
 };
 
-namespace avx512 {
-extern const FwdTable fwd_tables[3];  // [DType]
-}
-namespace avx2 {
-extern const FwdTable fwd_tables[3];
-}
-namespace plain {
-extern const FwdTable fwd_tables[3];
-}
-
 }  // namespace qadapter

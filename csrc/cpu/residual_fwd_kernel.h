@@ -3,18 +3,10 @@
 
 namespace {
 
+#include "cpu/streams_kernel.h"
+
 constexpr int kBlock = 512;  // columns summed against one maximum, then checked
 constexpr int kFlush = 32;   // blocks added up in float, lane by lane, before that goes to double
-
-template <class T, Mix MIX>
-inline void load_x(const T* q, const T* base, Simd::F m, Simd::F x[2], Simd::F b[2]) {
-  Simd::load2(q, x[0], x[1]);
-  if (MIX == Mix::none) return;
-  for (int k = 0; k < 2; ++k) {
-    const Simd::F other = MIX == Mix::negative ? Simd::flip_neg_inf(b[k]) : b[k];
-    x[k] = Simd::fma(m, other, x[k]);
-  }
-}
 
 // A running pair (maximum, sum), the maximum also as a vector, part of the sum still in lanes.
 struct Running {
@@ -55,7 +47,7 @@ __attribute__((noinline)) void redo(const T* q, const T* base, int n, Simd::F m,
   Simd::F best = run.max;
   for (int j = 0; j < n; j += Simd::kGroup) {
     if (MIX != Mix::none) Simd::load2(base + j, b[0], b[1]);
-    load_x<T, MIX>(q + j, base + j, m, x, b);
+    load_x<T, MIX>(q + j, m, b, x);
     best = Simd::max_into(best, x[0]);
     best = Simd::max_into(best, x[1]);
   }
@@ -63,7 +55,7 @@ __attribute__((noinline)) void redo(const T* q, const T* base, int n, Simd::F m,
   Simd::F sum[2] = {Simd::zero(), Simd::zero()};
   for (int j = 0; j < n; j += Simd::kGroup) {
     if (MIX != Mix::none) Simd::load2(base + j, b[0], b[1]);
-    load_x<T, MIX>(q + j, base + j, m, x, b);
+    load_x<T, MIX>(q + j, m, b, x);
     run.step(exp2, x[0], sum[0]);
     run.step(exp2, x[1], sum[1]);
   }
@@ -79,7 +71,7 @@ inline void block(const T* q, const T* base, int n, Simd::F m, const Simd::Exp2&
   for (int j = 0; j < n; j += Simd::kGroup) {
     F x[2], b[2];
     if (BASE || MIX != Mix::none) Simd::load2(base + j, b[0], b[1]);
-    load_x<T, MIX>(q + j, base + j, m, x, b);
+    load_x<T, MIX>(q + j, m, b, x);
     for (int k = 0; k < 2; ++k) {
       x_grew = Simd::either(x_grew, x_run.step(exp2, x[k], x_sum[k]));
       if (BASE) b_grew = Simd::either(b_grew, b_run.step(exp2, b[k], b_sum[k]));
@@ -117,12 +109,9 @@ void fwd_piece(const FwdColumns& in, Partial& x_out, Partial& b_out) {
   if (whole > 0) block<T, MIX, BASE>(q + j, base + j, whole, m, exp2, x_run, b_run);
   j += whole;
   const int rest = static_cast<int>(in.length - j);
-  if (rest > 0) {  // padded with -inf, which adds nothing
-    T q_pad[Simd::kGroup], b_pad[Simd::kGroup];
-    for (int k = 0; k < Simd::kGroup; ++k) q_pad[k] = b_pad[k] = Storage<T>::neg_inf();
-    std::memcpy(q_pad, q + j, rest * sizeof(T));
-    if (BASE || MIX != Mix::none) std::memcpy(b_pad, base + j, rest * sizeof(T));
-    block<T, MIX, BASE>(q_pad, b_pad, Simd::kGroup, m, exp2, x_run, b_run);
+  if (rest > 0) {
+    const Few<T> few(q + j, base + j, rest, BASE || MIX != Mix::none);
+    block<T, MIX, BASE>(few.q, few.base, Simd::kGroup, m, exp2, x_run, b_run);
   }
   x_run.flush();
   b_run.flush();
@@ -132,13 +121,10 @@ void fwd_piece(const FwdColumns& in, Partial& x_out, Partial& b_out) {
 
 template <class T, Mix MIX>
 float fwd_element(const void* q, const void* base, float m) {
-  T q_pad[Simd::kGroup], b_pad[Simd::kGroup];
-  for (int k = 0; k < Simd::kGroup; ++k) q_pad[k] = b_pad[k] = Storage<T>::neg_inf();
-  std::memcpy(q_pad, q, sizeof(T));
-  if (MIX != Mix::none) std::memcpy(b_pad, base, sizeof(T));
+  const Few<T> few(static_cast<const T*>(q), static_cast<const T*>(base), 1, MIX != Mix::none);
   Simd::F x[2], b[2];
-  Simd::load2(b_pad, b[0], b[1]);
-  load_x<T, MIX>(q_pad, b_pad, Simd::set1(m), x, b);
+  Simd::load2(few.base, b[0], b[1]);
+  load_x<T, MIX>(few.q, Simd::set1(m), b, x);
   return Simd::first(x[0]);
 }
 
@@ -154,4 +140,5 @@ constexpr FwdTable fwd_table() {
 
 }  // namespace
 
+// [DType]
 const FwdTable fwd_tables[3] = {fwd_table<float>(), fwd_table<BF16>(), fwd_table<Half>()};

@@ -86,12 +86,8 @@ RowsColumns columns_for(int64_t isa, DType dtype) {
   const int d = static_cast<int>(dtype);
 #if QADAPTER_X86
   if (dtype == DType::bf16 && choose_bf16_dot(isa)) return avx512_bf16::rows_bf16;
-  const Isa best = choose_isa(isa);
-  if (best == Isa::avx512) return avx512::rows_table[d];
-  if (best == Isa::avx2) return avx2::rows_table[d];
 #endif
-  (void)isa;
-  return plain::rows_table[d];
+  return QADAPTER_FOR_ISA(choose_isa(isa), rows_table)[d];
 }
 
 // Calls f(first, end) for pieces of the columns of out. Each thread walks a slice of W from its
@@ -154,13 +150,7 @@ Tensor new_rows(const Tensor& x, int64_t o) {
 
 LoraRows lora_for(int64_t isa, DType x, DType a) {
   const int i = static_cast<int>(x), j = static_cast<int>(a);
-#if QADAPTER_X86
-  const Isa best = choose_isa(isa);
-  if (best == Isa::avx512) return avx512::lora_table[i][j];
-  if (best == Isa::avx2) return avx2::lora_table[i][j];
-#endif
-  (void)isa;
-  return plain::lora_table[i][j];
+  return QADAPTER_FOR_ISA(choose_isa(isa), lora_table)[i][j];
 }
 
 Tensor rows_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t isa) {

@@ -77,15 +77,6 @@ namespace {
 namespace qadapter {
 namespace {
 
-const SampleTable& table_for(Isa isa) {
-#if QADAPTER_X86
-  if (isa == Isa::avx512) return avx512::sample_table;
-  if (isa == Isa::avx2) return avx2::sample_table;
-#endif
-  (void)isa;
-  return plain::sample_table;
-}
-
 // The first two words of Philox4x32-10 (Salmon et al. 2011), the upper half of the counter 0.
 void philox(uint64_t key, uint64_t counter, uint32_t& w0, uint32_t& w1) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
@@ -223,11 +214,8 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
   const DType dtype = dtype_of(q_logits);
   const int64_t n = q_logits.size(0), vocab = q_logits.size(1);
   const Rows q_rows(q_logits, dtype);
-  const Rows b_rows = base_logits.has_value() ? Rows(*base_logits, dtype) : Rows();
+  const Rows b_rows = base_rows(base_logits, q_logits);
   STD_TORCH_CHECK(vocab > 0, "qadapter: expected at least one column of logits");
-  STD_TORCH_CHECK(!base_logits.has_value() ||
-                      (base_logits->size(0) == n && base_logits->size(1) == vocab),
-                  "qadapter: base_logits and q_logits differ in shape");
   const double *scales = doubles(scale, n), *weights = doubles(base_weight, n);
   const int64_t* seeds = int64s(seed, seed.numel());
   const int64_t* positions = int64s(position, position.numel());
@@ -239,7 +227,7 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
   const Filters filters{top_k < vocab ? top_k : 0, top_p, min_p};
   const bool keep_x = filters.any();
   const bool sums = filters.top_k == 0 && (top_p < 1.0 || !keep_x);
-  const SampleTable& table = table_for(choose_isa(isa));
+  const SampleTable& table = QADAPTER_FOR_ISA(choose_isa(isa), sample_table);
   const int64_t blocks = (vocab + kSampleBlock - 1) / kSampleBlock;
 
   Tensor tokens = torch::stable::new_empty(q_logits, {n}, ScalarType::Long);

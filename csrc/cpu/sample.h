@@ -42,14 +42,4 @@ struct SampleTable {
   void (*masses)(const float* x, int64_t n, float ref, float scale2, float* out);
 };
 
-namespace avx512 {
-extern const SampleTable sample_table;
-}
-namespace avx2 {
-extern const SampleTable sample_table;
-}
-namespace plain {
-extern const SampleTable sample_table;
-}
-
 }  // namespace qadapter

@@ -41,6 +41,16 @@ struct Rows {
   const char* row(int64_t i) const { return data + i * stride; }
 };
 
+// The rows of the base, which has the shape and dtype of q_logits; no data where it is missing.
+inline Rows base_rows(const std::optional<Tensor>& base_logits, const Tensor& q_logits) {
+  if (!base_logits.has_value()) return Rows();
+  const Rows rows(*base_logits, dtype_of(q_logits));
+  STD_TORCH_CHECK(base_logits->size(0) == q_logits.size(0) &&
+                      base_logits->size(1) == q_logits.size(1),
+                  "qadapter: base_logits and q_logits differ in shape");
+  return rows;
+}
+
 inline const float* floats(const Tensor& t, int64_t n) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
                       t.numel() == n,

@@ -92,6 +92,16 @@ def head(logit_scale: float, logit_softcap: float | None) -> tuple[float, float]
     return scale, number("logit_softcap", logit_softcap, above=0.0)
 
 
+def logits(base_logits: Tensor | None, q_logits: Tensor) -> None:
+    """Both streams' logits [N, V]; whether the base may be missing is the caller's to say."""
+    tensor("q_logits", q_logits, 2, LOGIT_DTYPES)
+    if q_logits.shape[1] == 0:
+        raise ValueError(f"q_logits: expected at least one column, got {_describe(q_logits)}")
+    if base_logits is not None:
+        tensor("base_logits", base_logits, 2, LOGIT_DTYPES)
+        same("base_logits", base_logits, "q_logits", q_logits)
+
+
 def statistics(
     base_logits: Tensor | None,
     q_logits: Tensor,
@@ -101,16 +111,10 @@ def statistics(
     m: float,
 ) -> None:
     """The tensor arguments that residual_values and qadapter_loss share."""
-    tensor("q_logits", q_logits, 2, LOGIT_DTYPES)
-    if q_logits.shape[1] == 0:
-        raise ValueError(f"q_logits: expected at least one column, got {_describe(q_logits)}")
+    logits(base_logits, q_logits)
     tensor("actions", actions, 1, (torch.int64,))
-    num_rows, device = q_logits.shape[0], q_logits.device
-    rows("actions", actions, num_rows, device, "q_logits")
-    if base_logits is not None:
-        tensor("base_logits", base_logits, 2, LOGIT_DTYPES)
-        same("base_logits", base_logits, "q_logits", q_logits)
-    else:
+    rows("actions", actions, q_logits.shape[0], q_logits.device, "q_logits")
+    if base_logits is None:
         _base_may_be_missing("base_logits", base_lse, base_logp, m)
     expected = torch.float64 if q_logits.dtype == torch.float64 else torch.float32
     _cached(base_lse, base_logp, expected, q_logits, "q_logits")

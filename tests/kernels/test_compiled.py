@@ -129,6 +129,12 @@ def check_resources(compiled, tmp_path, title, *, stack=0):
     return usage["REG"]
 
 
+def row_walk(align, dtype):
+    """Constants of kernels that walk long rows with 8 warps."""
+    rows = 256 if align == 0 else 512
+    return {"RAGGED": align != 1, "ALIGN": align, "VEC": VECTORS[dtype], "ROWS": rows}
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", VECTORS)
 @pytest.mark.parametrize("align", [1, 2, 0], ids=["aligned", "skewed", "unaligned"])
@@ -148,10 +154,7 @@ def test_forward(align, dtype, arch, tmp_path):
             "HAS_LSE": has_lse,
             "HAS_LOGP": False,
             "SPLIT": split,
-            "RAGGED": align != 1,
-            "ALIGN": align,
-            "VEC": VECTORS[dtype],
-            "ROWS": 256 if align == 0 else 512,
+            **row_walk(align, dtype),
         }
         compiled = compile_for(residual_fwd_kernel, arch, constants, 8, dtype)
         title = f"forward sm_{arch} {dtype} align {align} sign {sign} lse {has_lse}"
@@ -169,10 +172,7 @@ def test_backward(align, dtype, arch, tmp_path):
     for sign in (0, 1, -1) if align else (1,):
         constants = {
             "SIGN": sign,
-            "RAGGED": align != 1,
-            "ALIGN": align,
-            "VEC": VECTORS[dtype],
-            "ROWS": 256 if align == 0 else 512,
+            **row_walk(align, dtype),
         }
         compiled = compile_for(residual_bwd_kernel, arch, constants, 8, dtype)
         title = f"backward sm_{arch} {dtype} align {align} sign {sign}"
