@@ -97,6 +97,24 @@ def row_head(row, stride, skew, vocab, ALIGN: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def row_pointer(pointer, row, stride, ALIGN: tl.constexpr):
+    """The first element of a row. 128-bit accesses hang on the hint here and on the one below."""
+    here = pointer + row * stride
+    if ALIGN == 1:
+        here = tl.multiple_of(here, 16)
+    return here
+
+
+@triton.jit
+def vectors_pointer(row_start, head, ALIGN: tl.constexpr):
+    """The first whole vector of a row."""
+    here = row_start + head
+    if ALIGN == 2:
+        here = tl.multiple_of(here, 16)
+    return here
+
+
+@triton.jit
 def ragged_columns(head, vocab, VEC: tl.constexpr):
     """Columns of a row outside its whole vectors, a tile of 2 * VEC: (columns, which exist)."""
     index = tl.arange(0, 2 * VEC)

@@ -22,7 +22,9 @@ from qadapter.kernels.common import (
     on_device,
     ragged_columns,
     row_head,
+    row_pointer,
     row_walk,
+    vectors_pointer,
 )
 
 
@@ -62,14 +64,9 @@ def residual_bwd_kernel(
 
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    q_row = q_ptr + row * q_stride
-    base_row = base_ptr + row * base_stride
-    grad_row = grad_ptr + row * vocab
-    if ALIGN == 1:
-        # 128-bit accesses hang on these hints; inside a helper function they would be lost.
-        q_row = tl.multiple_of(q_row, 16)
-        base_row = tl.multiple_of(base_row, 16)
-        grad_row = tl.multiple_of(grad_row, 16)
+    q_row = row_pointer(q_ptr, row, q_stride, ALIGN)
+    base_row = row_pointer(base_ptr, row, base_stride, ALIGN)
+    grad_row = row_pointer(grad_ptr, row, vocab, ALIGN)
     head = row_head(row, q_stride, skew, vocab, ALIGN, VEC)
 
     shift = tl.load(shift_ptr + row)
@@ -79,13 +76,9 @@ def residual_bwd_kernel(
     action = tl.load(actions_ptr + row)
     action = tl.where((action >= 0) & (action < vocab), action, -1).to(tl.int32)
 
-    q_vectors = q_row + head
-    base_vectors = base_row + head
-    grad_vectors = grad_row + head
-    if ALIGN == 2:
-        q_vectors = tl.multiple_of(q_vectors, 16)
-        base_vectors = tl.multiple_of(base_vectors, 16)
-        grad_vectors = tl.multiple_of(grad_vectors, 16)
+    q_vectors = vectors_pointer(q_row, head, ALIGN)
+    base_vectors = vectors_pointer(base_row, head, ALIGN)
+    grad_vectors = vectors_pointer(grad_row, head, ALIGN)
     vector = block * ROWS + tl.arange(0, ROWS)
     offsets = vector[:, None] * VEC + tl.arange(0, VEC)[None, :]
     exists = (vector < (vocab - head) // VEC)[:, None]

@@ -36,7 +36,9 @@ from qadapter.kernels.common import (
     processor_count,
     ragged_columns,
     row_head,
+    row_pointer,
     row_walk,
+    vectors_pointer,
 )
 from qadapter.kernels.residual_finish import finish_row, residual_fwd_merge_kernel
 
@@ -93,18 +95,11 @@ def residual_fwd_kernel(
 
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    q_row = q_ptr + row * q_stride
-    base_row = base_ptr + row * base_stride
-    if ALIGN == 1:
-        # 128-bit accesses hang on these hints; inside a helper function they would be lost.
-        q_row = tl.multiple_of(q_row, 16)
-        base_row = tl.multiple_of(base_row, 16)
+    q_row = row_pointer(q_ptr, row, q_stride, ALIGN)
+    base_row = row_pointer(base_ptr, row, base_stride, ALIGN)
     head = row_head(row, q_stride, skew, vocab, ALIGN, VEC)
-    q_vectors = q_row + head
-    base_vectors = base_row + head
-    if ALIGN == 2:
-        q_vectors = tl.multiple_of(q_vectors, 16)
-        base_vectors = tl.multiple_of(base_vectors, 16)
+    q_vectors = vectors_pointer(q_row, head, ALIGN)
+    base_vectors = vectors_pointer(base_row, head, ALIGN)
 
     first = split * vectors_per_split
     last = tl.maximum(first, tl.minimum(first + vectors_per_split, (vocab - head) // VEC))

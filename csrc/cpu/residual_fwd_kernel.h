@@ -5,9 +5,6 @@ namespace {
 
 #include "cpu/streams_kernel.h"
 
-constexpr int kBlock = 512;  // columns summed against one maximum, then checked
-constexpr int kFlush = 32;   // blocks added up in float, lane by lane, before that goes to double
-
 // A running pair (maximum, sum), the maximum also as a vector, part of the sum still in lanes.
 struct Running {
   Partial total;
@@ -97,24 +94,15 @@ void fwd_piece(const FwdColumns& in, Partial& x_out, Partial& b_out) {
   const Simd::F m = Simd::set1(in.m);
   const Simd::Exp2 exp2;
   Running x_run(in.q_scale), b_run(static_cast<float>(kLog2E));
-  int64_t j = 0;
-  while (j + kBlock <= in.length) {
-    for (int k = 0; k < kFlush && j + kBlock <= in.length; ++k, j += kBlock) {
-      block<T, MIX, BASE>(q + j, base + j, kBlock, m, exp2, x_run, b_run);
-    }
-    x_run.flush();
-    if (BASE) b_run.flush();
-  }
-  const int whole = static_cast<int>((in.length - j) / Simd::kGroup * Simd::kGroup);
-  if (whole > 0) block<T, MIX, BASE>(q + j, base + j, whole, m, exp2, x_run, b_run);
-  j += whole;
-  const int rest = static_cast<int>(in.length - j);
-  if (rest > 0) {
-    const Few<T> few(q + j, base + j, rest, BASE || MIX != Mix::none);
-    block<T, MIX, BASE>(few.q, few.base, Simd::kGroup, m, exp2, x_run, b_run);
-  }
-  x_run.flush();
-  b_run.flush();
+  for_each_block(
+      q, base, in.length, BASE || MIX != Mix::none,
+      [&](const T* q_block, const T* base_block, int n) {
+        block<T, MIX, BASE>(q_block, base_block, n, m, exp2, x_run, b_run);
+      },
+      [&] {
+        x_run.flush();
+        if (BASE) b_run.flush();
+      });
   x_out = x_run.total;
   b_out = b_run.total;
 }
