@@ -129,7 +129,7 @@ def missing_reason(tool: str) -> str:
     program = TOOLS[tool][0]
     if shutil.which(program) is None:
         return f"{program} is not installed"
-    return cpp.available()[1]
+    return cpp.why_not_loaded() or ""
 
 
 def run(options: argparse.Namespace) -> recording.Recording:

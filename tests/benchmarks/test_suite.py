@@ -335,6 +335,16 @@ def test_a_tool_that_is_missing_is_said(tmp_path, monkeypatch):
     assert row["missing"] == "perf is not installed"
 
 
+def test_a_tool_that_is_there_is_not_missing(monkeypatch):
+    from qadapter.ops import cpp
+
+    monkeypatch.setattr(bench_instructions.shutil, "which", lambda _: "/usr/bin/valgrind")
+    monkeypatch.setattr(cpp, "why_not_loaded", lambda: None)
+    assert bench_instructions.missing_reason("callgrind") == ""
+    monkeypatch.setattr(cpp, "why_not_loaded", lambda: "not built")
+    assert bench_instructions.missing_reason("callgrind") == "not built"
+
+
 def test_the_driver_runs_every_kernel():
     from benchmarks import instruction_driver
     from qadapter import use_backend
