@@ -35,6 +35,7 @@ from transformers import DynamicCache
 
 from benchmarks import bench, harness, recording
 from benchmarks import decoding_problem as decoding
+from benchmarks.bases import SHAPES, load_base
 from benchmarks.decoding_problem import Clock, Competitors, Way
 from benchmarks.tables import Row
 from qadapter import functional as QF
@@ -180,7 +181,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
         dtype="bf16",
         cannot=CANNOT,
     )
-    base = decoding.load_base(options.model, options.device)
+    base = load_base(options.model, options.device)
     made: dict[str, Competitors] = {}
     cases = bench.grid(
         model=[options.model], lora=options.lora, mode=options.mode, batch=options.batch_sizes
@@ -214,9 +215,7 @@ def show_parts(pieces: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser("decode", __doc__)
-    parser.add_argument(
-        "--model", help=f"smollm2, a folder or a Hub id, or {', '.join(decoding.SHAPES)}"
-    )
+    parser.add_argument("--model", help=f"smollm2, a folder or a Hub id, or {', '.join(SHAPES)}")
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B")
     parser.add_argument("--new-tokens", type=int, help="at least 2")
     parser.add_argument("--mode", nargs="+", choices=decoding.MODES, default=["sampled", "greedy"])

@@ -1,7 +1,5 @@
 """What ways to decode are compared on: a model, adapters with weights, prompts; and the ways."""
 
-import copy
-import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -9,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StoppingCriteria
+from transformers import AutoTokenizer, StoppingCriteria
 
 import qadapter
 from benchmarks import harness
+from benchmarks.bases import SHAPES, lora_config, sharing_copy
 from benchmarks.peers import naive_decode
 from benchmarks.peers.hf_sampling import warpers
 from qadapter import QAdapterModel
@@ -22,25 +21,6 @@ from qadapter.model.checkpoint import resolve_model
 from qadapter.text.data import load_preference_data
 from qadapter.text.prompts import encode_prompts
 
-SHAPES: dict[str, dict[str, Any]] = {  # random weights
-    "llama-8b": {  # that of Llama-3.1-8B
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "tiny": {
-        "vocab_size": 1000,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,  # for logits that are far from flat
-    },
-}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
@@ -66,38 +46,6 @@ class Clock(StoppingCriteria):
 
 
 Way = Callable[[int, Clock], Tensor]  # how many new tokens -> all tokens
-
-
-def load_base(name: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    if name in SHAPES:
-        torch.manual_seed(0)
-        config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192)
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
-    model = model.eval().to(device)
-    model.generation_config.eos_token_id = None  # all sequences get equally long
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def sharing_copy(model: Any) -> Any:
-    """The same modules again, for LoRA to be put into, around the same weights."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def lora_config(layers: list[int] | None = None) -> LoraConfig:
-    """On query and value, of all layers or of some: it costs every way the same, and the comparison
-    is of the rest."""
-    return LoraConfig(
-        r=8,
-        lora_alpha=16,
-        target_modules=["q_proj", "v_proj"],
-        layers_to_transform=layers,
-        task_type="CAUSAL_LM",
-    )
 
 
 def random_lora(peft_model: Any, seed: int) -> None:

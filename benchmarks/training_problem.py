@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import qadapter
 from benchmarks import harness
-from benchmarks.decoding_problem import SHAPES, load_base, lora_config
+from benchmarks.bases import SHAPES, load_base, lora_config
 from benchmarks.peers import released, trl_dpo
 from qadapter import QAdapterModel
 from qadapter import functional as QF

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.decoding_problem import sharing_copy
+from benchmarks.bases import sharing_copy
 from benchmarks.peers import why_not
 
 NAME = "TRL DPO"

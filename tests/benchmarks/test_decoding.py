@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import bench_decode, bench_sample, harness, plots, report
 from benchmarks import decoding_problem as decoding
+from benchmarks.bases import load_base
 from benchmarks.peers import eager_sampling, hf_sampling
 from benchmarks.peers.flashinfer_sampling import FLASHINFER
 from benchmarks.sampling_problem import FILTERS, LOGITS, STREAMS, make_problem
@@ -45,7 +46,7 @@ def quick_sample(tmp_path_factory):
     [("all", 1, "dynamic"), ("upper", 1, "dynamic"), ("upper", 3, "dynamic"), ("all", 3, "static")],
 )
 def test_the_naive_text_is_ours_in_float32(which, batch, cache):
-    base = decoding.load_base("tiny", "cpu", torch.float32)
+    base = load_base("tiny", "cpu", torch.float32)
     competitors = decoding.Competitors(base, which, cache, list(decoding.WAYS))
     ids, mask = decoding.prompts(base, "tiny", batch)
     assert ids.shape[0] == batch and mask.sum(1).min() >= 57 and mask.sum(1).max() <= 64
@@ -65,7 +66,7 @@ def test_the_naive_text_is_ours_in_float32(which, batch, cache):
 
 
 def test_the_competitors_share_their_weights():
-    base = decoding.load_base("tiny", "cpu")
+    base = load_base("tiny", "cpu")
     competitors = decoding.Competitors(base, "all", "dynamic", ["naive", "two streams"])
     weight = base.get_input_embeddings().weight.data_ptr()
     for model in (competitors.peft, competitors.ours.hf_model):
@@ -141,7 +142,7 @@ def test_a_peer_that_fails_is_reported_and_ours_is_an_error():
         raise NotImplementedError("cannot\nat all")
 
     options = bench_decode.parse(["--quick", "--new-tokens", "3"])
-    base = decoding.load_base("tiny", "cpu")
+    base = load_base("tiny", "cpu")
     ids, mask = decoding.prompts(base, "tiny", 1)
     ways = decoding.Competitors(base, "all", "dynamic", ["base"]).ways(ids, mask, "greedy")
     rows = bench_decode.run_case({**ways, "naive": failing}, ids, 1, options)
