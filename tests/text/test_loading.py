@@ -316,6 +316,8 @@ def test_bad_rows_of_a_data_set(num_proc, caplog):
         "Skipped 1 of 4 rows of the data set: 1 x 'chosen' is empty. The first: row 1:"
         in caplog.text
     )
+    with pytest.raises(ValueError, match=r"no pairs left: 1 x 'chosen' is .*; 1 x prompt as long"):
+        prepare_dataset(table.select([1, 2]), TOKENIZER, **keywords)
     with pytest.raises(ValueError, match="no pairs left: 1 x 'chosen' is empty"):
         prepare_dataset(table.select([1]), TOKENIZER, skip_bad_rows=True)
 
