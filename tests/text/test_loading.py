@@ -258,6 +258,9 @@ def test_half_of_a_surrogate_pair(write):
     whole = {"prompt": "a", "chosen": "b \\ud83d\\ude00", "rejected": "c"}
     lines = json.dumps(whole).replace("\\\\", "\\") + "\n"
     assert rows_of(write("a.jsonl", lines))[0]["chosen"] == "b \U0001f600"
+    # Also where nothing reads it: no table holds it.
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 1: the row has half of a surrogate pair"):
+        load_preference_data(write("c.jsonl", json.dumps({**PAIR, "id": "\ud83d"}) + "\n"))
     half = lines.replace("\\ude00", "")
     assert half != lines
     path = write("b.jsonl", lines + half)
