@@ -32,6 +32,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+LONG = "prompt as long as max_length"
+
 
 def prepare_dataset(
     dataset: Rows,
@@ -128,9 +130,6 @@ def prepare_dataset(
     return _without_dropped(prepared, max_length)
 
 
-LONG = "prompt as long as max_length"
-
-
 def _without_dropped(prepared: Dataset, max_length: int) -> Dataset:
     """The rows that are left, without the reasons; what was dropped is logged."""
     reasons = prepared["reason"][:]
@@ -138,7 +137,7 @@ def _without_dropped(prepared: Dataset, max_length: int) -> Dataset:
     if len(kept) < total:
         bad = BadRows(skip=True)
         for i, reason in enumerate(reasons):
-            if reason and reason != LONG:
+            if reason and (reason != LONG or not kept):
                 bad.count(reason, prepared[i]["message"])
         long = reasons.count(LONG)
         if not kept:

@@ -258,6 +258,9 @@ def test_half_of_a_surrogate_pair(write):
     whole = {"prompt": "a", "chosen": "b \\ud83d\\ude00", "rejected": "c"}
     lines = json.dumps(whole).replace("\\\\", "\\") + "\n"
     assert rows_of(write("a.jsonl", lines))[0]["chosen"] == "b \U0001f600"
+    # Also where nothing reads it: no table holds it.
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 1: the row has half of a surrogate pair"):
+        load_preference_data(write("c.jsonl", json.dumps({**PAIR, "id": "\ud83d"}) + "\n"))
     half = lines.replace("\\ude00", "")
     assert half != lines
     path = write("b.jsonl", lines + half)
@@ -316,6 +319,8 @@ def test_bad_rows_of_a_data_set(num_proc, caplog):
         "Skipped 1 of 4 rows of the data set: 1 x 'chosen' is empty. The first: row 1:"
         in caplog.text
     )
+    with pytest.raises(ValueError, match=r"no pairs left: 1 x 'chosen' is .*; 1 x prompt as long"):
+        prepare_dataset(table.select([1, 2]), TOKENIZER, **keywords)
     with pytest.raises(ValueError, match="no pairs left: 1 x 'chosen' is empty"):
         prepare_dataset(table.select([1]), TOKENIZER, skip_bad_rows=True)
 
