@@ -39,10 +39,21 @@ def refuse_adapter(name: str, config: PeftConfig, model: nn.Module | None = None
         raise ValueError(f"adapter {name!r}: {reason}")
 
 
-def refuse_adapters(peft_model: PeftModel) -> None:
+def refuse(peft_model: PeftModel) -> None:
     """`refuse_adapter` for all that a model has: one of them is enough to move the base."""
+    if str(peft_model.active_adapter) not in peft_model.peft_config:
+        raise ValueError(
+            "the model's own adapter was deleted: load one and make it the active one "
+            "(peft_model.load_adapter, peft_model.set_adapter)"
+        )
     for name, config in peft_model.peft_config.items():
         refuse_adapter(name, config, peft_model.get_base_model())
+
+
+def differ(seen: dict[str, PeftConfig], now: dict[str, PeftConfig]) -> bool:
+    """Whether there are others; one that was deleted and loaded again under its name is another,
+    which shows in its config's being another object."""
+    return len(seen) != len(now) or any(seen.get(name) is not c for name, c in now.items())
 
 
 def _why_refused(config: PeftConfig, model: nn.Module | None) -> str | None:
@@ -51,6 +62,11 @@ def _why_refused(config: PeftConfig, model: nn.Module | None) -> str | None:
 
     if config.is_prompt_learning:
         return "prompt-learning adapters change the sequence: expected a LoRA"
+    if config.peft_type == "LILY":
+        return (
+            "Lily weighs its experts by the mean over all tokens of a batch, so that a token's "
+            "logits depend on later tokens and on other rows"
+        )
     kind = option("init_lora_weights")
     if isinstance(kind, str):
         # "pissa_niter_4" and the like

@@ -118,7 +118,7 @@ def quantisation(model: Any) -> dict[str, Any] | None:
     if config is not None:
         settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         return {
-            name: json.loads(json.dumps(value, default=str))
+            name: json.loads(json.dumps(value, default=_type_name))
             for name, value in sorted(settings.items())
             if not name.startswith("_") and name not in _WITHOUT_EFFECT
         }
@@ -130,6 +130,10 @@ def quantisation(model: Any) -> dict[str, Any] | None:
     # torch's own quantised layers keep their weights in no parameter.
     kinds |= {type(m).__name__ for m in model.modules() if hasattr(m, "_packed_params")}
     return {"weights": sorted(kinds)} if kinds else None
+
+
+def _type_name(value: Any) -> str:
+    return type(value).__name__  # a repr may have an address in it
 
 
 # What a quantised base computes in, and how it was calibrated, not what its weights are.

@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qadapter.composition import Composition, Names, PerRow, blend
-from qadapter.model import packed_attention, saving, values
-from qadapter.model.adapters import refuse_adapters
+from qadapter.model import adapters, packed_attention, saving, values
 from qadapter.model.checkpoint import is_adapter_folder, resolve_model
 from qadapter.model.generate import check_prompts, generate
 from qadapter.model.recompute import recompute_cheap
@@ -185,17 +184,11 @@ class QAdapterModel(TrainerHooks):
         return found
 
     def _see_adapters(self) -> None:
-        """Look again where PEFT's layers are if there are other adapters than before.
-
-        An adapter that was deleted and loaded again under its name has another config object.
-        """
-        configs = self.peft_model.peft_config
-        if len(self._seen) == len(configs) and all(
-            self._seen.get(name) is config for name, config in configs.items()
-        ):
+        """Look again where PEFT's layers are if there are other adapters than before."""
+        if not adapters.differ(self._seen, self.peft_model.peft_config):
             return
-        refuse_adapters(self.peft_model)
-        self._seen = dict(configs)
+        adapters.refuse(self.peft_model)
+        self._seen = dict(self.peft_model.peft_config)
         self._switches: list[Any] = switches(self.peft_model)
         self._streams: dict[Names, Streams] = {}
         self.selects_hidden_rows = values.head_is_plain(self.hf_model)

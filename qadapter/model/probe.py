@@ -79,12 +79,14 @@ def check_streams(peft_model: PeftModel) -> None:
 
 
 def _warn_of_idle_layers(model: nn.Module, name: str, reached: set[Tensor]) -> None:
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     weights = {
         path: [
-            p for n, p in module.named_parameters() if f".{name}" in n and is_adapter_name("." + n)
+            parameter
+            for n, parameter in module.named_parameters()  # type: ignore[attr-defined]
+            if f".{name}" in n and is_adapter_name(f".{n}")
         ]
-        for path, module in layers.items()
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
     }
     idle = [path for path, mine in weights.items() if mine and reached.isdisjoint(mine)]
     if idle:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from qadapter import files
 from qadapter.composition import Composition
@@ -76,7 +76,13 @@ def load_weights(peft_model: PeftModel, directory: str | Path) -> None:
     adapter_files.check_same_adapter(peft_model, name, directory)
     config = peft_model.peft_config[name]
     adapter_files.check_base_weights(peft_model.get_base_model(), directory, config)
-    adapter_files.load(peft_model, directory, name, trainable=True)
+    own = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    before = {key: value.clone() for key, value in own.items()}
+    try:
+        adapter_files.load(peft_model, directory, name, trainable=True)
+    except Exception:
+        set_peft_model_state_dict(peft_model, before, name)
+        raise
 
 
 def attach(peft_model: PeftModel, directory: str | Path, name: str) -> Composition:

@@ -9,7 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qadapter.model.adapters import refuse_adapter, refuse_adapters
+from qadapter.model import adapters
 from qadapter.model.checkpoint import is_adapter_name
 from qadapter.model.probe import BaseProbe, check_streams
 
@@ -32,7 +32,7 @@ def add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel
             f"{type(base).__name__}: there is an adapter in this base already; merge it "
             "(merge_and_unload), remove it (unload), or pass the PeftModel to QAdapterModel"
         )
-    refuse_adapter("default", config, base)
+    adapters.refuse_adapter("default", config, base)
     probe = BaseProbe(base)
     peft_model = _put_lora(base, config)
     probe.check(base, f"this LoRA (init_lora_weights={config.init_lora_weights!r})")
@@ -110,7 +110,7 @@ def refuse_unsupported(peft_model: PeftModel) -> None:
             f"expected one active adapter, got {len(peft_model.active_adapters)}: "
             f"{', '.join(peft_model.active_adapters)}"
         )
-    refuse_adapters(peft_model)
+    adapters.refuse(peft_model)
     if any(m.merged for m in peft_model.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(
             "the adapter is merged into the base weights, so there is no base stream left; "
