@@ -26,6 +26,10 @@ _BASE_IS_MOVED = (
 )
 
 
+class BaseMoved(ValueError):
+    """An adapter has changed the base, and deleting it would not change it back."""
+
+
 def refuse_adapter(name: str, config: PeftConfig, model: nn.Module | None = None) -> None:
     """ValueError for an adapter with which the streams would not be the base and the adapter.
 
@@ -34,6 +38,9 @@ def refuse_adapter(name: str, config: PeftConfig, model: nn.Module | None = None
         config: its config.
         model: the base, where there is one.
     """
+    moves = _why_the_base_moves(config)
+    if moves is not None:
+        raise BaseMoved(f"adapter {name!r}: {moves}; {_BASE_IS_MOVED}")
     reason = _why_refused(config, model)
     if reason is not None:
         raise ValueError(f"adapter {name!r}: {reason}")
@@ -56,6 +63,20 @@ def differ(seen: dict[str, PeftConfig], now: dict[str, PeftConfig]) -> bool:
     return len(seen) != len(now) or any(seen.get(name) is not c for name, c in now.items())
 
 
+def _why_the_base_moves(config: PeftConfig) -> str | None:
+    kind = getattr(config, "init_lora_weights", None)
+    if isinstance(kind, str):
+        # "pissa_niter_4" and the like
+        for prefix, what in _MOVES_THE_BASE.items():
+            if kind.lower().startswith(prefix):
+                return f"init_lora_weights={kind!r}: {what}"
+    if getattr(config, "kasa_config", None):
+        return "kasa_config: KaSA cuts the smallest singular values off the base"
+    if getattr(config, "layer_replication", None):
+        return "layer_replication: repeats layers of the base, with the adapter off too"
+    return None
+
+
 def _why_refused(config: PeftConfig, model: nn.Module | None) -> str | None:
     def option(name: str) -> Any:
         return getattr(config, name, None)
@@ -66,19 +87,6 @@ def _why_refused(config: PeftConfig, model: nn.Module | None) -> str | None:
         return (
             "Lily weighs its experts by the mean over all tokens of a batch, so that a token's "
             "logits depend on later tokens and on other rows"
-        )
-    kind = option("init_lora_weights")
-    if isinstance(kind, str):
-        # "pissa_niter_4" and the like
-        for prefix, what in _MOVES_THE_BASE.items():
-            if kind.lower().startswith(prefix):
-                return f"init_lora_weights={kind!r}: {what}; {_BASE_IS_MOVED}"
-    if option("kasa_config"):
-        return f"kasa_config: KaSA cuts the smallest singular values off the base; {_BASE_IS_MOVED}"
-    if option("layer_replication"):
-        return (
-            "layer_replication: repeats layers of the base, with the adapter off too; make the "
-            "deeper base first and put the LoRA on it"
         )
     if option("alora_invocation_tokens"):
         return (

@@ -63,6 +63,7 @@ class QAdapterModel(TrainerHooks):
         self.gamma = checks.number("gamma", gamma)
         refuse_unsupported(peft_model)
         self._seen: dict[str, PeftConfig] = {}
+        self._moved: adapters.BaseMoved | None = None
         self._see_adapters()
         if not self.selects_hidden_rows:
             logger.warning(
@@ -185,9 +186,15 @@ class QAdapterModel(TrainerHooks):
 
     def _see_adapters(self) -> None:
         """Look again where PEFT's layers are if there are other adapters than before."""
+        if self._moved is not None:
+            raise self._moved
         if not adapters.differ(self._seen, self.peft_model.peft_config):
             return
-        adapters.refuse(self.peft_model)
+        try:
+            adapters.refuse(self.peft_model)
+        except adapters.BaseMoved as error:
+            self._moved = error
+            raise
         self._seen = dict(self.peft_model.peft_config)
         self._switches: list[Any] = switches(self.peft_model)
         self._streams: dict[Names, Streams] = {}
