@@ -53,14 +53,24 @@ def refuse(peft_model: PeftModel) -> None:
             "the model's own adapter was deleted: load one and make it the active one "
             "(peft_model.load_adapter, peft_model.set_adapter)"
         )
+    active = peft_model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"expected one active adapter, got {len(active)}: {', '.join(active)}")
     for name, config in peft_model.peft_config.items():
         refuse_adapter(name, config, peft_model.get_base_model())
 
 
-def differ(seen: dict[str, PeftConfig], now: dict[str, PeftConfig]) -> bool:
-    """Whether there are others; one that was deleted and loaded again under its name is another,
-    which shows in its config's being another object."""
-    return len(seen) != len(now) or any(seen.get(name) is not c for name, c in now.items())
+def differ(seen: dict[str, PeftConfig], peft_model: PeftModel) -> bool:
+    """Whether there are other adapters than those seen, or more than one is active.
+
+    One that was deleted and loaded again under its name is another: its config is another object.
+    """
+    now = peft_model.peft_config
+    return (
+        len(seen) != len(now)
+        or any(seen.get(name) is not config for name, config in now.items())
+        or len(peft_model.active_adapters) != 1
+    )
 
 
 def _why_the_base_moves(config: PeftConfig) -> str | None:

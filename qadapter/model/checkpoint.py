@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
+from transformers import AutoConfig
 
 from qadapter import files
 
@@ -220,6 +221,24 @@ def _in_words(settings: dict[str, Any] | None) -> str:
     if settings is None:
         return "none"
     return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+
+
+def refuse_resized(base: Any) -> None:
+    """ValueError if ``base`` has another vocabulary than what its name leads to.
+
+    An adapter saved for it could not be loaded again; known before training.
+    """
+    name = str(base.config._name_or_path or "")
+    try:
+        stored = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+    except (OSError, ValueError):
+        return  # nothing to compare with
+    then, now = stored.vocab_size, base.config.get_text_config().vocab_size
+    if then != now:
+        raise ValueError(
+            f"the base has {now} tokens, {name} has {then}: an adapter saved for it would not find "
+            "its base again; save the resized base (save_pretrained) and load it from there"
+        )
 
 
 def base_alias(base_name: str) -> str:

@@ -188,7 +188,7 @@ class QAdapterModel(TrainerHooks):
         """Look again where PEFT's layers are if there are other adapters than before."""
         if self._moved is not None:
             raise self._moved
-        if not adapters.differ(self._seen, self.peft_model.peft_config):
+        if not adapters.differ(self._seen, self.peft_model):
             return
         try:
             adapters.refuse(self.peft_model)

@@ -105,11 +105,6 @@ def _refuse_base(model: Any) -> None:
 def refuse_unsupported(peft_model: PeftModel) -> None:
     model: Any = peft_model.get_base_model()
     _refuse_base(model)
-    if len(peft_model.active_adapters) != 1:
-        raise ValueError(
-            f"expected one active adapter, got {len(peft_model.active_adapters)}: "
-            f"{', '.join(peft_model.active_adapters)}"
-        )
     adapters.refuse(peft_model)
     if any(m.merged for m in peft_model.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qadapter import QAdapterModel
-from qadapter.model.checkpoint import CONFIG_NAME, fingerprint
+from qadapter.model.checkpoint import CONFIG_NAME, fingerprint, refuse_resized
 from tests.tiny_models import make_base, perturb
 
 IDS = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(6))
@@ -337,3 +337,19 @@ def test_folders_of_version_0_1_0_load(base_dir, tmp_path):
 def test_the_fingerprint_is_the_bases(base_dir, options):
     plain = fingerprint(make_base())
     assert fingerprint(build(base_dir, **options).hf_model) == plain
+
+
+def test_a_base_that_was_resized_in_memory(base_dir, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    refuse_resized(base)
+    refuse_resized(make_base())  # from no folder
+    base.resize_token_embeddings(101)
+    with pytest.raises(ValueError, match=r"the base has 101 tokens, .* has 97"):
+        refuse_resized(base)
+    base.save_pretrained(tmp_path / "wider")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "wider")
+    refuse_resized(base)
+    model = perturb(QAdapterModel.from_base(base, lora_config=lora("embed_tokens", "q_proj")))
+    model.save_pretrained(tmp_path / "a")
+    loaded = QAdapterModel.from_pretrained(tmp_path / "a")
+    assert torch.equal(loaded(IDS).q_logits, model(IDS).q_logits)

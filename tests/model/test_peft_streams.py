@@ -254,6 +254,19 @@ def test_a_replaced_adapter_does_not_inherit_its_composition(saved):
     assert model.compositions["x"] == model.compositions["default"]
 
 
+def test_two_active_adapters_are_no_stream(saved):
+    """PEFT would add both of them up."""
+    model = QAdapterModel.from_pretrained(saved / "same")
+    model.load_adapter(saved / "more", "x")
+    want = model(IDS).q_logits
+    model.peft_model.base_model.set_adapter(["default", "x"])
+    for call in (model, lambda ids: model.generate(ids, **GREEDY)):
+        with pytest.raises(ValueError, match="one active adapter, got 2: default, x"):
+            call(IDS)
+    model.peft_model.set_adapter("default")
+    assert torch.equal(model(IDS).q_logits, want)
+
+
 # Which layers the default LoRA is on.
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
