@@ -284,6 +284,29 @@ SPECIAL = {
     "FalconMambaConfig": ({"state_size": 8}, SCAN),
     "Mamba2Config": (MAMBA2, SCAN),
     "FalconH1Config": ({**HEADS, **SSM, "mamba_d_ssm": 32, "mamba_d_head": 8}, SCAN),
+    "NemotronHConfig": (
+        {
+            **HEADS,
+            "head_dim": 8,
+            "hybrid_override_pattern": "M*",
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+        },
+        SCAN,
+    ),
+    "JambaConfig": (
+        {
+            **HEADS,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "num_experts": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+        },
+        SCAN,
+    ),
     "BambaConfig": ({**HEADS, **SSM, "mamba_d_head": 16, "attn_layer_indices": [1]}, SCAN),
 }
 
