@@ -13,6 +13,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from qadapter.model.adapters import refuse_adapter
+from qadapter.model.checkpoint import name_without_peft
 
 
 def read_adapter_config(directory: str | Path) -> PeftConfig:
@@ -27,10 +28,10 @@ def check_base_weights(base: nn.Module, directory: str | Path, config: PeftConfi
 
     PEFT saves the embedding where it is adapted or was resized, and would load it into the base.
     """
-    here = {_plain(name): parameter for name, parameter in base.named_parameters()}
+    here = {name_without_peft(name): parameter for name, parameter in base.named_parameters()}
     saved_whole = tuple(getattr(config, "modules_to_save", None) or ())
     for key, there in load_peft_weights(str(directory), device="cpu").items():
-        name = _plain(key.removeprefix("base_model.model."))
+        name = name_without_peft(key.removeprefix("base_model.model."))
         if name not in here or name.rpartition(".")[0].endswith(saved_whole):
             continue
         if not _same(here[name].detach().cpu(), there):
@@ -79,10 +80,6 @@ def load(peft_model: PeftModel, directory: str | Path, name: str, trainable: boo
 def _adapter_key(key: str, name: str) -> str:
     """As PEFT writes a key: without the adapter's name."""
     return key.replace(f".{name}.", ".").removesuffix(f".{name}")
-
-
-def _plain(name: str) -> str:
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -62,12 +62,12 @@ def fingerprint(model: Any) -> dict[str, Any]:
     of each of some weights between, and how it is quantised.
     """
     embedding = _base_layer(model.get_input_embeddings()).weight.detach()
-    matrices = [
-        parameter.detach()
+    matrices = {
+        name_without_peft(name): parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter.ndim == 2 and _is_plain(parameter) and not is_adapter_name(name)
-    ]
-    last = matrices[-1] if matrices else embedding
+    }
+    last = list(matrices.values())[-1] if matrices else embedding
     return {
         "model_type": model.config.get_text_config().model_type,
         "hidden_size": int(embedding.shape[1]),
@@ -100,17 +100,27 @@ def _probe(weight: Tensor) -> list[float]:
     return [round(value, 7) for value in values.tolist()]
 
 
-def _body_probe(matrices: list[Tensor]) -> list[float]:
-    """An entry of each of up to PROBE_SIZE of the matrices: a base into which a LoRA was merged,
-    or that was quantised and is not any more, has the embedding and the head of the original."""
-    chosen = [
-        matrices[i * len(matrices) // PROBE_SIZE] for i in range(PROBE_SIZE if matrices else 0)
-    ]
-    values = []
-    for i, weight in enumerate(chosen):
+def _body_probe(matrices: dict[str, Tensor]) -> dict[str, float]:
+    """An entry of each of up to PROBE_SIZE of the matrices that are not offloaded.
+
+    A base into which a LoRA was merged, or that was quantised and is not any more, has the
+    embedding and the head of the original. By name: another release may cut weights otherwise.
+    """
+    names = list(matrices)
+    values = {}
+    for i in range(PROBE_SIZE if names else 0):
+        name = names[i * len(names) // PROBE_SIZE]
+        weight = matrices[name]
         row, column = divmod(weight.numel() * (2 * i + 1) // (2 * PROBE_SIZE), weight.shape[1])
-        values.append(float(f"{weight[row, column].item():.6g}"))
+        if not weight.is_meta and name not in values:
+            values[name] = float(f"{weight[row, column].item():.6g}")
     return values
+
+
+def name_without_peft(name: str) -> str:
+    for wrapper in ("base_layer", "original_module", "token_adapter"):
+        name = name.replace(f".{wrapper}.", ".")
+    return name
 
 
 def quantisation(model: Any) -> dict[str, Any] | None:
@@ -171,28 +181,26 @@ def check_same_base(saved: dict[str, Any], now: dict[str, Any], adapter: str, ba
     _check_same_quantisation(saved, now, adapter, base)
     # 1 % and a little: rounding to bfloat16 or float16 passes, another model does not. An entry
     # alone moves less by rounding, and a quantised weight little more.
-    for key, relative, absolute in (
-        ("embedding_probe", 0.01, 0.002),
-        ("layer_probe", 0.01, 0.002),
-        ("body_probe", 0.005, 0.0),
+    body, body_here = saved.get("body_probe", {}), now["body_probe"]
+    both = [name for name in body if name in body_here]
+    for part, then, here, relative, absolute in (
+        ("embedding", saved["embedding_probe"], now["embedding_probe"], 0.01, 0.002),
+        ("layer", saved["layer_probe"], now["layer_probe"], 0.01, 0.002),
+        ("body", [body[n] for n in both], [body_here[n] for n in both], 0.005, 0.0),
     ):
-        if key not in saved:
-            continue
-        then, here = torch.tensor(saved[key]), torch.tensor(now[key])
-        if (
-            then.shape != here.shape
-            or (
-                (then - here).abs() > relative * then.abs() + absolute * _largest(then) + 1e-6
-            ).any()
-        ):
+        if len(then) != len(here) or not _near(then, here, relative, absolute):
             raise ValueError(
                 f"the adapter {adapter} is for another base than {base}: same shape, other weights "
-                f"({key.removesuffix('_probe')})"
+                f"({part})"
             )
 
 
-def _largest(values: Tensor) -> Tensor:
-    return values.abs().max() if values.numel() else values.new_zeros(())
+def _near(then: list[float], here: list[float], relative: float, absolute: float) -> bool:
+    if not then:
+        return True
+    one, other = torch.tensor(then), torch.tensor(here)
+    bound = relative * one.abs() + absolute * one.abs().max() + 1e-6
+    return bool(((one - other).abs() <= bound).all())
 
 
 def _check_same_quantisation(

@@ -234,6 +234,17 @@ def test_another_dtype_is_the_same_base(base_dir, tmp_path, trained, used):
     assert model.hf_model.dtype == used
 
 
+def test_layers_that_are_offloaded_are_not_compared(base_dir, tmp_path):
+    """Where they are not in memory; the others still are."""
+    model = build(base_dir)
+    model.save_pretrained(tmp_path / "a")
+    model.hf_model.model.layers[1].mlp.to("meta")
+    model.load_adapter_weights(tmp_path / "a")
+    model.hf_model.model.layers[2].mlp.up_proj.weight.data *= 1.1
+    with pytest.raises(ValueError, match=r"other weights \(body\)"):
+        model.load_adapter_weights(tmp_path / "a")
+
+
 @pytest.mark.parametrize("levels", [127, 7])
 def test_a_base_that_was_rounded_to_integers_is_another_base(base_dir, tmp_path, levels):
     """As one that was quantised to 8 or 4 bits and saved as floats again."""
