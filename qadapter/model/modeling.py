@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from qadapter.composition import Composition, Names, PerRow, blend
-from qadapter.model import packed_attention, saving, values
+from qadapter.model import adapters, packed_attention, saving, values
 from qadapter.model.checkpoint import is_adapter_folder, resolve_model
 from qadapter.model.generate import check_prompts, generate
 from qadapter.model.recompute import recompute_cheap
@@ -58,11 +58,12 @@ class QAdapterModel(TrainerHooks):
                 "QAdapterModel.from_pretrained makes one from a model name or folder"
             )
         self.peft_model = peft_model
-        self._others: dict[str, Composition] = {}
+        self._others: dict[str, tuple[PeftConfig, Composition]] = {}
         self.set_composition(alpha_0, alpha_tilde, center)
         self.gamma = checks.number("gamma", gamma)
         refuse_unsupported(peft_model)
-        self._seen: set[str] = set()
+        self._seen: dict[str, PeftConfig] = {}
+        self._moved: adapters.BaseMoved | None = None
         self._see_adapters()
         if not self.selects_hidden_rows:
             logger.warning(
@@ -152,7 +153,8 @@ class QAdapterModel(TrainerHooks):
             ValueError: ``directory`` is not a saved adapter, or one of another base; ``name`` is
                 taken or empty or has a dot.
         """
-        self._others[name] = saving.attach(self.peft_model, directory, name)
+        composition = saving.attach(self.peft_model, directory, name)
+        self._others[name] = self.peft_model.peft_config[name], composition
 
     @property
     def adapter_names(self) -> list[str]:
@@ -165,8 +167,11 @@ class QAdapterModel(TrainerHooks):
         adapter."""
         own = Composition(self.alpha_0, self.alpha_tilde, self.center)
         active = str(self.peft_model.active_adapter)
-        names = [active, *(name for name in self.peft_model.peft_config if name != active)]
-        return {name: self._others.get(name, own) for name in names}
+        configs = self.peft_model.peft_config
+        names = [active, *(name for name in configs if name != active)]
+        # Not of an adapter that PEFT has since replaced by another of the same name.
+        others = {n: c for n, (config, c) in self._others.items() if configs.get(n) is config}
+        return {name: others.get(name, own) for name in names}
 
     def streams(self, names: Names) -> Streams:
         """How the streams ``names`` (None is the base) run at decoding; says so where that takes a
@@ -181,9 +186,16 @@ class QAdapterModel(TrainerHooks):
 
     def _see_adapters(self) -> None:
         """Look again where PEFT's layers are if there are other adapters than before."""
-        if self._seen == set(self.peft_model.peft_config):
+        if self._moved is not None:
+            raise self._moved
+        if not adapters.differ(self._seen, self.peft_model):
             return
-        self._seen = set(self.peft_model.peft_config)
+        try:
+            adapters.refuse(self.peft_model)
+        except adapters.BaseMoved as error:
+            self._moved = error
+            raise
+        self._seen = dict(self.peft_model.peft_config)
         self._switches: list[Any] = switches(self.peft_model)
         self._streams: dict[Names, Streams] = {}
         self.selects_hidden_rows = values.head_is_plain(self.hf_model)

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from qadapter import files
 from qadapter.composition import Composition
+from qadapter.model import adapter_files
 from qadapter.model.checkpoint import (
     CONFIG_NAME,
     base_alias,
@@ -18,6 +19,7 @@ from qadapter.model.checkpoint import (
     read_config,
     resolve_model,
 )
+from qadapter.model.probe import BaseProbe
 from qadapter.model.wrapping import load_base
 from qadapter.ops import checks
 from qadapter.version import __version__
@@ -32,12 +34,19 @@ def save(peft_model: PeftModel, composition: dict[str, float], directory: str | 
         "base_model": base_alias(str(base.config._name_or_path or "")),
         "base_fingerprint": fingerprint(base),
     }
+    name = str(peft_model.active_adapter)
     with files.replacing_directory(directory) as temporary:
         peft_model.save_pretrained(
             str(temporary),
             safe_serialization=True,
-            selected_adapters=[str(peft_model.active_adapter)],
+            selected_adapters=[name],
+            save_embedding_layers=False,  # the base's, which no adapter changes
         )
+        # PEFT puts an adapter with a name of its own into a folder of that name.
+        if not (temporary / "adapter_config.json").exists():
+            for file in (temporary / name).iterdir():
+                file.rename(temporary / file.name)
+            (temporary / name).rmdir()
         files.write_json(temporary / CONFIG_NAME, config)
         (temporary / "README.md").write_text(model_card(config), encoding="utf-8")
 
@@ -47,17 +56,33 @@ def load(
 ) -> tuple[PeftModel, dict[str, float]]:
     """A saved adapter on its base, and the composition that it was saved with."""
     saved = read_config(source)
+    adapter = adapter_files.read_adapter_config(source)
     base_source = resolve_model(base_model if base_model is not None else saved["base_model"])
     base = load_base(base_source, dtype, kwargs)
     check_same_base(saved["base_fingerprint"], fingerprint(base), source, base_source)
+    adapter_files.check_base_weights(base, source, adapter)
+    probe = BaseProbe(base)
     peft_model = PeftModel.from_pretrained(base, source, is_trainable=True)
+    # Again: this one says what did not fit.
+    adapter_files.load(peft_model, source, str(peft_model.active_adapter), trainable=True)
+    probe.check(base, f"the adapter {source}")
     return peft_model, {name: saved[name] for name in ("alpha_0", "alpha_tilde", "center", "gamma")}
 
 
 def load_weights(peft_model: PeftModel, directory: str | Path) -> None:
     """See `QAdapterModel.load_adapter_weights`."""
     _saved_for(peft_model, directory)
-    peft_model.load_adapter(str(directory), peft_model.active_adapter, is_trainable=True)
+    name = str(peft_model.active_adapter)
+    adapter_files.check_same_adapter(peft_model, name, directory)
+    config = peft_model.peft_config[name]
+    adapter_files.check_base_weights(peft_model.get_base_model(), directory, config)
+    own = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    before = {key: value.clone() for key, value in own.items()}
+    try:
+        adapter_files.load(peft_model, directory, name, trainable=True)
+    except Exception:
+        set_peft_model_state_dict(peft_model, before, name)
+        raise
 
 
 def attach(peft_model: PeftModel, directory: str | Path, name: str) -> Composition:
@@ -70,8 +95,13 @@ def attach(peft_model: PeftModel, directory: str | Path, name: str) -> Compositi
         raise ValueError(f"name: there is an adapter {name!r} already")
     saved = _saved_for(peft_model, directory)
     alphas = checks.composition(saved["alpha_0"], saved["alpha_tilde"], saved["center"])
+    base = peft_model.get_base_model()
+    adapter = adapter_files.read_adapter_config(directory)
+    adapter_files.check_base_weights(base, directory, adapter)
+    probe = BaseProbe(base)
     try:
-        peft_model.load_adapter(str(directory), name, is_trainable=False)
+        adapter_files.load(peft_model, directory, name, trainable=False)
+        probe.check(base, f"the adapter {directory}")
     except Exception:
         if name in peft_model.peft_config:
             peft_model.delete_adapter(name)

@@ -35,11 +35,11 @@ class _NotRows(Exception):
     """A LoRA layer was called with something else than all rows of all streams in order."""
 
 
-def switches(peft_model: PeftModel) -> list[nn.Module]:
+def switches(model: nn.Module) -> list[nn.Module]:
     """The layers of PEFT's that an adapter is turned on and off in."""
     return [
         module
-        for module in peft_model.modules()
+        for module in model.modules()
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
 

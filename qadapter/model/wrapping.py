@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qadapter.model import adapters
 from qadapter.model.checkpoint import is_adapter_name
+from qadapter.model.probe import BaseProbe, check_streams
 
 
 def load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -22,7 +26,22 @@ def add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     elif not isinstance(config, LoraConfig):
         raise ValueError(f"lora_config: expected a peft.LoraConfig, got {type(config).__name__}")
+    _refuse_base(base)
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError(
+            f"{type(base).__name__}: there is an adapter in this base already; merge it "
+            "(merge_and_unload), remove it (unload), or pass the PeftModel to QAdapterModel"
+        )
+    adapters.refuse_adapter("default", config, base)
+    probe = BaseProbe(base)
+    peft_model = _put_lora(base, config)
+    probe.check(base, f"this LoRA (init_lora_weights={config.init_lora_weights!r})")
+    return peft_model
+
+
+def _put_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     quantised = getattr(base, "quantization_method", None)
+    _leave_out_special_layers(base, config)
     try:
         try:
             return get_peft_model(base, config)
@@ -31,26 +50,62 @@ def add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel
             if config.target_modules is not None or "target_modules" not in str(error):
                 raise
             config.target_modules = "all-linear"
+            _leave_out_special_layers(base, config)
             return get_peft_model(base, config)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         what = f"quantised with {quantised}" if quantised else type(base).__name__
         raise ValueError(f"PEFT cannot put this LoRA on the base ({what}): {error}") from error
 
 
-def refuse_unsupported(peft_model: PeftModel) -> None:
-    model: Any = peft_model.get_base_model()
+def _leave_out_special_layers(base: PreTrainedModel, config: LoraConfig) -> None:
+    """ "all-linear" without the layers that a LoRA cannot be put on, or would not count on."""
+    special = special_layers(base)
+    if special and config.target_modules == "all-linear" and not config.exclude_modules:
+        config.exclude_modules = special
+
+
+def special_layers(base: nn.Module) -> list[str]:
+    """Ends of the names of linear layers that are not plain products of their input.
+
+    Routers that also choose (Llama 4, Phi-MoE). And what a selective scan (Mamba) reads: fused
+    kernels take these weights past their layers, so that a LoRA would count on some machines and
+    not on others; PEFT refuses some of them.
+    """
+    special: set[str] = set()
+    for path, module in base.named_modules():
+        scan = isinstance(getattr(module, "A_log", None), Tensor) and hasattr(module, "D")
+        for name, child in module.named_children():
+            if not isinstance(child, nn.Linear):
+                continue
+            if (scan and name in ("x_proj", "dt_proj", "out_proj")) or not _is_product(child):
+                special.add(f"{path.rpartition('.')[2]}.{name}")
+    return sorted(special)
+
+
+@torch.no_grad()
+def _is_product(layer: nn.Linear) -> bool:
+    plain = type(layer).forward is nn.Linear.forward
+    if plain or not layer.weight.is_floating_point() or layer.weight.element_size() < 2:
+        return True  # quantised layers have PEFT's own wrappers
+    try:
+        out = layer(layer.weight.new_zeros(1, layer.in_features))
+    except Exception:  # it wants something else than rows
+        return False
+    return isinstance(out, Tensor) and out.shape == (1, layer.out_features)
+
+
+def _refuse_base(model: Any) -> None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or model.config.is_encoder_decoder:
         raise ValueError(
             f"{type(model).__name__}: expected a decoder-only causal LM with a language-model head"
         )
-    if len(peft_model.active_adapters) != 1:
-        raise ValueError(
-            f"expected one active adapter, got {len(peft_model.active_adapters)}: "
-            f"{', '.join(peft_model.active_adapters)}"
-        )
-    if peft_model.peft_config[peft_model.active_adapter].is_prompt_learning:
-        raise ValueError("prompt-learning adapters change the sequence: expected a LoRA")
+
+
+def refuse_unsupported(peft_model: PeftModel) -> None:
+    model: Any = peft_model.get_base_model()
+    _refuse_base(model)
+    adapters.refuse(peft_model)
     if any(m.merged for m in peft_model.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(
             "the adapter is merged into the base weights, so there is no base stream left; "
@@ -73,6 +128,7 @@ def refuse_unsupported(peft_model: PeftModel) -> None:
             "head would change with it only in part; untie them or take the embedding out of "
             "modules_to_save, target_modules and trainable_token_indices"
         )
+    check_streams(peft_model)
 
 
 def _tied(model: PreTrainedModel) -> bool:
