@@ -8,9 +8,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qadapter.model.checkpoint import is_adapter_name
+from qadapter.model.precision import base_dtype
 
 
 def load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    dtype = base_dtype(dtype, source, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     return model.eval()
 
