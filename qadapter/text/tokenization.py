@@ -300,7 +300,13 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """An id to pad with; it is masked everywhere, so any will do."""
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    return pad if pad is not None else eos if eos is not None else 0
+def pad_token_id(tokenizer: Any, model: Any = None) -> int:
+    """An id to pad with; it is masked everywhere, so any will do that the model's embedding has.
+
+    A tokenizer may have got a padding token of its own while the embedding was not enlarged.
+    """
+    known = None if model is None else model.hf_model.get_input_embeddings().weight.shape[0]
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None and (known is None or candidate < known):
+            return candidate
+    return 0
