@@ -58,7 +58,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
 
     Besides its shape, a few entries of the embedding and of the last two-dimensional weight.
     """
-    embedding = model.get_input_embeddings().weight.detach()
+    embedding = _of_the_base(model.get_input_embeddings()).weight.detach()
     last = embedding
     for name, parameter in model.named_parameters():
         plain = parameter.ndim == 2 and parameter.is_floating_point()
@@ -71,6 +71,15 @@ def fingerprint(model: Any) -> dict[str, Any]:
         "embedding_probe": _probe(embedding),
         "layer_probe": _probe(last),
     }
+
+
+def _of_the_base(module: Any) -> Any:
+    """The layer under PEFT's wrappers, whose ``weight`` may be one that is trained."""
+    while (
+        inner := getattr(module, "original_module", getattr(module, "base_layer", None))
+    ) is not None:
+        module = inner
+    return module
 
 
 def _probe(weight: Tensor) -> list[float]:

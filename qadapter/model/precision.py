@@ -59,7 +59,7 @@ def base_dtype(
     if kwargs.get("quantization_config") or getattr(config, "quantization_config", None):
         return dtype
     # An old checkpoint does not say; float32 holds whatever it has.
-    stored = config.dtype or torch.bfloat16
+    stored: Any = config.dtype or torch.bfloat16
     if fast_on_cpu(stored):
         return dtype
     name = str(stored).removeprefix("torch.")

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoConfig
 
 from qadapter import files
 from qadapter.composition import Composition
@@ -32,12 +33,16 @@ def save(peft_model: PeftModel, composition: dict[str, float], directory: str | 
         "base_model": base_alias(str(base.config._name_or_path or "")),
         "base_fingerprint": fingerprint(base),
     }
+    name = str(peft_model.active_adapter)
     with files.replacing_directory(directory) as temporary:
         peft_model.save_pretrained(
-            str(temporary),
-            safe_serialization=True,
-            selected_adapters=[str(peft_model.active_adapter)],
+            str(temporary), safe_serialization=True, selected_adapters=[name]
         )
+        if name != "default":
+            # PEFT puts it into a folder of its name; loaders look for the files themselves.
+            for item in (temporary / name).iterdir():
+                item.rename(temporary / item.name)
+            (temporary / name).rmdir()
         files.write_json(temporary / CONFIG_NAME, config)
         (temporary / "README.md").write_text(model_card(config), encoding="utf-8")
 
@@ -85,3 +90,35 @@ def _saved_for(peft_model: PeftModel, directory: str | Path) -> dict[str, Any]:
     here = fingerprint(peft_model.get_base_model())
     check_same_base(saved["base_fingerprint"], here, str(directory), "this model")
     return saved
+
+
+def check_comes_back(peft_model: PeftModel) -> None:
+    """ValueError where what `save` would write could not be loaded again; nothing is written."""
+    name = str(peft_model.active_adapter)
+    if name in ("weight", "bias"):
+        # PEFT takes the adapter's name off the end of a key, and there it is the parameter's own.
+        raise ValueError(f"the adapter is named {name!r}, like a parameter: give it another name")
+    model: Any = peft_model.get_base_model()
+    saved = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    pointers = {tensor.data_ptr() for tensor in saved.values()}
+    lost = [
+        name
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in pointers
+    ]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} trained weights would not be saved with the adapter ({lost[0]}, ...)"
+        )
+    source = str(model.config._name_or_path or "")
+    try:
+        there = AutoConfig.from_pretrained(source, local_files_only=True) if source else None
+    except (OSError, ValueError):
+        return  # not at hand, so that nothing can be said
+    now = model.config.get_text_config().vocab_size
+    then = now if there is None else there.get_text_config().vocab_size
+    if then != now:
+        raise ValueError(
+            f"the base's embedding has {now} rows, but {then} in {source}, where a saved adapter "
+            "would look for it: save the enlarged base (save_pretrained) and load it from there"
+        )

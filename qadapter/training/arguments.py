@@ -87,14 +87,17 @@ def check(args: TrainingArguments) -> None:
         # 0 and False are how to switch off what is off with None, too.
         if value != default and value not in (None, 0, "", []):
             raise ValueError(f"{name}: not supported, got {value!r}: {reason}")
-    if args.accelerator_config.dispatch_batches:
+    loading: Any = args.accelerator_config
+    if loading.dispatch_batches:
         raise ValueError(
             "accelerator_config: dispatch_batches=True is not supported: it cuts batches along "
             "their first dimension, and pairs with them"
         )
+    loading.dispatch_batches = False  # with None, accelerate would do it with streams
     if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        strategy = HubStrategy(args.hub_strategy).value
         raise ValueError(
-            f"hub_strategy: expected 'end' with push_to_hub, got {args.hub_strategy.value!r}: what "
+            f"hub_strategy: expected 'end' with push_to_hub, got {strategy!r}: what "
             "is pushed during training would lack qadapter_config.json, and could not be loaded"
         )
     if getattr(args.deepspeed_plugin, "zero_stage", 0) == 3:

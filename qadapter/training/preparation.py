@@ -65,6 +65,22 @@ def collator(model: QAdapterModel, args: QAdapterConfig, tokenizer: Any) -> Any:
     return PreferenceCollator(pad_token_id(tokenizer, model))
 
 
+def check_training_data(dataset: Any, args: QAdapterConfig) -> None:
+    """Errors for what cannot be trained on, or not with these arguments."""
+    if isinstance(dataset, dict):
+        names = ", ".join(map(str, dataset))
+        raise TypeError(f"train_dataset: expected one data set, got a dict of them: {names}")
+    if not isinstance(dataset, IterableDataset):
+        return
+    if args.precompute_base:
+        raise ValueError("precompute_base: expected a data set with a length, got a stream")
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            "train_sampling_strategy: a stream comes in its own order, got "
+            f"{args.train_sampling_strategy!r}"
+        )
+
+
 def prepare(
     dataset: Any, what: str, model: QAdapterModel, args: QAdapterConfig, tokenizer: Any
 ) -> Any:
@@ -144,7 +160,8 @@ def _prepared_stream(
 
 def _limits(model: QAdapterModel, tokenizer: Any) -> tuple[int | None, int | None]:
     """(tokens that a text may have, ids that there are); None where nothing can be amiss."""
-    vocab = int(model.hf_model.get_input_embeddings().weight.shape[0])
+    words: Any = model.hf_model.get_input_embeddings()
+    vocab = int(words.weight.shape[0])
     return position_limit(model), vocab if len(tokenizer) > vocab else None
 
 

@@ -22,12 +22,18 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from qadapter import files
 from qadapter import functional as QF
+from qadapter.model import saving
 from qadapter.model.modeling import QAdapterModel
 from qadapter.outputs import PreferenceLoss, ResidualValues
 from qadapter.training import arguments, base_cache
 from qadapter.training.base_cache import BaseCache, CachedCollator
 from qadapter.training.config import RELEASED_PRESET, QAdapterConfig
-from qadapter.training.preparation import as_qadapter_model, collator, prepare
+from qadapter.training.preparation import (
+    as_qadapter_model,
+    check_training_data,
+    collator,
+    prepare,
+)
 
 __all__ = ["RELEASED_PRESET", "QAdapterConfig", "QAdapterTrainer", "last_complete_checkpoint"]
 
@@ -93,20 +99,7 @@ class QAdapterTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
 
-        if isinstance(train_dataset, dict):
-            names = ", ".join(map(str, train_dataset))
-            raise TypeError(f"train_dataset: expected one data set, got a dict of them: {names}")
-        streams = isinstance(train_dataset, Stream)
-        if streams and args.precompute_base:
-            raise ValueError("precompute_base: expected a data set with a length, got a stream")
-        if streams and args.train_sampling_strategy != "random":
-            raise ValueError(
-                "train_sampling_strategy: a stream comes in its own order, got "
-                f"{args.train_sampling_strategy!r}"
-            )
-        if args.accelerator_config.dispatch_batches is None:
-            # By default accelerate would have one process cut the batches of a stream for all.
-            args.accelerator_config.dispatch_batches = False
+        check_training_data(train_dataset, args)
 
         def prepared(dataset: Any, what: str) -> Any:
             if dataset is None:
@@ -346,6 +339,7 @@ class QAdapterTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
+        saving.check_comes_back(self.accelerator.unwrap_model(self.model).peft_model)
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         if str(resume_from_checkpoint) == "True":  # on a command line it comes as text
@@ -379,17 +373,12 @@ class QAdapterTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(f"could not save {folder}, which is removed again: {error}") from error
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_adapter_weights(
-            resume_from_checkpoint
-        )
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_adapter_weights(folder)
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best checkpoint, %s", self.state.best_model_checkpoint)
-        best = str(self.state.best_model_checkpoint)
-        self.accelerator.unwrap_model(self.model).load_adapter_weights(best)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: `QAdapterModel.save_pretrained` writes the card, which fits the method."""
