@@ -1,5 +1,6 @@
 """A saved adapter: written, read back with its base, attached to a model that is there."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,11 @@ def check_comes_back(peft_model: PeftModel) -> None:
     if name in ("weight", "bias"):
         # PEFT takes the adapter's name off the end of a key, and there it is the parameter's own.
         raise ValueError(f"the adapter is named {name!r}, like a parameter: give it another name")
-    model: Any = peft_model.get_base_model()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            peft_model.peft_config[name].save_pretrained(folder)
+    except TypeError as error:
+        raise ValueError(f"the adapter's config cannot be written as JSON: {error}") from error
     saved = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     pointers = {tensor.data_ptr() for tensor in saved.values()}
     lost = [
@@ -110,6 +115,7 @@ def check_comes_back(peft_model: PeftModel) -> None:
         raise ValueError(
             f"{len(lost)} trained weights would not be saved with the adapter ({lost[0]}, ...)"
         )
+    model: Any = peft_model.get_base_model()
     source = str(model.config._name_or_path or "")
     try:
         there = AutoConfig.from_pretrained(source, local_files_only=True) if source else None

@@ -322,7 +322,7 @@ class QAdapterTrainer(Trainer):
         self._sums["eval"] = {}
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if isinstance(getattr(args[0] if args else kwargs["dataloader"], "dataset", None), Stream):
+        if isinstance(getattr(self.callback_handler.eval_dataloader, "dataset", None), Stream):
             # Of a stream the Trainer counts the rows of its batches, and a pack is one.
             pairs = sum(count for _, count in self._sums["eval"]["rewards/margins"])
             pairs = self.accelerator.reduce(pairs, reduction="sum")
