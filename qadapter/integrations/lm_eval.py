@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from qadapter.composition import stream_weights
 from qadapter.model.modeling import QAdapterModel
+from qadapter.text.tokenization import pad_token_id
 
 try:
     from lm_eval.api.registry import register_model
@@ -43,7 +44,7 @@ class QAdapterLM(HFLM):
         alpha_0, alpha_tilde: instead of strength.
         base_model: where the base is, if not where it was at training.
         device: default, the GPU if there is one.
-        dtype: of the base.
+        dtype: of the base; "auto" is the checkpoint's where this machine is fast in it.
         tokenizer: default, the one saved with the adapter, or the base's.
         **kwargs: the harness's (batch_size, max_length, ...).
     """
@@ -97,12 +98,17 @@ class QAdapterLM(HFLM):
             generation_kwargs["do_sample"] = generation_kwargs.get("temperature", 0.0) > 0.0
         if not generation_kwargs["do_sample"]:
             generation_kwargs.pop("temperature", None)
+        # The harness pads with what the tokenizer has, which need not be in the model's embedding.
+        pad = pad_token_id(self.tokenizer, self.two_streams)
+        mask = generation_kwargs.get("attention_mask")
+        if mask is not None:
+            context = context.masked_fill(mask == 0, pad)
         criteria = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         made: Tensor = self.two_streams.generate(
             context,
             max_length=max_length,
             stopping_criteria=criteria,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=pad,
             **self.knobs,
             **generation_kwargs,
         )
