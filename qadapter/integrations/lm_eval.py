@@ -32,6 +32,13 @@ except ImportError as error:
 
 __all__ = ["QAdapterLM"]
 
+OF_LOADING = (
+    *("revision", "subfolder", "trust_remote_code", "parallelize", "max_memory_per_gpu"),
+    *("max_cpu_memory", "peft", "delta", "autogptq", "gptqmodel", "gguf_file"),
+    *("quantization_config", "load_in_4bit", "load_in_8bit"),
+)
+"""Arguments of the harness's model that matter only where it loads one itself."""
+
 
 @register_model("qadapter")
 class QAdapterLM(HFLM):
@@ -61,10 +68,24 @@ class QAdapterLM(HFLM):
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        for name in OF_LOADING:
+            if kwargs.get(name):
+                raise ValueError(
+                    f"{name}: got {kwargs[name]!r}, but the harness is handed a loaded model and "
+                    "would not look at it; load the model with it and pass the QAdapterModel"
+                )
         if isinstance(pretrained, QAdapterModel):
+            if base_model is not None or dtype != "auto":
+                raise ValueError("base_model, dtype: of a folder, but pretrained is a loaded model")
             own = pretrained
+            if device is not None:
+                own.to(device)
         else:
-            own = QAdapterModel.from_pretrained(pretrained, base_model=base_model, dtype=dtype)
+            # beside an accelerator that is not to be used, the CPU has to be fast in the dtype
+            there: dict[str, Any] = {"device_map": "cpu"} if device == "cpu" else {}
+            own = QAdapterModel.from_pretrained(
+                pretrained, base_model=base_model, dtype=dtype, **there
+            )
             own.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         own.eval()
         if tokenizer is None:
