@@ -6,5 +6,6 @@ packed_attention.py  a batch without padding; cpu_attention.py, recompute.py: le
 streams.py           all streams in one forward, for decoding
 decoding.py          the loop: a token a step; generate.py: transformers' arguments for it
 wrapping.py          which models and adapters can be composed; checkpoint.py, saving.py: files
+precision.py         the dtype in which a base is fast on this machine
 packaged.py          a small real model that comes as a package
 """
