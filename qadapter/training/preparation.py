@@ -65,11 +65,15 @@ def collator(model: QAdapterModel, args: QAdapterConfig, tokenizer: Any) -> Any:
     return PreferenceCollator(pad_token_id(tokenizer, model))
 
 
-def check_training_data(dataset: Any, args: QAdapterConfig) -> None:
-    """Errors for what cannot be trained on, or not with these arguments."""
+def check_is_one(dataset: Any, name: str) -> None:
     if isinstance(dataset, dict):
         names = ", ".join(map(str, dataset))
-        raise TypeError(f"train_dataset: expected one data set, got a dict of them: {names}")
+        raise TypeError(f"{name}: expected one data set, got a dict of them: {names}")
+
+
+def check_training_data(dataset: Any, args: QAdapterConfig) -> None:
+    """Errors for what cannot be trained on, or not with these arguments."""
+    check_is_one(dataset, "train_dataset")
     if not isinstance(dataset, IterableDataset):
         return
     if args.precompute_base:

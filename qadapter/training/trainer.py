@@ -3,8 +3,7 @@
 Everything but the loss is the Trainer's: data loading, accumulation, checkpoints, resume, progress
 bar, distribution. A step runs both streams over the real tokens of a micro-batch, packed, and goes
 from the hidden states of the response rows to the loss without ever making logits. Sums are divided
-by the totals of the whole accumulated batch, so gradient accumulation gives the gradient of the
-unaccumulated run also where responses differ in length.
+by the totals of all micro-batches and processes, so that the gradient is that of one batch.
 """
 
 import logging
@@ -30,6 +29,7 @@ from qadapter.training.base_cache import BaseCache, CachedCollator
 from qadapter.training.config import RELEASED_PRESET, QAdapterConfig
 from qadapter.training.preparation import (
     as_qadapter_model,
+    check_is_one,
     check_training_data,
     collator,
     prepare,
@@ -102,9 +102,8 @@ class QAdapterTrainer(Trainer):
         check_training_data(train_dataset, args)
 
         def prepared(dataset: Any, what: str) -> Any:
-            if dataset is None:
-                return None
-            return prepare(dataset, what, model, args, processing_class)
+            given = dataset is not None
+            return prepare(dataset, what, model, args, processing_class) if given else None
 
         if args.precompute_base and (args.use_logits or not model.selects_hidden_rows):
             raise ValueError(
@@ -153,6 +152,7 @@ class QAdapterTrainer(Trainer):
             self._eval_dataloaders = kept
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
+        check_is_one(test_dataset, "test_dataset")
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
     def _prepared(self, dataset: Any, what: str) -> Any:
@@ -185,15 +185,14 @@ class QAdapterTrainer(Trainer):
     def _hidden_states_fit(self, own: QAdapterModel) -> bool:
         dim = own.config.get_text_config().hidden_size
         needed = base_cache.hidden_mib(self.train_dataset, dim, own.hf_model.dtype.itemsize)
-        fits = needed <= self.args.base_hidden_mib
-        if not fits:
+        if needed > self.args.base_hidden_mib:
             logger.warning(
                 "alpha_0 != center: the base's hidden states would take %.0f MiB on disk, above "
                 "base_hidden_mib=%g, so that every step runs the base; its logsumexp is cached",
                 needed,
                 self.args.base_hidden_mib,
             )
-        return fits
+        return needed <= self.args.base_hidden_mib
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if "attention_mask" not in inputs:
@@ -377,7 +376,6 @@ class QAdapterTrainer(Trainer):
         self.accelerator.unwrap_model(model or self.model).load_adapter_weights(folder)
 
     def _load_best_model(self) -> None:
-        logger.info("Loading the best checkpoint, %s", self.state.best_model_checkpoint)
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -139,6 +139,8 @@ def test_what_a_stream_cannot_have(tmp_path, tiny_tokenizer, given, message):
 def test_data_that_is_none(tmp_path, tiny_tokenizer, run, raw):
     with pytest.raises(TypeError, match="train_dataset: expected one data set, got a dict"):
         trainer(tmp_path, tiny_tokenizer, data=DatasetDict({"train": raw}))
+    with pytest.raises(TypeError, match="test_dataset: expected one data set, got a dict"):
+        run.predict({"a": raw})
     with pytest.raises(TypeError, match=r"expected a datasets\.Dataset"):
         run.evaluate(preference_rows(2))
     with pytest.raises(ValueError, match="missing column"):
