@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import qadapter
+from qadapter.model.precision import base_dtype
 from qadapter.text.data import load_preference_data
 
 # The pairs of the demo: the chosen answer opens with "In short,", the rejected one does not.
@@ -66,7 +67,8 @@ def load_base(name: str) -> tuple[PreTrainedModel, Any]:
     torch.manual_seed(0)
     if name != "tiny":
         source = str(qadapter.packaged_model(name)) if name == "smollm2" else name
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        dtype = base_dtype("auto", source)  # not the checkpoint's where this machine is slow in it
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         return model.eval(), AutoTokenizer.from_pretrained(source)
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(

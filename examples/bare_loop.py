@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     model, tokenizer = load(args.model)
     model.to(device)
     pairs = prepare_dataset(preference_pairs(4 * args.pairs), tokenizer, max_length=512)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id  # masked, so any id will do that the model knows
     loader = DataLoader(pairs, batch_size=args.pairs, collate_fn=PreferenceCollator(pad))
     # Only the LoRA's weights ask for a gradient.
     trained = [p for p in model.parameters() if p.requires_grad]

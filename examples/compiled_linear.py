@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> tuple[list[float], float]:
     base, tokenizer = load_base(args.model)
     base.to(device).requires_grad_(False)
     pairs = prepare_dataset(preference_pairs(4 * args.pairs), tokenizer, max_length=512)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id  # masked, so any id will do that the model knows
     collate = PreferenceCollator(pad)
     batches = []
     for first in range(0, len(pairs), args.pairs):

@@ -72,7 +72,7 @@ class PreferenceTrainer(Trainer):
 def make_trainer(name: str, pairs: int, **settings: Any) -> PreferenceTrainer:
     model, tokenizer = load(name)
     data = prepare_dataset(preference_pairs(4 * pairs), tokenizer, max_length=512)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id  # masked, so any id will do that the model knows
     return PreferenceTrainer(
         model=model,
         args=TrainingArguments(

@@ -51,7 +51,8 @@ def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = N
     held_out = load_preference_data(evaluation.DEMO_DATA / "heldout.jsonl")
     train_data = load_preference_data(evaluation.DEMO_DATA / "train.jsonl")
     questions = [messages[-1]["content"] for messages in held_out["prompt"]]
-    print(f"Preference: {PREFERENCE}. {len(train_data)} pairs, base {model}.\n")
+    dtype = str(two_streams.hf_model.dtype).removeprefix("torch.")
+    print(f"Preference: {PREFERENCE}. {len(train_data)} pairs, base {model} in {dtype}.\n")
 
     recipe = {**RECIPE, **({} if max_steps is None else {"max_steps": max_steps})}
     trainer = QAdapterTrainer(
@@ -90,6 +91,7 @@ def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = N
         forgetting[name] = _forgetting(two_streams, tokenizer, strength)
     report = {
         "model": model,
+        "dtype": dtype,
         "preference_text": PREFERENCE,
         "recipe": recipe,
         "questions": len(questions),

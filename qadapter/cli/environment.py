@@ -10,6 +10,7 @@ import torch
 
 from qadapter import functional as QF
 from qadapter import reference
+from qadapter.model import precision
 from qadapter.ops.backends import BackendInfo, backends, use_backend
 
 PACKAGES = [
@@ -51,7 +52,8 @@ def _versions() -> list[tuple[str, str]]:
             version = "not installed"
         lines.append((package, version))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return [*lines, ("threads", str(torch.get_num_threads())), ("GPU", gpu)]
+    lines += [("threads", str(torch.get_num_threads())), ("GPU", gpu)]
+    return [*lines, ("dtype=auto, CPU", precision.report())]
 
 
 def check(backend: BackendInfo) -> float:
@@ -108,7 +110,7 @@ def all_checks_pass() -> bool:
 
 
 def report() -> str:
-    lines = [f"{name:14} {value}" for name, value in _versions()]
+    lines = [f"{name:15} {value}" for name, value in _versions()]
     lines += ["", "backend   state        check against float64      why"]
     for backend in backends():
         state = "available" if backend.available else "unavailable"

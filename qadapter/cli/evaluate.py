@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-examples", type=int, help="use the first so many of each file")
     parser.add_argument("--value-at", choices=["next", "same"], help="default: as trained")
     parser.add_argument("--length-norm", choices=["response", "none"], help="default: as trained")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="auto", help="dtype of the base, such as bfloat16")
     parser.set_defaults(run=evaluate)
 
 
@@ -79,6 +79,7 @@ def evaluate(options: argparse.Namespace) -> int:
         "alpha_tilde": model.alpha_tilde,
         "center": model.center,
         "gamma": model.gamma,
+        "dtype": str(model.hf_model.dtype).removeprefix("torch."),
         "preference": evaluation.evaluate_preferences(
             model,
             tokenizer,

@@ -41,7 +41,8 @@ def add_parser(commands: Any) -> None:
     )
     prompts.add_argument(
         "--input",
-        help="prompts in a .jsonl, .json, .txt or .parquet file; - for the lines of stdin",
+        help="prompts in .jsonl, .json, .csv, .txt or .parquet files, also compressed, or those "
+        "of a glob; - for the lines of stdin",
     )
     parser.add_argument("--output", help="write the answers there (JSON lines); - for stdout")
     parser.add_argument("--resume", action="store_true", help="go on after an interrupted run")
@@ -284,7 +285,7 @@ def _answers_of(requests: Sequence[Request], made: dict[int, dict[str, Any]]) ->
 
 
 def _shown(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "")
 
 
 # To a file.

@@ -52,7 +52,13 @@ class TrainArguments:
         default=None,
         metadata={"help": "Modules with LoRA, such as q_proj v_proj; default all linear layers."},
     )
-    dtype: str = field(default="auto", metadata={"help": "dtype of the base, such as bfloat16."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "dtype of the base, such as bfloat16; auto is the checkpoint's where this "
+            "machine is fast in it."
+        },
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
 
 
@@ -62,10 +68,15 @@ def train(argv: Sequence[str]) -> int:
     from qadapter.model.checkpoint import is_adapter_folder, resolve_model
     from qadapter.model.modeling import QAdapterModel
     from qadapter.training.plots import plot_training
+    from qadapter.training.preparation import device_map
     from qadapter.training.trainer import RELEASED_PRESET, QAdapterConfig, QAdapterTrainer
 
     parser = HfArgumentParser(cast(Any, (TrainArguments, QAdapterConfig)), prog="qadapter train")
     arguments = list(argv)
+    if any(a.split("=")[0] == "--output" for a in arguments) and any(
+        a.split("=")[0] in ("--output_dir", "--output-dir") for a in arguments
+    ):
+        raise ValueError("--output: give it or --output_dir, which is the same, not both")
     if not any(a.split("=")[0] in ("--output_dir", "--output-dir") for a in arguments):
         output = _peek(arguments, "--output")
         arguments += ["--output_dir", output] if output else []
@@ -77,13 +88,24 @@ def train(argv: Sequence[str]) -> int:
     if options.output is None and config.output_dir in (None, "trainer_output"):
         raise ValueError("--output: give the folder for the adapter")
 
+    if config.do_predict:
+        raise ValueError("--do_predict: train makes no predictions; qadapter eval measures")
+    if config.do_eval and options.eval_data is None:
+        raise ValueError("--do_eval, --eval_strategy: give held-out pairs by --eval_data")
+
     dataset = head(load_pairs(options.data, options.split, options), options.max_examples)
     held_out = None
     if options.eval_data:
         held_out = load_pairs(options.eval_data, options.eval_split, options)
     source = resolve_model(options.model)
-    lora = None if is_adapter_folder(source) else _lora_config(options)
-    model = QAdapterModel.from_pretrained(source, lora_config=lora, dtype=options.dtype)
+    lora = _lora_config(options)
+    if is_adapter_folder(source):
+        _refuse_lora_options(options)
+        lora = None
+    model = QAdapterModel.from_pretrained(
+        source, lora_config=lora, dtype=options.dtype, **device_map(config)
+    )
+    print(f"base in {str(model.hf_model.dtype).removeprefix('torch.')}")
     if options.skip_bad_rows:
         dataset = _usable(model, config, dataset, "training")
         held_out = held_out and _usable(model, config, held_out, "evaluation")
@@ -116,6 +138,16 @@ def _usable(model: Any, config: Any, dataset: Any, what: str) -> Any:
         num_proc=config.dataset_num_proc,
         desc=f"Tokenizing {what} pairs",
     )
+
+
+def _refuse_lora_options(options: TrainArguments) -> None:
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
+        value, default = getattr(options, name), TrainArguments.__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(
+                f"--{name}: of a new adapter, got {value!r}, but {options.model} is a saved one "
+                "and has its own LoRA"
+            )
 
 
 def _peek(arguments: Sequence[str], option: str) -> str | None:

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from qadapter.composition import stream_weights
 from qadapter.model.modeling import QAdapterModel
+from qadapter.text.tokenization import pad_token_id
 
 try:
     from lm_eval.api.registry import register_model
@@ -30,6 +31,13 @@ except ImportError as error:
     raise ImportError(f'lm_eval is needed: pip install "qadapter[eval]" ({error})') from None
 
 __all__ = ["QAdapterLM"]
+
+OF_LOADING = (
+    *("revision", "subfolder", "trust_remote_code", "parallelize", "max_memory_per_gpu"),
+    *("max_cpu_memory", "peft", "delta", "autogptq", "gptqmodel", "gguf_file"),
+    *("quantization_config", "load_in_4bit", "load_in_8bit"),
+)
+"""Arguments of the harness's model that matter only where it loads one itself."""
 
 
 @register_model("qadapter")
@@ -43,7 +51,7 @@ class QAdapterLM(HFLM):
         alpha_0, alpha_tilde: instead of strength.
         base_model: where the base is, if not where it was at training.
         device: default, the GPU if there is one.
-        dtype: of the base.
+        dtype: of the base; "auto" is the checkpoint's where this machine is fast in it.
         tokenizer: default, the one saved with the adapter, or the base's.
         **kwargs: the harness's (batch_size, max_length, ...).
     """
@@ -60,10 +68,24 @@ class QAdapterLM(HFLM):
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        for name in OF_LOADING:
+            if kwargs.get(name):
+                raise ValueError(
+                    f"{name}: got {kwargs[name]!r}, but the harness is handed a loaded model and "
+                    "would not look at it; load the model with it and pass the QAdapterModel"
+                )
         if isinstance(pretrained, QAdapterModel):
+            if base_model is not None or dtype != "auto":
+                raise ValueError("base_model, dtype: of a folder, but pretrained is a loaded model")
             own = pretrained
+            if device is not None:
+                own.to(device)
         else:
-            own = QAdapterModel.from_pretrained(pretrained, base_model=base_model, dtype=dtype)
+            # beside an accelerator that is not to be used, the CPU has to be fast in the dtype
+            there: dict[str, Any] = {"device_map": "cpu"} if device == "cpu" else {}
+            own = QAdapterModel.from_pretrained(
+                pretrained, base_model=base_model, dtype=dtype, **there
+            )
             own.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         own.eval()
         if tokenizer is None:
@@ -97,12 +119,17 @@ class QAdapterLM(HFLM):
             generation_kwargs["do_sample"] = generation_kwargs.get("temperature", 0.0) > 0.0
         if not generation_kwargs["do_sample"]:
             generation_kwargs.pop("temperature", None)
+        # The harness pads with what the tokenizer has, which need not be in the model's embedding.
+        pad = pad_token_id(self.tokenizer, self.two_streams)
+        mask = generation_kwargs.get("attention_mask")
+        if mask is not None:
+            context = context.masked_fill(mask == 0, pad)
         criteria = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
         made: Tensor = self.two_streams.generate(
             context,
             max_length=max_length,
             stopping_criteria=criteria,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=pad,
             **self.knobs,
             **generation_kwargs,
         )

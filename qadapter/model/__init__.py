@@ -8,5 +8,6 @@ decoding.py          the loop: a token a step; generate.py: transformers' argume
 wrapping.py          which models can be composed; adapters.py: which of PEFT's adapters;
                      probe.py: both tried on a few tokens
 saving.py            an adapter's files; adapter_files.py: do they fit; checkpoint.py: its base
+precision.py         the dtype in which a base is fast on this machine
 packaged.py          a small real model that comes as a package
 """

@@ -75,7 +75,9 @@ def _is_gated_mlp(module: nn.Module, hidden_size: int) -> bool:
     parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
     if not all(isinstance(getattr(module, part, None), nn.Module) for part in parts):
         return False
-    weight = next(module.parameters())
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return False  # quantised, in a form of its own
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 2, hidden_size, generator=generator)
     hidden = hidden.to(weight.device, weight.dtype if weight.is_floating_point() else None)

@@ -1,5 +1,6 @@
 """A saved adapter: written, read back with its base, attached to a model that is there."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qadapter.model.checkpoint import (
     is_adapter_folder,
     model_card,
     read_config,
+    refuse_resized,
     resolve_model,
 )
 from qadapter.model.probe import BaseProbe
@@ -115,3 +117,28 @@ def _saved_for(peft_model: PeftModel, directory: str | Path) -> dict[str, Any]:
     here = fingerprint(peft_model.get_base_model())
     check_same_base(saved["base_fingerprint"], here, str(directory), "this model")
     return saved
+
+
+def check_comes_back(peft_model: PeftModel) -> None:
+    """ValueError where what `save` would write could not be loaded again; nothing is written."""
+    name = str(peft_model.active_adapter)
+    if name in ("weight", "bias"):
+        # PEFT takes the adapter's name off the end of a key, and there it is the parameter's own.
+        raise ValueError(f"the adapter is named {name!r}, like a parameter: give it another name")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            peft_model.peft_config[name].save_pretrained(folder)
+    except TypeError as error:
+        raise ValueError(f"the adapter's config cannot be written as JSON: {error}") from error
+    saved = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    pointers = {tensor.data_ptr() for tensor in saved.values()}
+    lost = [
+        name
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in pointers
+    ]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} trained weights would not be saved with the adapter ({lost[0]}, ...)"
+        )
+    refuse_resized(peft_model.get_base_model())

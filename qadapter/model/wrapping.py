@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qadapter.model import adapters
 from qadapter.model.checkpoint import is_adapter_name
+from qadapter.model.precision import base_dtype
 from qadapter.model.probe import BaseProbe, check_streams
 
 
 def load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    dtype = base_dtype(dtype, source, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     return model.eval()
 

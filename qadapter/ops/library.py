@@ -69,7 +69,8 @@ def rows_dense(logits: Tensor | None) -> Tensor | None:
     """Kernels want stride 1 along the vocabulary; any row stride is fine."""
     if logits is None or logits.shape[1] <= 1 or logits.stride(1) == 1:
         return logits
-    return logits.contiguous()
+    # Not contiguous(): a view without rows counts as contiguous, whatever its strides.
+    return logits.clone(memory_format=torch.contiguous_format)
 
 
 def no_second_derivative(ctx: Any, *_: Any) -> Any:

@@ -128,8 +128,9 @@ def _linear_bwd(
     has_action = actions != -100
     safe = torch.where((actions >= 0) & (actions < vocab), actions, 0)
     of_action = torch.where(has_action, (coef_p * p_action + coef_a) * slope_action, 0)
-    for rows in torch.arange(u.shape[0]).split(max(1, BWD_BYTES // (4 * dim))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    step = max(1, BWD_BYTES // (4 * dim))
+    for start in range(0, u.shape[0], step):
+        part = slice(start, start + step)
         gathered = weight[safe[part]].to(dtype).mul_(of_action[part, None])
         torch.add(gathered.addcmul_(u[part].to(dtype), coef_p[part, None]), 0, out=grad[part])
     return grad

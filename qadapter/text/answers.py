@@ -77,7 +77,7 @@ def answer(
     A stop string ends an answer and is not part of its text. ``halt`` is asked after every token
     whether to stop all. ``seeds`` are one a prompt. Everything else goes to ``model.generate``.
     """
-    pad, eos = pad_token_id(tokenizer), eos_token_ids(model, tokenizer)
+    pad, eos = pad_token_id(tokenizer, model), eos_token_ids(model, tokenizer)
     inputs = left_padded(prompts, pad, model.device)
     width = inputs["input_ids"].shape[1]
     stops = _Stops(tokenizer, width, len(prompts), stop, halt)

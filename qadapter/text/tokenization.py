@@ -248,44 +248,6 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=3)
 
 
-def fitting_max_length(max_length: int, config: Any) -> int:
-    """``max_length``, or the number of the model's positions where that is less (said once)."""
-    positions = _positions(config)
-    if positions is None or max_length <= positions:
-        return max_length
-    _warn_once(
-        f"max_length={max_length} is more than the model's {positions} positions: longer texts "
-        f"are cut there, as with max_length={positions}."
-    )
-    return positions
-
-
-def check_positions(prepared: Any, config: Any) -> None:
-    """ValueError if a row of a prepared data set is longer than the model has positions."""
-    from pyarrow import compute
-
-    positions = _positions(config)
-    if positions is None:
-        return
-    start = 0
-    for batch in prepared.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(1000):
-        prompt, *responses = (compute.list_value_length(batch[column]) for column in TOKEN_COLUMNS)
-        longest = compute.add(prompt, compute.max_element_wise(*responses))
-        for i, length in enumerate(longest.to_pylist()):
-            if length > positions:
-                raise RowError(
-                    f"row {start + i}",
-                    f"{length} tokens are more than the model's {positions} positions; prepare the "
-                    f"data with max_length={positions} or less",
-                )
-        start += len(longest)
-
-
-def _positions(config: Any) -> int | None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
-
-
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a response: the tokenizer's and those of the generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
@@ -293,7 +255,13 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """An id to pad with; it is masked everywhere, so any will do."""
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    return pad if pad is not None else eos if eos is not None else 0
+def pad_token_id(tokenizer: Any, model: Any = None) -> int:
+    """An id to pad with; it is masked everywhere, so any will do that the model's embedding has.
+
+    A tokenizer may have got a padding token of its own while the embedding was not enlarged.
+    """
+    known = None if model is None else model.hf_model.get_input_embeddings().weight.shape[0]
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None and (known is None or candidate < known):
+            return candidate
+    return 0

@@ -1,6 +1,7 @@
 """Training and evaluation on transformers' Trainer.
 
 config.py, trainer.py             QAdapterConfig, QAdapterTrainer
+arguments.py, preparation.py      which arguments are followed; models, data and collators as given
 base_cache.py, base_identity.py   what the base says, computed once and kept on disk
 evaluation.py, plots.py           preference and forgetting, as figures and as a picture
 """

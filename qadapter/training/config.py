@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from qadapter.ops import checks
+from qadapter.training import arguments
 
 RELEASED_PRESET: dict[str, Any] = {
     "alpha_0": 0.01,
@@ -31,6 +32,9 @@ class QAdapterConfig(TrainingArguments):
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Not supported: the collator reads them."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
     alpha_0: float | None = field(
         default=None, metadata={"help": "Weight of log pi_base in the policy."}
@@ -89,9 +93,8 @@ class QAdapterConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The collator needs columns that no model signature names.
-        self.remove_unused_columns = False
-        if not torch.cuda.is_available():
+        arguments.check(self)
+        if not torch.accelerator.is_available():
             # It would only warn that there is nothing to pin for.
             self.dataloader_pin_memory = False
         for name in ("alpha_0", "center", "gamma"):
@@ -103,6 +106,9 @@ class QAdapterConfig(TrainingArguments):
             self.base_cache_dir = str(self.precompute_base)
             self.precompute_base = True
         checks.number("base_hidden_mib", self.base_hidden_mib)
+        for name in ("base_cache_dir", "base_hidden_mib"):
+            if getattr(self, name) and not self.precompute_base:
+                raise ValueError(f"{name}: has no effect without precompute_base")
         checks.number("reg_coef", self.reg_coef)
         checks.number("bt_scale", self.bt_scale, above=0.0)
         checks.choice("value_at", self.value_at, ("next", "same"))

@@ -4,7 +4,6 @@ Forgetting is measured per token on text that has nothing to do with the prefere
 KL(pi_base || pi) over the whole vocabulary, and the change in negative log-likelihood of the text.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from qadapter import reference
 from qadapter.model.modeling import QAdapterModel, TwoStreamLogits
 from qadapter.outputs import ResidualValues
 from qadapter.text.collator import collate_sequences
-from qadapter.text.data import load_preference_data, prepare_dataset
+from qadapter.text.data import load_responses, prepare_dataset
 from qadapter.text.tokenization import eos_token_ids, pad_token_id
+from qadapter.training.preparation import check_fit
 
 KL_CHUNK = 64
 DEMO_DATA = Path(__file__).parents[1] / "demo_data"
@@ -87,11 +87,12 @@ def evaluate_preferences(
     the composed policy. ``chosen`` holds `evaluate_forgetting`'s figures on the chosen responses.
     """
     prepared = _prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
+    pad = pad_token_id(tokenizer, model)
     margins: list[Tensor] = []
     base_margins: list[Tensor] = []
     policy_margins: list[Tensor] = []
     chosen = _Forgetting()
-    for batch in _batches(prepared, ("chosen", "rejected"), batch_size, tokenizer, progress):
+    for batch in _batches(prepared, ("chosen", "rejected"), batch_size, pad, progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         logits, actions = _forward(model, batch), batch["actions"]
         cu_seqlens = batch["cu_seqlens"]
@@ -143,8 +144,9 @@ def evaluate_forgetting(
     ``dataset`` is in the preference format; its ``chosen`` responses are the text.
     """
     prepared = _prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
+    pad = pad_token_id(tokenizer, model)
     sums = _Forgetting()
-    for batch in _batches(prepared, ("chosen",), batch_size, tokenizer, progress):
+    for batch in _batches(prepared, ("chosen",), batch_size, pad, progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         logits, actions = _forward(model, batch), batch["actions"]
         values = QF.residual_values(
@@ -157,32 +159,27 @@ def evaluate_forgetting(
 def load_unrelated(path: str | Path | None = None) -> Dataset:
     """Text for `evaluate_forgetting`; None takes the general questions and answers shipped here.
 
-    Rows are preference pairs, or have ``prompt`` and ``response`` alone (.jsonl).
+    Rows are preference pairs, or have ``prompt`` and ``response`` alone.
     """
-    source = Path(UNRELATED if path is None else path)
-    if source.suffix == ".jsonl" and source.is_file():
-        with source.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
-        if rows and all("response" in row and "prompt" in row for row in rows):
-            texts = [(row["prompt"], row["response"]) for row in rows]
-            return Dataset.from_list([{"prompt": p, "chosen": r, "rejected": r} for p, r in texts])
-    return load_preference_data(str(source))
+    return load_responses(UNRELATED if path is None else path)
 
 
 def _prepare(
     model: QAdapterModel, tokenizer: Any, dataset: Dataset, max_length: int, drop: bool
 ) -> Dataset:
-    return prepare_dataset(
+    prepared = prepare_dataset(
         dataset,
         tokenizer,
         max_length=max_length,
         eos_token_ids=eos_token_ids(model, tokenizer),
         drop_long_prompts=drop,
     )
+    check_fit(prepared, model, tokenizer, "evaluation")
+    return prepared
 
 
 def _batches(
-    prepared: Dataset, columns: Sequence[str], batch_size: int, tokenizer: Any, progress: bool
+    prepared: Dataset, columns: Sequence[str], batch_size: int, pad: int, progress: bool
 ) -> Any:
     """Batches of examples of like length, so that little of them is padding."""
     rows = list(prepared)
@@ -195,7 +192,7 @@ def _batches(
             for column in columns
             for row in part
         ]
-        yield collate_sequences(sequences, pad_token_id(tokenizer))
+        yield collate_sequences(sequences, pad)
 
 
 @torch.no_grad()

@@ -29,15 +29,15 @@ def plot_training(
     )
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axis, (name, label, colour) in zip(figure.subplots(1, 3), panels, strict=True):
-        axis.plot([r["step"] for r in train], [r[name] for r in train], color=colour, label="train")
-        if held_out:
-            axis.plot(
-                [r["step"] for r in held_out],
-                [r[f"eval_{name}"] for r in held_out],
-                "k--o",
-                markersize=4,
-                label="held out",
-            )
+        # A step whose base comes from a cache has no KL; evaluations have.
+        points = [(r["step"], r[name]) for r in train if name in r]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, label="train")
+        points = [(r["step"], r[f"eval_{name}"]) for r in held_out if f"eval_{name}" in r]
+        if points:
+            axis.plot(*zip(*points, strict=True), "k--o", markersize=4, label="held out")
+        if not axis.lines:
+            axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
         axis.set_xlabel("update")
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)

@@ -3,8 +3,7 @@
 Everything but the loss is the Trainer's: data loading, accumulation, checkpoints, resume, progress
 bar, distribution. A step runs both streams over the real tokens of a micro-batch, packed, and goes
 from the hidden states of the response rows to the loss without ever making logits. Sums are divided
-by the totals of the whole accumulated batch, so gradient accumulation gives the gradient of the
-unaccumulated run also where responses differ in length.
+by the totals of all micro-batches and processes, so that the gradient is that of one batch.
 """
 
 import logging
@@ -15,22 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset as Stream
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from qadapter import files
 from qadapter import functional as QF
-from qadapter.model import packed_attention
+from qadapter.model import saving
 from qadapter.model.modeling import QAdapterModel
 from qadapter.outputs import PreferenceLoss, ResidualValues
-from qadapter.text.collator import PreferenceCollator
-from qadapter.text.data import prepare_dataset
-from qadapter.text.packing import PackedPreferenceCollator
-from qadapter.text.tokenization import eos_token_ids, pad_token_id
-from qadapter.training import base_cache
+from qadapter.training import arguments, base_cache
 from qadapter.training.base_cache import BaseCache, CachedCollator
 from qadapter.training.config import RELEASED_PRESET, QAdapterConfig
+from qadapter.training.preparation import (
+    as_qadapter_model,
+    check_is_one,
+    check_training_data,
+    collator,
+    prepare,
+)
 
 __all__ = ["RELEASED_PRESET", "QAdapterConfig", "QAdapterTrainer", "last_complete_checkpoint"]
 
@@ -49,10 +52,13 @@ class QAdapterTrainer(Trainer):
         args: `QAdapterConfig`; default ``QAdapterConfig("qadapter-output")``.
         train_dataset, eval_dataset: `datasets.Dataset` in TRL's preference format (prompt, chosen,
             rejected; strings or messages; the prompt may be implicit), or already tokenised by
-            `qadapter.text.data.prepare_dataset`. ``eval_dataset`` may be a dict of data sets.
+            `qadapter.text.data.prepare_dataset`; or a `datasets.IterableDataset`, tokenised as it
+            comes. ``eval_dataset`` may be a dict of them. `evaluate` and `predict` take the same.
         processing_class: the tokenizer; default, the one saved with the model.
         peft_config: LoRA of a new adapter, where ``model`` does not have one.
-        **kwargs: as transformers.Trainer takes them.
+        **kwargs: as transformers.Trainer takes them, but for a loss of one's own. Predictions,
+            which ``compute_metrics`` gets, are the rewards of the chosen and of the rejected
+            response, [P, 2]; their labels are 0, the column of the chosen one.
 
     Logs TRL's names (``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``,
     ``rewards/accuracies``, ``logps/chosen``, ``logps/rejected``) and ``loss/bt``, ``reg_loss``,
@@ -82,7 +88,8 @@ class QAdapterTrainer(Trainer):
                 "cuts batches through pairs. Start one process a GPU (torchrun, accelerate launch) "
                 "or set CUDA_VISIBLE_DEVICES"
             )
-        model = _as_qadapter_model(model, peft_config)
+        arguments.check_callables(kwargs)
+        model = as_qadapter_model(model, peft_config, args)
         composition = ("alpha_0", "alpha_tilde", "center")
         if any(getattr(args, name) is not None for name in composition):
             asked = [getattr(args, name) for name in composition]
@@ -92,18 +99,11 @@ class QAdapterTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
 
-        def prepare(dataset: Any, what: str) -> Any:
-            if isinstance(dataset, dict):
-                return {name: prepare(split, f"{what} {name}") for name, split in dataset.items()}
-            return dataset and prepare_dataset(
-                dataset,
-                processing_class,
-                max_length=args.max_length,
-                eos_token_ids=eos_token_ids(model, processing_class),
-                drop_long_prompts=args.drop_long_prompts,
-                num_proc=args.dataset_num_proc,
-                desc=f"Tokenizing {what} pairs",
-            )
+        check_training_data(train_dataset, args)
+
+        def prepared(dataset: Any, what: str) -> Any:
+            given = dataset is not None
+            return prepare(dataset, what, model, args, processing_class) if given else None
 
         if args.precompute_base and (args.use_logits or not model.selects_hidden_rows):
             raise ValueError(
@@ -112,18 +112,20 @@ class QAdapterTrainer(Trainer):
                 + ("use_logits=True" if args.use_logits else type(model.hf_model).__name__)
             )
         if data_collator is None:
-            data_collator = _collator(model, args, processing_class)
+            data_collator = collator(model, args, processing_class)
         self._sums: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=prepare(train_dataset, "training"),
-            eval_dataset=prepare(eval_dataset, "evaluation"),
+            train_dataset=prepared(train_dataset, "training"),
+            eval_dataset=prepared(eval_dataset, "evaluation"),
             processing_class=processing_class,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
+        if self.is_fsdp_enabled:  # by accelerate's own settings
+            raise ValueError(f"fsdp: not supported: {arguments.REFUSED['fsdp']}")
 
     # Data.
 
@@ -137,6 +139,25 @@ class QAdapterTrainer(Trainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = plain
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # With persistent workers the Trainer keeps loaders, by a name that does not tell a data set
+        # that is given here from its own.
+        kept = self.__dict__.pop("_eval_dataloaders", {})
+        try:
+            return super().get_eval_dataloader(self._prepared(eval_dataset, "evaluation"))
+        finally:
+            self._eval_dataloaders = kept
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        check_is_one(test_dataset, "test_dataset")
+        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+
+    def _prepared(self, dataset: Any, what: str) -> Any:
+        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
+        return prepare(dataset, what, own, self.args, self.processing_class)
 
     def _precomputed_base(self) -> BaseCache:
         own: QAdapterModel = self.accelerator.unwrap_model(self.model)
@@ -164,15 +185,21 @@ class QAdapterTrainer(Trainer):
     def _hidden_states_fit(self, own: QAdapterModel) -> bool:
         dim = own.config.get_text_config().hidden_size
         needed = base_cache.hidden_mib(self.train_dataset, dim, own.hf_model.dtype.itemsize)
-        fits = needed <= self.args.base_hidden_mib
-        if not fits:
+        if needed > self.args.base_hidden_mib:
             logger.warning(
                 "alpha_0 != center: the base's hidden states would take %.0f MiB on disk, above "
                 "base_hidden_mib=%g, so that every step runs the base; its logsumexp is cached",
                 needed,
                 self.args.base_hidden_mib,
             )
-        return fits
+        return needed <= self.args.base_hidden_mib
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if "attention_mask" not in inputs:
+            # A pack has no padding; the Trainer would leave out what looks like it, such as an
+            # end-of-sequence token that is the padding token, too.
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
 
     # The loss.
 
@@ -183,8 +210,13 @@ class QAdapterTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = sum((len(batch["cu_seqlens"]) - 1) // 2 for batch in batches)
         actions = sum(int((batch["actions"] != -100).sum()) for batch in batches)
+        totals = torch.tensor([pairs, actions], dtype=torch.float32)
+        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+            # Processes are averaged later: by their mean totals, every pair and action then counts
+            # the same, whichever process it is in.
+            totals = self.accelerator.reduce(totals.to(device), reduction="mean").cpu()
         for batch in batches:
-            batch["denominators"] = torch.tensor([pairs, actions], dtype=torch.float32)
+            batch["denominators"] = totals
         return batches, actions
 
     def compute_loss(
@@ -226,7 +258,11 @@ class QAdapterTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        rewards = torch.stack([outputs.chosen_rewards, outputs.rejected_rewards], 1).detach()
+        return loss.detach(), rewards, rewards.new_zeros(len(rewards), dtype=torch.int64)
 
     # Metrics: sums stay on the device until they are logged.
 
@@ -285,6 +321,11 @@ class QAdapterTrainer(Trainer):
         self._sums["eval"] = {}
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
+        if isinstance(getattr(self.callback_handler.eval_dataloader, "dataset", None), Stream):
+            # Of a stream the Trainer counts the rows of its batches, and a pack is one.
+            pairs = sum(count for _, count in self._sums["eval"]["rewards/margins"])
+            pairs = self.accelerator.reduce(pairs, reduction="sum")
+            output = output._replace(num_samples=int(pairs))
         means = self._drain("eval")
         if means:
             # Over all pairs and actions; the Trainer's is a mean over batches.
@@ -297,7 +338,10 @@ class QAdapterTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if resume_from_checkpoint is True:
+        saving.check_comes_back(self.accelerator.unwrap_model(self.model).peft_model)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        if str(resume_from_checkpoint) == "True":  # on a command line it comes as text
             last = last_complete_checkpoint(str(self.args.output_dir))
             if last is None:
                 raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
@@ -317,7 +361,8 @@ class QAdapterTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(str(temporary))
             # JSON, where the Trainer would pickle its arguments.
-            files.write_json(temporary / "training_args.json", self.args.to_dict())
+            content = arguments.as_json(self.args.to_dict())
+            files.write_json(temporary / "training_args.json", content)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -327,46 +372,14 @@ class QAdapterTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(f"could not save {folder}, which is removed again: {error}") from error
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_adapter_weights(
-            resume_from_checkpoint
-        )
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_adapter_weights(folder)
 
     def _load_best_model(self) -> None:
-        logger.info("Loading the best checkpoint, %s", self.state.best_model_checkpoint)
-        best = str(self.state.best_model_checkpoint)
-        self.accelerator.unwrap_model(self.model).load_adapter_weights(best)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: `QAdapterModel.save_pretrained` writes the card, which fits the method."""
-
-
-def _collator(model: QAdapterModel, args: QAdapterConfig, tokenizer: Any) -> Any:
-    if args.packing:
-        reason = packed_attention.enable(model.hf_model)
-        if reason is None:
-            return PackedPreferenceCollator()
-        logger.warning("Batches are padded instead of packed: %s", reason)
-    return PreferenceCollator(pad_token_id(tokenizer))
-
-
-def _as_qadapter_model(model: Any, peft_config: LoraConfig | None) -> QAdapterModel:
-    if isinstance(model, str | Path):
-        return QAdapterModel.from_pretrained(model, lora_config=peft_config)
-    if peft_config is not None and isinstance(model, QAdapterModel | PeftModel):
-        raise ValueError("peft_config: the model already has an adapter")
-    if isinstance(model, QAdapterModel):
-        return model
-    if isinstance(model, PeftModel):
-        return QAdapterModel(model)
-    if isinstance(model, PreTrainedModel):
-        return QAdapterModel.from_base(model, lora_config=peft_config)
-    raise ValueError(
-        "model: expected a QAdapterModel, a peft or transformers model, a name or a folder, got "
-        f"{type(model).__name__}"
-    )
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:

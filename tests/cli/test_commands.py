@@ -173,3 +173,49 @@ def test_forgetting_is_zero_before_training(files, tiny_tokenizer):
 def test_unrelated_text_is_shipped():
     rows = evaluation.load_unrelated()
     assert len(rows) >= 20 and {"prompt", "chosen"} <= set(rows.column_names)
+
+
+def test_training_from_a_cache_of_the_base(files, capsys):
+    """Its steps know no KL, which the plot then goes without."""
+    evaluation_data = ["--eval-data", str(files / "test.jsonl"), "--eval-strategy", "epoch"]
+    for extra in ([], evaluation_data):
+        assert train(files, "--precompute-base", *extra) == 0
+        assert "adapter saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output-dir", "elsewhere"], "--output: give it or --output_dir"),
+        (["--do-predict"], "--do_predict: train makes no predictions"),
+        (["--do-eval"], "--do_eval, --eval_strategy: give held-out pairs"),
+        (["--label-smoothing-factor", "0.1"], "label_smoothing_factor: not supported"),
+        (["--bf16-full-eval"], "bf16_full_eval: not supported"),
+    ],
+)
+def test_options_without_effect_are_refused(files, capsys, options, message):
+    assert train(files, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--lora-r", "--lora-alpha", "--lora-dropout"])
+def test_lora_options_are_of_a_new_adapter(files, capsys, option):
+    from tests.tiny_models import make_model
+
+    model = make_model()
+    model.save_pretrained(files / "adapter")
+    assert train(files, "--model", str(files / "adapter"), option, "1") == 2
+    assert f"{option.replace('-', '_').replace('__', '--')}: of a new" in capsys.readouterr().err
+
+
+def test_train_says_the_dtype(files, capsys, monkeypatch):
+    import torch
+
+    from qadapter.model import precision
+
+    make_base("llama", dtype=torch.bfloat16).save_pretrained(files / "base")
+    monkeypatch.setattr(precision, "cpu_capabilities", lambda: {"avx2": True})
+    for options, expected in ([], "float32"), (["--dtype", "bfloat16"], "bfloat16"):
+        assert train(files, *options) == 0
+        assert f"base in {expected}\n" in capsys.readouterr().out

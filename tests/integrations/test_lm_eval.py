@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 
 from tests.tiny_models import make_base, make_model, perturb
+from tests.tiny_text import word_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs lm-eval")
 
@@ -130,6 +131,30 @@ def test_arguments_are_checked(folder):
         QAdapterLM(str(folder / "adapter"), strength=1.0, alpha_0=1.0)
     with pytest.raises(ValueError, match="strength"):
         QAdapterLM(str(folder / "adapter"), strength=-1)
+    for name in ("revision", "peft", "load_in_4bit"):
+        with pytest.raises(ValueError, match=f"^{name}: got 'x'"):
+            QAdapterLM(str(folder / "adapter"), **{name: "x"})
+
+
+def test_what_belongs_to_a_folder_is_refused_of_a_model(model, tiny_tokenizer):
+    for given in ({"dtype": "bfloat16"}, {"base_model": "somewhere"}):
+        with pytest.raises(ValueError, match="base_model, dtype: of a folder"):
+            QAdapterLM(model, tokenizer=tiny_tokenizer, **given)
+
+
+def test_a_padding_token_outside_the_embedding():
+    tokenizer = word_tokenizer()
+    model = QAdapterModel.from_base(make_base("llama", vocab=len(tokenizer)))
+    prompts = ["the cat sat", "tell me about the big old dog"]
+    arguments = {"until": ["nothing"], "max_gen_toks": 6, "do_sample": False}
+    texts = []
+    for own_pad in (False, True):
+        if own_pad:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        lm = QAdapterLM(model, tokenizer=tokenizer, batch_size=2)
+        requests = [request("generate_until", p, arguments) for p in prompts]
+        texts.append(lm.generate_until(requests))
+    assert texts[0] == texts[1]
 
 
 def test_the_harness_finds_it_by_name():

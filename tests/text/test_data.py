@@ -8,7 +8,6 @@ import warnings
 import datasets
 import pytest
 from tokenizers import processors
-from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 from qadapter.text import tokenization
 from qadapter.text.data import load_preference_data, prepare_dataset
@@ -375,23 +374,3 @@ def test_a_stream_is_tokenised_as_it_is_read(caplog):
         caplog.clear()
         with pytest.raises(ValueError, match="row 1: 'chosen' is empty"):
             list(prepare_dataset(stream, TOKENIZER))
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_text_longer_than_the_models_positions(monkeypatch):
-    monkeypatch.setattr(tokenization, "_warned", set())
-    config = LlamaConfig(max_position_embeddings=40)
-    assert tokenization.fitting_max_length(40, config) == 40
-    with pytest.warns(UserWarning, match="max_length=41 is more than the model's 40 positions"):
-        assert tokenization.fitting_max_length(41, config) == 40
-    assert tokenization.fitting_max_length(10**6, BloomConfig()) == 10**6  # has no such number
-    assert tokenization.fitting_max_length(1025, GPT2Config(n_positions=1025)) == 1025
-
-    dataset = datasets.Dataset.from_list([PAIR] * 1001 + [PAIR | {"chosen": [assistant("a" * 90)]}])
-    prepared = prepare_dataset(dataset, TOKENIZER)
-    tokenization.check_positions(prepared, LlamaConfig(max_position_embeddings=200))
-    tokenization.check_positions(prepared.select(range(1001)), config)
-    with pytest.raises(ValueError, match=r"row 1001: .* tokens are more than the model's 40 posit"):
-        tokenization.check_positions(prepared, config)
-    with pytest.raises(ValueError, match="row 1: "):
-        tokenization.check_positions(prepared.select([3, 1001]), config)

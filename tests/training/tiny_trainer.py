@@ -7,7 +7,9 @@ from tests.tiny_models import make_model
 from tests.tiny_text import preference_rows
 
 
-def trainer(tmp_path, tokenizer, *, moved=False, model=None, rows=12, callbacks=None, **config):
+def trainer(
+    tmp_path, tokenizer, *, moved=False, model=None, rows=12, data=None, callbacks=None, **config
+):
     arguments = {
         "output_dir": str(tmp_path / "out"),
         "per_device_train_batch_size": 4,
@@ -23,7 +25,7 @@ def trainer(tmp_path, tokenizer, *, moved=False, model=None, rows=12, callbacks=
     return QAdapterTrainer(
         model or make_model(moved=moved),
         QAdapterConfig(**{**arguments, **config}),
-        train_dataset=Dataset.from_list(preference_rows(rows)),
+        train_dataset=Dataset.from_list(preference_rows(rows)) if data is None else data,
         eval_dataset=Dataset.from_list(preference_rows(5)),
         processing_class=tokenizer,
         callbacks=callbacks,
