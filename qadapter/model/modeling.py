@@ -5,8 +5,8 @@ adapter stream with it on; their logits z_b and z_q are what `qadapter.functiona
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qadapter.composition import Composition, Names, PerRow, blend
-from qadapter.model import packed_attention, saving, values
+from qadapter.composition import Composition, PerRow, blend
+from qadapter.model import locking, packed_attention, probes, saving, values
+from qadapter.model.adapters import AdapterStreams
 from qadapter.model.checkpoint import is_adapter_folder, resolve_model
-from qadapter.model.generate import check_prompts, generate
+from qadapter.model.generate import check_prompts, generate, without_settings
 from qadapter.model.recompute import recompute_cheap
-from qadapter.model.streams import Streams, switches
-from qadapter.model.trainer_hooks import TrainerHooks
+from qadapter.model.trainer_hooks import without_dropout
 from qadapter.model.wrapping import add_lora, load_base, refuse_unsupported
 from qadapter.ops import checks
 from qadapter.outputs import ResidualValues, TwoStreamLogits, TwoStreamValues
@@ -29,7 +29,7 @@ from qadapter.outputs import ResidualValues, TwoStreamLogits, TwoStreamValues
 logger = logging.getLogger(__name__)
 
 
-class QAdapterModel(TrainerHooks):
+class QAdapterModel(AdapterStreams):
     """A frozen causal LM, its LoRA adapter, and the weights they are composed with.
 
     Args:
@@ -38,8 +38,8 @@ class QAdapterModel(TrainerHooks):
 
     Raises:
         ValueError: the model cannot be composed exactly: no language-model head, an
-            encoder-decoder, trained base weights, training of an embedding that is tied to the
-            head, or an adapter that is merged into the weights.
+            encoder-decoder, attention to later tokens, trained base weights, training of an
+            embedding that is tied to the head, or an adapter that is merged into the weights.
     """
 
     def __init__(
@@ -58,11 +58,14 @@ class QAdapterModel(TrainerHooks):
                 "QAdapterModel.from_pretrained makes one from a model name or folder"
             )
         self.peft_model = peft_model
-        self._others: dict[str, Composition] = {}
         self.set_composition(alpha_0, alpha_tilde, center)
         self.gamma = checks.number("gamma", gamma)
         refuse_unsupported(peft_model)
-        self._seen: set[str] = set()
+        if (reason := probes.sees_later_tokens(self.hf_model)) is not None:
+            raise ValueError(
+                f"{type(self.hf_model).__name__} is no causal model: {reason} (of an encoder's "
+                "class, is_decoder=True in its config makes one)"
+            )
         self._see_adapters()
         if not self.selects_hidden_rows:
             logger.warning(
@@ -72,6 +75,7 @@ class QAdapterModel(TrainerHooks):
                 type(self.hf_model).__name__,
             )
         self.eval()
+        without_dropout(self.hf_model)
         recompute_cheap(self.hf_model, self.config.get_text_config().hidden_size)
 
     # Construction and files.
@@ -143,51 +147,6 @@ class QAdapterModel(TrainerHooks):
         """Replace the adapter's weights by those saved in ``directory`` (same LoRA, same base)."""
         saving.load_weights(self.peft_model, directory)
 
-    def load_adapter(self, directory: str | Path, name: str) -> None:
-        """Attach another saved adapter of the same base, for `generate` with ``adapters``.
-
-        It takes part in nothing else: training, `forward` and saving stay with the model's own.
-
-        Raises:
-            ValueError: ``directory`` is not a saved adapter, or one of another base; ``name`` is
-                taken or empty or has a dot.
-        """
-        self._others[name] = saving.attach(self.peft_model, directory, name)
-
-    @property
-    def adapter_names(self) -> list[str]:
-        """The model's own adapter first, then those of `load_adapter` and of PEFT."""
-        return list(self.compositions)
-
-    @property
-    def compositions(self) -> dict[str, Composition]:
-        """Of each adapter, as trained, the model's own first; its, too, where PEFT alone knows the
-        adapter."""
-        own = Composition(self.alpha_0, self.alpha_tilde, self.center)
-        active = str(self.peft_model.active_adapter)
-        names = [active, *(name for name in self.peft_model.peft_config if name != active)]
-        return {name: self._others.get(name, own) for name in names}
-
-    def streams(self, names: Names) -> Streams:
-        """How the streams ``names`` (None is the base) run at decoding; says so where that takes a
-        pass for each."""
-        self._see_adapters()
-        found = self._streams.get(names)
-        if found is None or found.is_stale():
-            found = self._streams[names] = Streams(self.peft_model, names)
-            if found.reason is not None and len(names) > 1:
-                logger.warning("each stream takes a forward pass of its own: %s", found.reason)
-        return found
-
-    def _see_adapters(self) -> None:
-        """Look again where PEFT's layers are if there are other adapters than before."""
-        if self._seen == set(self.peft_model.peft_config):
-            return
-        self._seen = set(self.peft_model.peft_config)
-        self._switches: list[Any] = switches(self.peft_model)
-        self._streams: dict[Names, Streams] = {}
-        self.selects_hidden_rows = values.head_is_plain(self.hf_model)
-
     # Properties.
 
     @property
@@ -214,23 +173,6 @@ class QAdapterModel(TrainerHooks):
 
     # The two streams.
 
-    @contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """Inside, the model is the frozen base.
-
-        PEFT's own context manager also walks every module and changes requires_grad, milliseconds
-        per use; here only the flags that its layers read are set.
-        """
-        self._see_adapters()
-        before = [module._disable_adapters for module in self._switches]
-        for module in self._switches:
-            module._disable_adapters = True
-        try:
-            yield
-        finally:
-            for module, flag in zip(self._switches, before, strict=True):
-                module._disable_adapters = flag
-
     def forward(
         self,
         input_ids: Tensor,
@@ -249,6 +191,8 @@ class QAdapterModel(TrainerHooks):
         **packing: Any,
     ) -> Any:
         """Both streams at the selected positions: their logits, or what a loss needs of them.
+
+        Other threads that run the model meanwhile wait (`qadapter.model.locking`).
 
         Args:
             input_ids: int64 [B, T].
@@ -270,29 +214,32 @@ class QAdapterModel(TrainerHooks):
         Returns:
             `TwoStreamLogits` of [N, V]; with ``actions``, `TwoStreamValues`.
         """
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
-        arguments = {name: value for name, value in given.items() if value is not None}
-        if actions is None or use_logits or not self.selects_hidden_rows:
-            with torch.no_grad(), self.adapter_off():
-                base_logits = self._stream_logits(input_ids, rows, arguments)
-            logits = TwoStreamLogits(base_logits, self._stream_logits(input_ids, rows, arguments))
-            if actions is None:
-                return logits
-            return values.values_of_logits(logits, actions, kl_rows, self.composition)
-        known = values.KnownBase(base_lse, base_logp, base_hidden)
-        if unique_rows is None or unique_index is None or rows is None:
-            return self._values(input_ids, rows, arguments, actions, known, kl_rows)
-        made = self._values(
-            input_ids,
-            rows[unique_rows],
-            arguments,
-            actions[unique_rows],
-            known.rows(unique_rows),
-            None if kl_rows is None else unique_index[kl_rows],
-        )
-        return TwoStreamValues(
-            ResidualValues(*(value[unique_index] for value in made.values)), made.kl
-        )
+        with locking.alone(self.hf_model):
+            given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
+            arguments = {name: value for name, value in given.items() if value is not None}
+            if actions is None or use_logits or not self.selects_hidden_rows:
+                with torch.no_grad(), self.adapter_off():
+                    base_logits = self._stream_logits(input_ids, rows, arguments)
+                logits = TwoStreamLogits(
+                    base_logits, self._stream_logits(input_ids, rows, arguments)
+                )
+                if actions is None:
+                    return logits
+                return values.values_of_logits(logits, actions, kl_rows, self.composition)
+            known = values.KnownBase(base_lse, base_logp, base_hidden)
+            if unique_rows is None or unique_index is None or rows is None:
+                return self._values(input_ids, rows, arguments, actions, known, kl_rows)
+            made = self._values(
+                input_ids,
+                rows[unique_rows],
+                arguments,
+                actions[unique_rows],
+                known.rows(unique_rows),
+                None if kl_rows is None else unique_index[kl_rows],
+            )
+            return TwoStreamValues(
+                ResidualValues(*(value[unique_index] for value in made.values)), made.kl
+            )
 
     def _values(
         self,
@@ -360,9 +307,13 @@ class QAdapterModel(TrainerHooks):
         alpha_0: PerRow | None = None,
         alpha_tilde: PerRow | None = None,
         adapters: Mapping[str, PerRow] | None = None,
+        base_settings: bool = True,
         **generation_kwargs: Any,
     ) -> Any:
         """Sample from softmax((sum_i w_i Q_i + alpha_0 log pi_base) / alpha_tilde).
+
+        Calls from several threads take turns, as do training forwards. What a logits processor, a
+        stopping criterion or a streamer calls in the same thread sees the ordinary model.
 
         Args:
             input_ids: int64 [B, T] prompts, padded on the left if lengths differ.
@@ -374,6 +325,8 @@ class QAdapterModel(TrainerHooks):
                 value. A number, or one for each row.
             adapters: weights w_i by adapter name (`load_adapter`), each a number or one for each
                 row; None is the adapter of the model with weight 1.
+            base_settings: whether what the base's generation_config asks for counts where no
+                argument says otherwise, as in transformers; the ids of special tokens do anyway.
             **generation_kwargs: transformers' generation arguments (max_new_tokens, do_sample,
                 temperature, top_k, top_p, min_p, eos_token_id, stop_strings, repetition_penalty,
                 num_return_sequences, logits_processor, stopping_criteria, output_scores, ...),
@@ -393,12 +346,17 @@ class QAdapterModel(TrainerHooks):
             `GenerateOutput` with ``return_dict_in_generate=True``.
 
         Raises:
-            ValueError: conflicting or malformed arguments, one that this loop does not support, or
-                logits from which nothing can be drawn (NaN, everything masked).
+            ValueError: conflicting or malformed arguments, one that this loop does not support,
+                padding that the base cannot leave out, or logits from which nothing can be drawn
+                (NaN, everything masked).
         """
         check_prompts(input_ids, attention_mask)
         batch = input_ids.shape[0]
         names, weights = blend(self.compositions, batch, strength, alpha_0, alpha_tilde, adapters)
-        streams = self.streams(names)  # first: it looks for adapters that PEFT has loaded since
-        head = self.hf_model.get_output_embeddings() if self.selects_hidden_rows else None
-        return generate(streams, weights, head, input_ids, attention_mask, **generation_kwargs)
+        own = nullcontext() if base_settings else without_settings(self.hf_model)
+        with locking.alone(self.hf_model), own:
+            streams = self.streams(names)  # first: it looks for adapters that PEFT has loaded since
+            if attention_mask is not None and not attention_mask.all():
+                self._check_padding(streams)
+            head = self.hf_model.get_output_embeddings() if self.selects_hidden_rows else None
+            return generate(streams, weights, head, input_ids, attention_mask, **generation_kwargs)
