@@ -1,12 +1,12 @@
 """The two-stream model: a frozen causal LM and the same LM with a LoRA adapter.
 
-Both streams share every frozen weight. The base stream runs under no_grad with the adapter off, the
-adapter stream with it on; their logits z_b and z_q are what `qadapter.functional` composes.
+Both streams share every frozen weight: `qadapter.model.two_streams` runs them in training,
+`qadapter.model.decoding` where text is made.
 """
 
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,22 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qadapter.composition import Composition, PerRow, blend
-from qadapter.model import locking, packed_attention, probes, saving, values
-from qadapter.model.adapters import AdapterStreams
+from qadapter.composition import Composition, Names, PerRow, blend
+from qadapter.model import decoding_probes, locking, saving, values
 from qadapter.model.checkpoint import is_adapter_folder, resolve_model
 from qadapter.model.generate import check_prompts, generate, without_settings
 from qadapter.model.recompute import recompute_cheap
+from qadapter.model.streams import Streams, switches
 from qadapter.model.trainer_hooks import without_dropout
+from qadapter.model.two_streams import TwoStreamForward
 from qadapter.model.wrapping import add_lora, load_base, refuse_unsupported
 from qadapter.ops import checks
-from qadapter.outputs import ResidualValues, TwoStreamLogits, TwoStreamValues
+from qadapter.outputs import TwoStreamLogits as TwoStreamLogits
 
 logger = logging.getLogger(__name__)
 
 
-class QAdapterModel(AdapterStreams):
+class QAdapterModel(TwoStreamForward):
     """A frozen causal LM, its LoRA adapter, and the weights they are composed with.
 
     Args:
@@ -58,14 +59,18 @@ class QAdapterModel(AdapterStreams):
                 "QAdapterModel.from_pretrained makes one from a model name or folder"
             )
         self.peft_model = peft_model
+        self._others: dict[str, Composition] = {}
+        self._why_no_cache: tuple[str | None] | None = None  # tried when it is first needed
+        self._why_no_padding: dict[bool, str | None] = {}
         self.set_composition(alpha_0, alpha_tilde, center)
         self.gamma = checks.number("gamma", gamma)
         refuse_unsupported(peft_model)
-        if (reason := probes.sees_later_tokens(self.hf_model)) is not None:
+        if (reason := decoding_probes.sees_later_tokens(self.hf_model)) is not None:
             raise ValueError(
                 f"{type(self.hf_model).__name__} is no causal model: {reason} (of an encoder's "
                 "class, is_decoder=True in its config makes one)"
             )
+        self._seen: set[str] = set()
         self._see_adapters()
         if not self.selects_hidden_rows:
             logger.warning(
@@ -147,6 +152,68 @@ class QAdapterModel(AdapterStreams):
         """Replace the adapter's weights by those saved in ``directory`` (same LoRA, same base)."""
         saving.load_weights(self.peft_model, directory)
 
+    def load_adapter(self, directory: str | Path, name: str) -> None:
+        """Attach another saved adapter of the same base, for `generate` with ``adapters``.
+
+        It takes part in nothing else: training, `forward` and saving stay with the model's own.
+
+        Raises:
+            ValueError: ``directory`` is not a saved adapter, or one of another base; ``name`` is
+                taken or empty or has a dot.
+        """
+        self._others[name] = saving.attach(self.peft_model, directory, name)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The model's own adapter first, then those of `load_adapter` and of PEFT."""
+        return list(self.compositions)
+
+    @property
+    def compositions(self) -> dict[str, Composition]:
+        """Of each adapter, as trained, the model's own first; its, too, where PEFT alone knows the
+        adapter."""
+        own = Composition(self.alpha_0, self.alpha_tilde, self.center)
+        active = str(self.peft_model.active_adapter)
+        names = [active, *(name for name in self.peft_model.peft_config if name != active)]
+        return {name: self._others.get(name, own) for name in names}
+
+    def streams(self, names: Names) -> Streams:
+        """How the streams ``names`` (None is the base) run at decoding; says so where that takes a
+        pass for each, or the whole text at every token."""
+        with locking.alone(self.hf_model):
+            self._see_adapters()
+            found = self._streams.get(names)
+            if found is None or found.is_stale():
+                found = self._streams[names] = Streams(self.peft_model, names)
+                if found.reason is not None and len(names) > 1:
+                    logger.warning("each stream takes a forward pass of its own: %s", found.reason)
+                if self._why_no_cache is None:
+                    self._why_no_cache = (decoding_probes.why_no_cache(found),)
+                found.uncached = self._why_no_cache[0]
+                if found.uncached is not None:
+                    logger.warning("every token takes a pass of the whole text: %s", found.uncached)
+            return found
+
+    def _check_padding(self, streams: Streams) -> None:
+        """ValueError where the base counts padding on the left in."""
+        cached = streams.uncached is None
+        if cached not in self._why_no_padding:
+            self._why_no_padding[cached] = decoding_probes.why_no_padding(streams, cached)
+        if (reason := self._why_no_padding[cached]) is not None:
+            raise ValueError(
+                f"attention_mask: {type(self.hf_model).__name__} takes no padding on the left "
+                f"({reason}); give prompts of one length, or one prompt at a time"
+            )
+
+    def _see_adapters(self) -> None:
+        """Look again where PEFT's layers are if there are other adapters than before."""
+        if self._seen == set(self.peft_model.peft_config):
+            return
+        self._seen = set(self.peft_model.peft_config)
+        self._switches: list[Any] = switches(self.peft_model)
+        self._streams: dict[Names, Streams] = {}
+        self.selects_hidden_rows = values.head_is_plain(self.hf_model)
+
     # Properties.
 
     @property
@@ -171,131 +238,25 @@ class QAdapterModel(AdapterStreams):
         composition = Composition.checked(alpha_0, alpha_tilde, center)
         self.alpha_0, self.alpha_tilde, self.center = composition
 
-    # The two streams.
+    # The streams.
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        rows: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        actions: Tensor | None = None,
-        base_lse: Tensor | None = None,
-        base_logp: Tensor | None = None,
-        base_hidden: Tensor | None = None,
-        kl_rows: Tensor | None = None,
-        unique_rows: Tensor | None = None,
-        unique_index: Tensor | None = None,
-        use_logits: bool = False,
-        **packing: Any,
-    ) -> Any:
-        """Both streams at the selected positions: their logits, or what a loss needs of them.
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside, the model is the frozen base.
 
-        Other threads that run the model meanwhile wait (`qadapter.model.locking`).
-
-        Args:
-            input_ids: int64 [B, T].
-            attention_mask: [B, T], 1 for tokens, 0 for padding.
-            rows: int64 [N], indices into the B*T flattened positions; None takes all of them. Only
-                these positions reach the language-model head.
-            position_ids: int64 [B, T].
-            actions: int64 [N]; given, the result is `TwoStreamValues`, and where the head is a
-                plain linear layer no logits are made (`QF.linear_residual_values`).
-            base_lse, base_logp, base_hidden: float32 [N], [N] and [N, D], known results of the base
-                stream in these rows. Given all that the composition needs (the first two where
-                alpha_0 == center; the first and the third else), the base does not run.
-            kl_rows: int64 [K], indices into the N rows, at which KL is computed exactly.
-            unique_rows, unique_index: int64 [U] and [N], indices into the N rows of those that
-                differ in position or action, and of every row among these U: each is computed once.
-            use_logits: take the logits of both streams also where that could be avoided.
-            **packing: of a packed batch, see `qadapter.model.packed_attention`.
-
-        Returns:
-            `TwoStreamLogits` of [N, V]; with ``actions``, `TwoStreamValues`.
+        PEFT's own context manager also walks every module and changes requires_grad, milliseconds
+        per use; here only the flags that its layers read are set.
         """
         with locking.alone(self.hf_model):
-            given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
-            arguments = {name: value for name, value in given.items() if value is not None}
-            if actions is None or use_logits or not self.selects_hidden_rows:
-                with torch.no_grad(), self.adapter_off():
-                    base_logits = self._stream_logits(input_ids, rows, arguments)
-                logits = TwoStreamLogits(
-                    base_logits, self._stream_logits(input_ids, rows, arguments)
-                )
-                if actions is None:
-                    return logits
-                return values.values_of_logits(logits, actions, kl_rows, self.composition)
-            known = values.KnownBase(base_lse, base_logp, base_hidden)
-            if unique_rows is None or unique_index is None or rows is None:
-                return self._values(input_ids, rows, arguments, actions, known, kl_rows)
-            made = self._values(
-                input_ids,
-                rows[unique_rows],
-                arguments,
-                actions[unique_rows],
-                known.rows(unique_rows),
-                None if kl_rows is None else unique_index[kl_rows],
-            )
-            return TwoStreamValues(
-                ResidualValues(*(value[unique_index] for value in made.values)), made.kl
-            )
-
-    def _values(
-        self,
-        input_ids: Tensor,
-        rows: Tensor | None,
-        arguments: dict[str, Any],
-        actions: Tensor,
-        known: values.KnownBase,
-        kl_rows: Tensor | None,
-    ) -> TwoStreamValues:
-        """Both trunks, the base's only where ``known`` does not do without; then the head's op."""
-        base_hidden = known.hidden
-        if not known.suffices(self.alpha_0, self.center):
-            base_hidden = self._base_hidden(input_ids, rows, arguments)
-        q_hidden = self._stream_hidden(input_ids, rows, arguments)
-        head = self.hf_model.get_output_embeddings()
-        return values.values_of_hidden(
-            head, base_hidden, q_hidden, actions, known, kl_rows, self.composition
-        )
-
-    @torch.no_grad()
-    def base_statistics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What a training step needs of the base: base_lse, base_logp float32 [N] (base_logp is 0
-        in rows without action), base_hidden [N, D], for a collated batch on the model's device."""
-        if not self.selects_hidden_rows:
-            raise ValueError(
-                f"{type(self.hf_model).__name__} does more to its logits than one head on the last "
-                "hidden state; its base cannot be cached"
-            )
-        names = ("attention_mask", "position_ids", *packed_attention.ARGUMENTS)
-        arguments = {name: batch[name] for name in names if batch.get(name) is not None}
-        hidden = self._base_hidden(batch["input_ids"], batch["rows"], arguments)
-        head = self.hf_model.get_output_embeddings()
-        return values.base_statistics(head, hidden, batch["actions"])
-
-    def _base_hidden(
-        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
-    ) -> Tensor:
-        with torch.no_grad(), self.adapter_off():
-            return self._stream_hidden(input_ids, rows, arguments)
-
-    def _stream_hidden(
-        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
-    ) -> Tensor:
-        hidden = packed_attention.trunk(self.hf_model, input_ids, arguments).flatten(0, 1)
-        return hidden if rows is None else hidden[rows]
-
-    def _stream_logits(
-        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
-    ) -> Tensor:
-        model = self.hf_model
-        if self.selects_hidden_rows:
-            return model.get_output_embeddings()(self._stream_hidden(input_ids, rows, arguments))
-        arguments = packed_attention.arguments_for(model, input_ids, arguments)
-        logits = model(**arguments).logits.flatten(0, 1)
-        return logits if rows is None else logits[rows]
+            self._see_adapters()
+            before = [module._disable_adapters for module in self._switches]
+            for module in self._switches:
+                module._disable_adapters = True
+            try:
+                yield
+            finally:
+                for module, flag in zip(self._switches, before, strict=True):
+                    module._disable_adapters = flag
 
     @torch.no_grad()
     def generate(

@@ -55,6 +55,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank", "gated_norm_rank"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     "context_length": 128,
+    "is_decoder": True,
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
     "expert_layer_period": 2,
