@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qadapter.composition import Composition, Names, PerRow, blend
-from qadapter.model import decoding_probes, locking, saving, values
+from qadapter.model import locking, saving, values
 from qadapter.model.checkpoint import is_adapter_folder, resolve_model
+from qadapter.model.decoding_probes import Needs, sees_later_tokens
 from qadapter.model.generate import check_prompts, generate, without_settings
 from qadapter.model.recompute import recompute_cheap
 from qadapter.model.streams import Streams, switches
@@ -60,12 +61,11 @@ class QAdapterModel(TwoStreamForward):
             )
         self.peft_model = peft_model
         self._others: dict[str, Composition] = {}
-        self._why_no_cache: tuple[str | None] | None = None  # tried when it is first needed
-        self._why_no_padding: dict[bool, str | None] = {}
+        self._needs: Needs | None = None
         self.set_composition(alpha_0, alpha_tilde, center)
         self.gamma = checks.number("gamma", gamma)
         refuse_unsupported(peft_model)
-        if (reason := decoding_probes.sees_later_tokens(self.hf_model)) is not None:
+        if (reason := sees_later_tokens(self.hf_model)) is not None:
             raise ValueError(
                 f"{type(self.hf_model).__name__} is no causal model: {reason} (of an encoder's "
                 "class, is_decoder=True in its config makes one)"
@@ -187,23 +187,28 @@ class QAdapterModel(TwoStreamForward):
                 found = self._streams[names] = Streams(self.peft_model, names)
                 if found.reason is not None and len(names) > 1:
                     logger.warning("each stream takes a forward pass of its own: %s", found.reason)
-                if self._why_no_cache is None:
-                    self._why_no_cache = (decoding_probes.why_no_cache(found),)
-                found.uncached = self._why_no_cache[0]
+                if self._needs is None:
+                    self._needs = Needs(found)
+                found.takes_positions = self._needs.takes_positions
+                found.uncached = self._needs.uncached
                 if found.uncached is not None:
                     logger.warning("every token takes a pass of the whole text: %s", found.uncached)
             return found
 
-    def _check_padding(self, streams: Streams) -> None:
-        """ValueError where the base counts padding on the left in."""
-        cached = streams.uncached is None
-        if cached not in self._why_no_padding:
-            self._why_no_padding[cached] = decoding_probes.why_no_padding(streams, cached)
-        if (reason := self._why_no_padding[cached]) is not None:
-            raise ValueError(
-                f"attention_mask: {type(self.hf_model).__name__} takes no padding on the left "
-                f"({reason}); give prompts of one length, or one prompt at a time"
-            )
+    def _padded_with_cache(self, streams: Streams, cached: bool) -> bool:
+        """Whether padded rows decode with a cache; ValueError where they do in no way."""
+        assert self._needs is not None
+        cached = cached and streams.uncached is None
+        reason = self._needs.padding(streams, cached)
+        if reason is None:
+            return cached
+        if cached and self._needs.padding(streams, False) is None:
+            logger.warning("padding: every token takes a pass of the whole text: %s", reason)
+            return False
+        raise ValueError(
+            f"attention_mask: {type(self.hf_model).__name__} takes no padding on the left "
+            f"({reason}); give prompts of one length, or one prompt at a time"
+        )
 
     def _see_adapters(self) -> None:
         """Look again where PEFT's layers are if there are other adapters than before."""
@@ -318,6 +323,8 @@ class QAdapterModel(TwoStreamForward):
         with locking.alone(self.hf_model), own:
             streams = self.streams(names)  # first: it looks for adapters that PEFT has loaded since
             if attention_mask is not None and not attention_mask.all():
-                self._check_padding(streams)
+                cached = generation_kwargs.get("use_cache") is not False
+                if not self._padded_with_cache(streams, cached):
+                    generation_kwargs["use_cache"] = False
             head = self.hf_model.get_output_embeddings() if self.selects_hidden_rows else None
             return generate(streams, weights, head, input_ids, attention_mask, **generation_kwargs)

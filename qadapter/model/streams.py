@@ -64,8 +64,9 @@ class Streams:
         hf_model: the transformers model, LoRA layers in place.
         reason: None, or why each stream takes a pass of its own.
         uncached: None, or why every token must be computed from the whole text.
-        shared_layers: how many layers run once for all streams.
+        takes_positions: whether ``forward`` is told the positions of its tokens.
         cache_name: how ``forward`` calls a transformers cache; None where it takes none.
+        shared_layers: how many layers run once for all streams.
     """
 
     def __init__(self, peft_model: PeftModel, names: Names) -> None:
@@ -216,13 +217,14 @@ class Streams:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             out = base(x, *args, **kwargs)
             rows = x.shape[0] // count
-            if mine and x.shape[0] != self._rows and x.shape[0] != self._tokens:
+            if count > 1 and mine and x.shape[0] != self._rows and x.shape[0] != self._tokens:
                 raise _NotRows
+            dense = x.ndim <= 3 and x.stride(-1) == 1 == out.stride(-1)
             for i, name in mine:
                 a, b = cast(Any, module.lora_A[name]), cast(Any, module.lora_B[name])
                 scaling = module.scaling[name]
                 start, stop = i * rows, (i + 1) * rows
-                kernel = self._few and b.bias is None and out.dtype == x.dtype
+                kernel = self._few and dense and b.bias is None and out.dtype == x.dtype
                 if kernel and a.weight.dtype in (torch.float32, torch.bfloat16):
                     few_rows.lora_add_(out, x, a.weight, b.weight, float(scaling), start, stop)
                 else:

@@ -72,7 +72,33 @@ SIZES: dict[str, Any] = {
 }
 
 # What the names above do not settle.
-SPECIAL: dict[str, dict[str, Any]] = {}
+_MIXED = ["linear_attention", "full_attention"] * 2
+_WINDOWS = ["sliding_attention", "full_attention"] * 2
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": _MIXED},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"layer_types": _WINDOWS},
+    "dbrx": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {"per_layer_config": None},
+    "ernie4_5_moe": {"moe_k": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": _WINDOWS},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": _MIXED},
+    "kimi_linear": {"layer_types": _MIXED},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "phi4_multimodal": {"vision_config": {}, "audio_config": {}},
+    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 16]},
+    "roc_bert": {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},
+    "rwkv": {"rescale_every": 2},
+    "xlstm": {"hidden_size": 64},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def config_of(config_class: Any, special: dict[str, Any] | None = None) -> Any:
