@@ -1,10 +1,12 @@
 """What every causal LM class of transformers does here, tried on a tiny random model of it.
 
-    python -m tests.model.model_table [model type ...]
+    python -m tests.model.model_table                   # make docs/models.json and docs/models.md
+    python -m tests.model.model_table TYPE [TYPE ...]   # these model types, printed
 
 Two streams, with the default LoRA moved away from its start, are held against each stream alone on
 each row's whole text, without cache and padding. Results: "exact", with the way that was taken
-behind it; "refused", with the reason; or "wrong", which is a bug.
+behind it; "padded", where a batch cannot be packed; "refused" or "not tried", with the reason; or
+"wrong", which is a bug.
 """
 
 import argparse
@@ -16,17 +18,35 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qadapter import QAdapterModel
 from qadapter.model import packed_attention
 from tests.model import tiny_classes
 from tests.tiny_models import perturb
 
-ROOT = Path(__file__).resolve().parents[2]
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+JSON, PAGE = DOCS / "models.json", DOCS / "models.md"
+COLUMNS = ("training, padded", "training, packed", "decoding", "decoding, left padding")
 LENGTHS = (9, 6, 12)
 STRENGTH = 0.6
 NEW = 8
 ALLOWED = 2e-3  # of the logits' largest
+HEAD = """# Model classes
+
+Every causal LM class of transformers {version}, each as a tiny random model with the default LoRA:
+{usable} are usable, {others} are refused or were not tried. Nothing goes by this table: what a base
+does is tried again when it is first used. `make model-table` makes it anew.
+
+- **exact**: both streams are what each is alone on the whole text, within {allowed:g} of the
+  largest logit. *a pass a stream*: they take turns instead of sharing a forward. *the whole text
+  at every token*: the base keeps a state that a cache does not hold.
+- **padded**: training batches are padded, not packed; as exact, and slower.
+- **refused**: an error says why.
+
+| class | training | packed | decoding | left padding |
+| --- | --- | --- | --- | --- |
+"""
 
 
 def rows_of(model: Any, lengths: Any = LENGTHS) -> list[torch.Tensor]:
@@ -80,7 +100,7 @@ def training(model: QAdapterModel, rows: list[torch.Tensor]) -> str:
 def packed(model: QAdapterModel, rows: list[torch.Tensor]) -> str:
     reason = packed_attention.enable(model.hf_model)
     if reason is not None:
-        return f"padded: {reason}"
+        return f"padded: {reason_of(ValueError(reason))}"
     prompt, chosen, rejected = rows
     arguments = packed_attention.layout([[len(prompt), len(chosen), len(rejected)], [len(prompt)]])
     ids = torch.cat([prompt, chosen, rejected, prompt])[None]
@@ -132,6 +152,8 @@ def decoding(model: QAdapterModel, rows: list[torch.Tensor]) -> str:
 def way(model: QAdapterModel) -> str:
     streams = model.streams((None, "default"))
     parts = [] if streams.reason is None else ["a pass a stream"]
+    if streams.uncached is not None:
+        parts.append("the whole text at every token")
     return f" ({', '.join(parts)})" if parts else ""
 
 
@@ -139,28 +161,32 @@ def tried(check: Any, *arguments: Any) -> str:
     try:
         return check(*arguments)
     except (ValueError, NotImplementedError) as error:
-        return f"refused: {first_line(error)}"
+        return f"refused: {reason_of(error)}"
     except Exception as error:
-        return f"wrong: {type(error).__name__}: {first_line(error)}"
+        return f"wrong: {type(error).__name__}: {reason_of(error)}"
 
 
-def first_line(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error))[:300]
+def reason_of(error: BaseException) -> str:
+    """On one line, without figures that differ between machines."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    text = re.sub(r",? by [0-9.e+-]+( of the hidden states' size)?", "", text)
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def look(kind: str) -> dict[str, str]:
     """One row of the table."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     try:
         base = tiny_classes.make(kind)
-    except ImportError as error:
-        return {"class": kind, "wrapped": f"not tried: {first_line(error)}"}
+    except Exception as error:  # a config that small values do not fit
+        return {"class": name, "wrapped": f"not tried: {reason_of(error)}"}
     row = {"class": type(base).__name__}
     try:
         model = perturb(QAdapterModel.from_base(base))
     except ValueError as error:
-        return {**row, "wrapped": f"refused: {first_line(error)}"}
+        return {**row, "wrapped": f"refused: {reason_of(error)}"}
     except Exception as error:
-        return {**row, "wrapped": f"wrong: {type(error).__name__}: {first_line(error)}"}
+        return {**row, "wrapped": f"wrong: {type(error).__name__}: {reason_of(error)}"}
     base_logits, q_logits = alone(model, rows_of(model)[0])
     if far(q_logits, base_logits) < 0.01:
         row["wrapped"] = "wrong: the adapter does nothing"
@@ -174,22 +200,45 @@ def look(kind: str) -> dict[str, str]:
     return row
 
 
+def render(table: dict[str, Any]) -> str:
+    """docs/models.md of docs/models.json."""
+    rows = table["classes"]
+    usable = sum(row["wrapped"] == "yes" for row in rows.values())
+    lines = HEAD.format(
+        version=table["transformers"], usable=usable, others=len(rows) - usable, allowed=ALLOWED
+    ).splitlines()
+    reasons: dict[str, int] = {}
+    for row in rows.values():
+        cells = [row.get(name, row["wrapped"]) for name in COLUMNS]
+        if row["wrapped"] != "yes":
+            cells = [row["wrapped"], "", "", ""]
+        lines.append(f"| {row['class']} | {' | '.join(short(cell, reasons) for cell in cells)} |")
+    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items()), ""]
+    return "\n".join(lines)
+
+
+def short(cell: str, reasons: dict[str, int]) -> str:
+    """The first word, and the number of its reason in the list below the table."""
+    word, found, reason = cell.partition(": ")
+    if not found:
+        return cell
+    return f"{word} ({reasons.setdefault(reason, len(reasons) + 1)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*")
-    kinds = parser.parse_args().kinds
+    parser.add_argument("kinds", nargs="*", help="model types; default, all")
+    given = parser.parse_args().kinds
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    table = {}
-    for kind in kinds or tiny_classes.kinds():
-        try:
-            table[kind] = look(kind)
-        except Exception as error:
-            table[kind] = {
-                "class": kind,
-                "wrapped": f"BUILD {type(error).__name__}: {first_line(error)}",
-            }
-        print(kind, json.dumps(table[kind]), flush=True)
+    rows = {}
+    for kind in given or tiny_classes.kinds():
+        rows[kind] = look(kind)
+        print(kind, json.dumps(rows[kind]), flush=True)
+    if not given:
+        table = {"transformers": transformers.__version__, "classes": rows}
+        JSON.write_text(json.dumps(table, indent=1) + "\n")
+        PAGE.write_text(render(table))
 
 
 if __name__ == "__main__":

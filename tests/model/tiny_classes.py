@@ -153,7 +153,7 @@ def make(kind: str) -> Any:
         sketch = AutoModelForCausalLM.from_config(config)
     size = sum(parameter.numel() for parameter in sketch.parameters())
     if size > LARGEST:
-        raise RuntimeError(f"{kind}: {size} parameters, expected at most {LARGEST}")
+        raise ValueError("its config makes no model that is small enough")
     set_seed(0)
     config = config_of(CONFIG_MAPPING[kind], SPECIAL.get(kind))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
