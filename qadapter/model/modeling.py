@@ -146,11 +146,13 @@ class QAdapterModel(TwoStreamForward):
         OSError, leaving ``directory`` as it was, if something cannot be written.
         """
         composition = {**self.composition, "gamma": self.gamma}
-        saving.save(self.peft_model, composition, directory)
+        with locking.alone(self.hf_model):
+            saving.save(self.peft_model, composition, directory)
 
     def load_adapter_weights(self, directory: str | Path) -> None:
         """Replace the adapter's weights by those saved in ``directory`` (same LoRA, same base)."""
-        saving.load_weights(self.peft_model, directory)
+        with locking.alone(self.hf_model):
+            saving.load_weights(self.peft_model, directory)
 
     def load_adapter(self, directory: str | Path, name: str) -> None:
         """Attach another saved adapter of the same base, for `generate` with ``adapters``.
@@ -161,7 +163,8 @@ class QAdapterModel(TwoStreamForward):
             ValueError: ``directory`` is not a saved adapter, or one of another base; ``name`` is
                 taken or empty or has a dot.
         """
-        self._others[name] = saving.attach(self.peft_model, directory, name)
+        with locking.alone(self.hf_model):
+            self._others[name] = saving.attach(self.peft_model, directory, name)
 
     @property
     def adapter_names(self) -> list[str]:
