@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, StaticCache
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -257,7 +258,10 @@ def decode(
     rows_may_leave = rows_may_leave and has_eos
     limit = min(stopping_criteria.max_length or 2**31, config.max_length or 2**31)
     cached = decoder.caches[0] is not None
-    is_static = cached and getattr(decoder.caches[0], "is_compileable", False)
+    # One shape at every step; states of recurrent layers take the mask of the tokens so far.
+    whole_mask = isinstance(decoder.caches[0], StaticCache) and not any(
+        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in decoder.caches[0].layers
+    )
 
     capacity = limit if limit < 2**31 else width + 64
     sequences = torch.empty(batch, capacity, dtype=input_ids.dtype, device=device)
@@ -283,7 +287,7 @@ def decode(
 
     length = width
     while True:
-        step_mask = mask if mask is None or is_static else mask[:, :length]
+        step_mask = mask if mask is None or whole_mask else mask[:, :length]
         composed = decoder(tokens_in, step_mask, positions)
         if wants_dict and config.output_logits:
             logits += (composed.float(),)

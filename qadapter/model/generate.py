@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import StaticCache
 from transformers.generation.configuration_utils import CompileConfig, GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
@@ -145,7 +146,9 @@ def generate(
             model_kwargs,
             streamer=streamer,
             output_logprobs=output_logprobs,
-            rows_may_leave=rows_may_leave and cache is not None and not cache.is_compileable,
+            rows_may_leave=rows_may_leave
+            and cache is not None
+            and not isinstance(cache, StaticCache),
         )
 
     with evaluating(streams.peft_model):

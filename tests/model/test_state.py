@@ -52,6 +52,12 @@ def mamba():
     return tf.MambaForCausalLM(tf.MambaConfig(**SIZES, state_size=8))
 
 
+def mamba2():
+    """Its cache can be compiled, and is no static cache."""
+    config = tf.Mamba2Config(**SIZES, num_heads=4, head_dim=16, state_size=8, n_groups=1)
+    return tf.Mamba2ForCausalLM(config)
+
+
 def rwkv():
     """It has no mask, and a state that transformers' caches do not know."""
     return tf.RwkvForCausalLM(tf.RwkvConfig(**SIZES, attention_hidden_size=32))
@@ -76,6 +82,7 @@ TARGETS = {
     falcon_h1: ["q_proj", "v_proj"],
     jamba: ["q_proj", "v_proj", "x_proj", "in_proj"],
     mamba: ["in_proj", "x_proj"],
+    mamba2: ["in_proj"],
     rwkv: ["key", "value", "receptance"],
     roberta: ["query", "value"],
     recurrent_gemma: ["q_proj", "v_proj", "linear_x", "linear_out"],
@@ -127,7 +134,7 @@ def test_texts_are_those_of_whole_passes(kind):
     check(model, torch.ones_like(IDS), strength=1.0)  # one stream alone
 
 
-@pytest.mark.parametrize("kind", [falcon_h1, jamba, mamba], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [falcon_h1, jamba, mamba, mamba2], ids=lambda kind: kind.__name__)
 def test_left_padding_that_the_base_leaves_out(kind):
     check(build(kind), MASK)
 

@@ -111,7 +111,8 @@ def test_backward_waits_for_the_lock_where_layers_run_again():
 
 def test_training_mode_waits_while_another_thread_samples():
     """LoRA's dropout must not come on in the middle of a text."""
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+    # DoRA runs by PEFT's own layers, which have the dropout.
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, use_dora=True)
     model = perturb(QAdapterModel.from_base(make_base(), lora_config=config))
     want = model.generate(PROMPTS[0], strength=1.0, max_new_tokens=10, **GREEDY)
 
