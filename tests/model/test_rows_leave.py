@@ -65,7 +65,7 @@ SETTINGS = {
     "watermark": {"watermarking_config": WatermarkingConfig(bias=4.0, seeding_scheme="selfhash")},
     "shortest": {"min_new_tokens": 5},
     "length penalty": {"exponential_decay_length_penalty": (4, 1.1)},
-    "bias": {"sequence_bias": [[[7], 9.0], [[8, 9], 3.0]]},
+    "bias": {"sequence_bias": [[[20], 3.0], [[8, 9], 3.0]]},
     "banned": {"bad_words_ids": [[5], [6, 7]], "begin_suppress_tokens": [11, 12]},
 }
 
