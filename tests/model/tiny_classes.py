@@ -119,7 +119,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attention_head_dim": 16,
         "mamba_dt_rank": 2,
     },
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"initializer_range": 0.1, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 
