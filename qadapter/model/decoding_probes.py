@@ -38,12 +38,12 @@ def _tokens(model: PreTrainedModel, rows: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def sees_later_tokens(model: PreTrainedModel) -> str | None:
-    """Two texts that differ in their last token, and what comes before it."""
-    ids = _tokens(model, 1, 5)
-    ids = torch.cat([ids[:, :4], ids[:, [0, 1, 2, 4]]])
+    """A text alone, and the same tokens with others behind them."""
+    ids = _tokens(model, 1, 9)
     with evaluating(model):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :3].float()
-    one, other = logits.masked_fill(logits.isinf(), 0.0)  # of tokens that the model masks
+        pair = [model(input_ids=text, use_cache=False).logits[:, :4] for text in (ids[:, :4], ids)]
+    # Of tokens that the model masks nothing is compared.
+    one, other = (logits.float().masked_fill(logits.isinf(), 0.0) for logits in pair)
     change = ((one - other).norm() / other.norm().clamp(min=1e-30)).item()
     if change <= (1e-4 if model.dtype in _EXACT else 0.03):
         return None
