@@ -1,5 +1,5 @@
 # make demo | test | test-slow | wheel-test | cuda-sanitize | lint | format | typecheck | bench
-#      | quality | peft-table | clean
+#      | quality | peft-table | model-table | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -28,7 +28,8 @@ BUILT := build/.extension-built
 SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc/common/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow wheel-test cuda-sanitize lint format typecheck bench quality peft-table clean
+.PHONY: help install demo test test-slow wheel-test cuda-sanitize lint format typecheck bench
+.PHONY: quality peft-table model-table clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -79,6 +80,10 @@ test: lint
 
 test-slow: install
 	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+# What every causal LM class of transformers does: docs/models.json and docs/models.md.
+model-table: install
+	OMP_NUM_THREADS=1 $(PY) -m tests.model.model_table
 
 wheel-test: install
 	$(PY) -m tests.packaging.install_matrix $(MATRIX_ARGS)

@@ -11,11 +11,13 @@ left to the sampling kernel where they come last; all other processors act on c 
 
 import copy
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, StaticCache
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -70,7 +72,6 @@ class TwoStreamDecoder:
             # Keys and values differ between streams wherever LoRA is on them.
             self.caches += [copy.deepcopy(cache) for _ in streams.names[1:]]
         parameters = inspect.signature(streams.hf_model.forward).parameters
-        self.takes_positions = "position_ids" in parameters
         self.last_only: dict[str, Any] = (
             {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         )
@@ -78,34 +79,31 @@ class TwoStreamDecoder:
 
     def __call__(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """c [B, V], of the model's dtype, or float32 where two heads' logits are composed."""
-        positions_or_none = positions if self.takes_positions else None
-        step = self._together if self.together else self._apart
+        if not self.together:
+            return self._apart(ids, mask, positions)
+        step: Any = TwoStreamDecoder._together
         if self.compile_config is not None and ids.shape[1] == 1:
-            return self.streams.compiled(TwoStreamDecoder._together, self.compile_config)(
-                self, ids, mask, positions_or_none
-            )
-        return step(ids, mask, positions_or_none)
+            step = self.streams.compiled(step, self.compile_config)
+        with self.streams.installed():
+            return step(self, ids, mask, positions)
 
-    def _together(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _together(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         cache = self.caches[0]
         if self.head is None:
             logits = self.streams.logits(ids, mask, positions, cache, **self.last_only)
             return self._compose(logits)
         return self._project(self.streams.hidden(ids, mask, positions, cache)[:, -1])
 
-    def _apart(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        given = {"attention_mask": mask, "position_ids": positions}
-        inputs = {name: value for name, value in given.items() if value is not None}
+    def _apart(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         model: Any = self.streams.hf_model
         parts = []
         for name, cache in zip(self.streams.names, self.caches, strict=True):
-            common = {"past_key_values": cache, "use_cache": cache is not None, **inputs}
+            inputs = self.streams.arguments(ids, mask, positions, cache)
             with self.streams.only(name):
                 if self.head is None:
-                    outputs = model(input_ids=ids, **common, **self.last_only)
-                    parts.append(outputs.logits[:, -1])
+                    parts.append(model(**inputs, **self.last_only).logits[:, -1])
                 else:
-                    parts.append(model.base_model(input_ids=ids, **common)[0][:, -1])
+                    parts.append(model.base_model(**inputs)[0][:, -1])
         stacked = torch.cat(parts)
         return self._compose(stacked) if self.head is None else self._project(stacked)
 
@@ -131,23 +129,52 @@ class TwoStreamDecoder:
         terms = torch.where(weights == 0, 0.0, z.masked_fill(z == NEG_INF, 0.0) * weights)
         return terms.sum(0).masked_fill_(masked, NEG_INF)
 
+    def _layers(self) -> Iterator[tuple[Any, bool]]:
+        """The caches' layers, and whether each holds the rows of all streams."""
+        for cache in self.caches:
+            for i, layer in enumerate(cache.layers if cache is not None else ()):
+                yield layer, self.together and i >= self.streams.shared_layers
+
     def can_keep(self) -> bool:
-        """Whether `keep` can cut rows out of what the caches hold."""
+        """Whether `keep` can cut rows out of all that the caches hold."""
+        count, batch = self.weights.shape
+        outside = [cache for cache in self.caches if cache is not None]
+        if any(True for cache in outside for _ in _tensors(vars(cache), "layers")):
+            return False
         return all(
-            hasattr(layer, "batch_select_indices")
-            for cache in self.caches
-            for layer in getattr(cache, "layers", ())
+            hasattr(layer, "reorder_cache")
+            and all(len(t) == (count * batch if every else batch) for t in _tensors(vars(layer)))
+            for layer, every in self._layers()
         )
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only."""
         count, batch = self.weights.shape
-        every = (torch.arange(count, device=rows.device)[:, None] * batch + rows).flatten()
-        for cache in self.caches:
-            for i, layer in enumerate(cache.layers if cache is not None else ()):
-                shared = self.together and i < self.streams.shared_layers
-                layer.batch_select_indices(rows if shared or not self.together else every)
+        all_rows = (torch.arange(count, device=rows.device)[:, None] * batch + rows).flatten()
+        for layer, every in self._layers():
+            kept = all_rows if every else rows
+            # What beam search calls. batch_select_indices leaves out what some layers hold besides
+            # keys and values.
+            layer.reorder_cache(kept)
+            if any(len(tensor) != len(kept) for tensor in _tensors(vars(layer))):
+                raise NotImplementedError(
+                    f"{type(layer).__name__}.reorder_cache keeps rows of the batch that have "
+                    "ended: give prompts one at a time, or use_cache=False"
+                )
         self.weights = self.weights[:, rows]
+
+
+def _tensors(attributes: dict[Any, Any], *left_out: str) -> Iterator[Tensor]:
+    """The tensors that a part of a cache holds; single numbers are not of the rows."""
+    for name, value in attributes.items():
+        if name in left_out:
+            continue
+        if isinstance(value, Tensor) and value.numel() > 1:
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value)
+        elif isinstance(value, list | tuple):
+            yield from _tensors(dict(enumerate(value)))
 
 
 def split_processors(
@@ -222,9 +249,19 @@ def decode(
     elif not wants_scores:
         logits_processor, filters = split_processors(logits_processor)
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    if has_eos and config._pad_token_tensor is None:
+        raise ValueError(
+            "pad_token_id: expected one, to stand behind the end token of rows that end before "
+            "others; the model's generation_config has none"
+        )
+    # As in transformers, rows that a criterion alone has ended are written on, not padded.
+    rows_may_leave = rows_may_leave and has_eos
     limit = min(stopping_criteria.max_length or 2**31, config.max_length or 2**31)
     cached = decoder.caches[0] is not None
-    is_static = cached and getattr(decoder.caches[0], "is_compileable", False)
+    # One shape at every step; states of recurrent layers take the mask of the tokens so far.
+    whole_mask = isinstance(decoder.caches[0], StaticCache) and not any(
+        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in decoder.caches[0].layers
+    )
 
     capacity = limit if limit < 2**31 else width + 64
     sequences = torch.empty(batch, capacity, dtype=input_ids.dtype, device=device)
@@ -248,68 +285,70 @@ def decode(
     if streamer is not None:
         streamer.put(input_ids.cpu())
 
-    with decoder.streams.installed() if decoder.together else torch.no_grad():
-        length = width
-        while True:
-            step_mask = mask if mask is None or is_static else mask[:, :length]
-            composed = decoder(tokens_in, step_mask, positions)
-            seen = sequences[:, :length] if rows is None else sequences[rows, :length]
-            if wants_dict and config.output_logits:
-                logits += (composed.float(),)
-            processed = composed
-            if len(logits_processor):
-                processed = logits_processor(
-                    cast(Any, seen), cast(Any, composed.to(torch.float32, copy=True))
-                )
-            if wants_scores:
-                scores += (processed.float(),)
-            drawn = sample(None, processed, seed=keys, position=length - width, **filters)
-            tokens, logp = drawn.tokens, drawn.logprobs
+    length = width
+    while True:
+        step_mask = mask if mask is None or whole_mask else mask[:, :length]
+        composed = decoder(tokens_in, step_mask, positions)
+        if wants_dict and config.output_logits:
+            logits += (composed.float(),)
+        processed = composed
+        if len(logits_processor):
+            # Processors may hold something of every row: they see the batch that they began with.
+            scores_in = composed.to(torch.float32, copy=True)
             if rows is not None:
-                tokens = _spread(tokens, rows, batch, config._pad_token_tensor)
-                logp = _spread(logp, rows, batch, 0.0)
-            if has_eos:
-                tokens = torch.where(unfinished, tokens, config._pad_token_tensor)
-            if output_logprobs:
-                logprobs.append(logp.masked_fill(~unfinished, 0.0))
-            if length == capacity:  # no limit was known
-                more = sequences.new_empty(batch, capacity)
-                sequences = torch.cat([sequences, more], 1)
-                mask = None if mask is None else torch.cat([mask, torch.zeros_like(mask)], 1)
-                capacity *= 2
-            sequences[:, length] = tokens
-            if mask is not None:
-                mask[:, length] = 1
-            length += 1
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            stopped = stopping_criteria(sequences[:, :length], cast(Any, scores or None))
-            unfinished &= ~stopped
-            running, broken = torch.stack([unfinished.any(), (tokens < 0).any()]).tolist()
-            if broken:
-                raise ValueError(
-                    f"no token can be drawn in row {int((tokens < 0).nonzero()[0])}: its logits "
-                    "are NaN, or every token is masked"
-                )
-            if not running:
-                break
+                scores_in = _spread(scores_in, rows, batch, 0.0)
+            processed = logits_processor(cast(Any, sequences[:, :length]), cast(Any, scores_in))
+            if rows is not None:
+                processed = processed[rows]
+        if wants_scores:
+            scores += (processed.float(),)
+        drawn = sample(None, processed, seed=keys, position=length - width, **filters)
+        tokens, logp = drawn.tokens, drawn.logprobs
+        if rows is not None:
+            tokens = _spread(tokens, rows, batch, config._pad_token_tensor)
+            logp = _spread(logp, rows, batch, 0.0)
+        if has_eos:
+            tokens = torch.where(unfinished, tokens, config._pad_token_tensor)
+        if output_logprobs:
+            logprobs.append(logp.masked_fill(~unfinished, 0.0))
+        if length == capacity:  # no limit was known
+            more = sequences.new_empty(batch, capacity)
+            sequences = torch.cat([sequences, more], 1)
+            mask = None if mask is None else torch.cat([mask, torch.zeros_like(mask)], 1)
+            capacity *= 2
+        sequences[:, length] = tokens
+        if mask is not None:
+            mask[:, length] = 1
+        length += 1
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        stopped = stopping_criteria(sequences[:, :length], cast(Any, scores or None))
+        unfinished &= ~stopped
+        running, broken = torch.stack([unfinished.any(), (tokens < 0).any()]).tolist()
+        if broken:
+            raise ValueError(
+                f"no token can be drawn in row {int((tokens < 0).nonzero()[0])}: its logits "
+                "are NaN, or every token is masked"
+            )
+        if not running:
+            break
 
-            if rows_may_leave and decoder.can_keep():
-                left = unfinished if rows is None else unfinished[rows]
-                if int(left.sum()) <= KEEP * len(left):
-                    kept = left.nonzero()[:, 0]
-                    decoder.keep(kept)
-                    rows = kept if rows is None else rows[kept]
-                    keys, positions = keys[kept], positions[kept]
-                    mask = None if mask is None else mask[kept]
-            last = positions[:, -1:] + 1
-            if cached:
-                step = sequences[:, length - 1 : length]
-                tokens_in, positions = step if rows is None else step[rows], last
-            else:
-                step = sequences[:, :length]
-                tokens_in = step if rows is None else step[rows]
-                positions = torch.cat([positions, last], 1)
+        if rows_may_leave and decoder.can_keep():
+            left = unfinished if rows is None else unfinished[rows]
+            if int(left.sum()) <= KEEP * len(left):
+                kept = left.nonzero()[:, 0]
+                decoder.keep(kept)
+                rows = kept if rows is None else rows[kept]
+                keys, positions = keys[kept], positions[kept]
+                mask = None if mask is None else mask[kept]
+        last = positions[:, -1:] + 1
+        if cached:
+            step = sequences[:, length - 1 : length]
+            tokens_in, positions = step if rows is None else step[rows], last
+        else:
+            step = sequences[:, :length]
+            tokens_in = step if rows is None else step[rows]
+            positions = torch.cat([positions, last], 1)
 
     if streamer is not None:
         streamer.end()
@@ -327,6 +366,6 @@ def decode(
 
 def _spread(values: Tensor, rows: Tensor, batch: int, fill: Any) -> Tensor:
     """``values`` of the rows that still run, in a batch where the others hold ``fill``."""
-    whole = values.new_empty(batch)
+    whole = values.new_empty(batch, *values.shape[1:])
     whole[:] = fill
     return whole.index_copy_(0, rows, values)

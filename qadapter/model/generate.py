@@ -4,10 +4,13 @@ The streams and their weights are given (`qadapter.composition.blend`); transfor
 cache, the processors and the criteria, and `qadapter.model.decoding.decode` is its loop.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import StaticCache
 from transformers.generation.configuration_utils import CompileConfig, GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
@@ -15,7 +18,7 @@ from qadapter.model.decoding import GenerateOutput, TwoStreamDecoder, decode, ro
 from qadapter.model.streams import Streams, evaluating
 from qadapter.ops import checks
 
-__all__ = ["GenerateOutput", "check_prompts", "generate"]
+__all__ = ["GenerateOutput", "check_prompts", "generate", "without_settings"]
 
 _UNSUPPORTED = {
     "assistant_model": "speculative decoding",
@@ -96,15 +99,14 @@ def generate(
         checks.rows("seed", seed, batch, seed.device, "input_ids")
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ValueError(f"seed: expected None, an int or an int64 tensor [B], got {seed!r}")
-    config = generation_kwargs.get("generation_config")
-    _refuse(lambda name: generation_kwargs.get(name, getattr(config, name, None)))
-    if output_logprobs and not generation_kwargs.get(
-        "return_dict_in_generate", getattr(config, "return_dict_in_generate", False)
-    ):
+    setting = _settings(streams.hf_model, generation_kwargs)
+    _refuse(setting)
+    if output_logprobs and not setting("return_dict_in_generate"):
         raise ValueError("output_logprobs: expected return_dict_in_generate=True with it")
-    _stop_strings(generation_kwargs, tokenizer)
-    custom = ("logits_processor", "prefix_allowed_tokens_fn", "output_scores", "output_logits")
-    rows_may_leave = not any(generation_kwargs.get(name) for name in custom)
+    _stop_strings(generation_kwargs, setting("stop_strings"), tokenizer)
+    # What these see or return is of the whole batch.
+    whole = ("logits_processor", "prefix_allowed_tokens_fn", "output_scores", "output_logits")
+    rows_may_leave = not any(setting(name) for name in whole)
 
     def run(
         model: Any,
@@ -114,7 +116,6 @@ def generate(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        _refuse(lambda name: getattr(generation_config, name, None))  # the model's own settings
         mode = generation_config.get_generation_mode()
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ValueError(f"generation_config: {mode} is not supported with two streams")
@@ -122,7 +123,9 @@ def generate(
             if name in generation_kwargs and name != "use_cache":
                 raise ValueError(f"{name}: is not supported with two streams")
         rows = input_ids.shape[0]
-        cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
+        cache = model_kwargs.get(streams.cache_name or "")
+        if not model_kwargs.get("use_cache", True) or streams.uncached is not None:
+            cache = None
         compile_config = None
         if cache is not None and generation_config.cache_implementation == "static":
             compile_config = generation_config.compile_config
@@ -143,7 +146,9 @@ def generate(
             model_kwargs,
             streamer=streamer,
             output_logprobs=output_logprobs,
-            rows_may_leave=rows_may_leave and cache is not None and not cache.is_compileable,
+            rows_may_leave=rows_may_leave
+            and cache is not None
+            and not isinstance(cache, StaticCache),
         )
 
     with evaluating(streams.peft_model):
@@ -152,14 +157,42 @@ def generate(
         )
 
 
-def _stop_strings(generation_kwargs: dict[str, Any], tokenizer: Any) -> None:
-    """Make stop strings a criterion here: transformers hides the tokenizer from other loops."""
+def _settings(hf_model: Any, generation_kwargs: dict[str, Any]) -> Callable[[str], Any]:
+    """A setting by its name, as transformers settles it: keyword, generation_config, model."""
     config = generation_kwargs.get("generation_config")
-    strings = generation_kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+
+    def setting(name: str) -> Any:
+        if name in generation_kwargs:
+            return generation_kwargs[name]
+        given = getattr(config, name, None)
+        return given if given is not None else getattr(hf_model.generation_config, name, None)
+
+    return setting
+
+
+@contextmanager
+def without_settings(hf_model: Any) -> Iterator[None]:
+    """Inside, nothing of the model's generation_config counts but the ids of special tokens."""
+    own = hf_model.generation_config
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    hf_model.generation_config = type(own)(**ids)
+    try:
+        yield
+    finally:
+        hf_model.generation_config = own
+
+
+def _stop_strings(generation_kwargs: dict[str, Any], strings: Any, tokenizer: Any) -> None:
+    """Make stop strings a criterion here: transformers hides the tokenizer from other loops."""
     if not strings:
         return
     if tokenizer is None:
-        raise ValueError(f"stop_strings: expected tokenizer= with it, got {strings!r} alone")
+        raise ValueError(
+            f"stop_strings: expected tokenizer= with it, got {strings!r} alone (the model's "
+            "generation_config may have them; stop_strings=None leaves them out)"
+        )
+    config = generation_kwargs.get("generation_config")
+    generation_kwargs["stop_strings"] = None
     if config is not None and config.stop_strings:
         generation_kwargs["generation_config"] = type(config).from_dict(
             {**config.to_dict(), "stop_strings": None}

@@ -1,12 +1,12 @@
 """The two-stream model: a frozen causal LM and the same LM with a LoRA adapter.
 
-Both streams share every frozen weight. The base stream runs under no_grad with the adapter off, the
-adapter stream with it on; their logits z_b and z_q are what `qadapter.functional` composes.
+Both streams share every frozen weight: `qadapter.model.two_streams` runs them in training,
+`qadapter.model.decoding` where text is made.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qadapter.composition import Composition, Names, PerRow, blend
-from qadapter.model import adapters, packed_attention, saving, values
+from qadapter.model import adapters, locking, saving, values
 from qadapter.model.checkpoint import is_adapter_folder, resolve_model
-from qadapter.model.generate import check_prompts, generate
+from qadapter.model.decoding_probes import Needs, sees_later_tokens
+from qadapter.model.generate import check_prompts, generate, without_settings
 from qadapter.model.recompute import recompute_cheap
 from qadapter.model.streams import Streams, switches
-from qadapter.model.trainer_hooks import TrainerHooks
+from qadapter.model.trainer_hooks import without_dropout
+from qadapter.model.two_streams import TwoStreamForward
 from qadapter.model.wrapping import add_lora, load_base, refuse_unsupported
 from qadapter.ops import checks
-from qadapter.outputs import ResidualValues, TwoStreamLogits, TwoStreamValues
+from qadapter.outputs import TwoStreamLogits as TwoStreamLogits
 
 logger = logging.getLogger(__name__)
 
 
-class QAdapterModel(TrainerHooks):
+class QAdapterModel(TwoStreamForward):
     """A frozen causal LM, its LoRA adapter, and the weights they are composed with.
 
     Args:
@@ -38,8 +40,8 @@ class QAdapterModel(TrainerHooks):
 
     Raises:
         ValueError: the model cannot be composed exactly: no language-model head, an
-            encoder-decoder, trained base weights, training of an embedding that is tied to the
-            head, or an adapter that is merged into the weights.
+            encoder-decoder, attention to later tokens, trained base weights, training of an
+            embedding that is tied to the head, or an adapter that is merged into the weights.
     """
 
     def __init__(
@@ -59,9 +61,15 @@ class QAdapterModel(TrainerHooks):
             )
         self.peft_model = peft_model
         self._others: dict[str, tuple[PeftConfig, Composition]] = {}
+        self._needs: Needs | None = None
         self.set_composition(alpha_0, alpha_tilde, center)
         self.gamma = checks.number("gamma", gamma)
         refuse_unsupported(peft_model)
+        if (reason := sees_later_tokens(self.hf_model)) is not None:
+            raise ValueError(
+                f"{type(self.hf_model).__name__} is no causal model: {reason} (of an encoder's "
+                "class, is_decoder=True in its config makes one)"
+            )
         self._seen: dict[str, PeftConfig] = {}
         self._moved: adapters.BaseMoved | None = None
         self._see_adapters()
@@ -73,6 +81,7 @@ class QAdapterModel(TrainerHooks):
                 type(self.hf_model).__name__,
             )
         self.eval()
+        without_dropout(self.hf_model)
         recompute_cheap(self.hf_model, self.config.get_text_config().hidden_size)
 
     # Construction and files.
@@ -138,11 +147,13 @@ class QAdapterModel(TrainerHooks):
         OSError, leaving ``directory`` as it was, if something cannot be written.
         """
         composition = {**self.composition, "gamma": self.gamma}
-        saving.save(self.peft_model, composition, directory)
+        with locking.alone(self.hf_model):
+            saving.save(self.peft_model, composition, directory)
 
     def load_adapter_weights(self, directory: str | Path) -> None:
         """Replace the adapter's weights by those saved in ``directory`` (same LoRA, same base)."""
-        saving.load_weights(self.peft_model, directory)
+        with locking.alone(self.hf_model):
+            saving.load_weights(self.peft_model, directory)
 
     def load_adapter(self, directory: str | Path, name: str) -> None:
         """Attach another saved adapter of the same base, for `generate` with ``adapters``.
@@ -153,8 +164,9 @@ class QAdapterModel(TrainerHooks):
             ValueError: ``directory`` is not a saved adapter, or one of another base; ``name`` is
                 taken or empty or has a dot.
         """
-        composition = saving.attach(self.peft_model, directory, name)
-        self._others[name] = self.peft_model.peft_config[name], composition
+        with locking.alone(self.hf_model):
+            composition = saving.attach(self.peft_model, directory, name)
+            self._others[name] = self.peft_model.peft_config[name], composition
 
     @property
     def adapter_names(self) -> list[str]:
@@ -175,14 +187,36 @@ class QAdapterModel(TrainerHooks):
 
     def streams(self, names: Names) -> Streams:
         """How the streams ``names`` (None is the base) run at decoding; says so where that takes a
-        pass for each."""
-        self._see_adapters()
-        found = self._streams.get(names)
-        if found is None or found.is_stale():
-            found = self._streams[names] = Streams(self.peft_model, names)
-            if found.reason is not None and len(names) > 1:
-                logger.warning("each stream takes a forward pass of its own: %s", found.reason)
-        return found
+        pass for each, or the whole text at every token."""
+        with locking.alone(self.hf_model):
+            self._see_adapters()
+            found = self._streams.get(names)
+            if found is None or found.is_stale():
+                found = self._streams[names] = Streams(self.peft_model, names)
+                if found.reason is not None and len(names) > 1:
+                    logger.warning("each stream takes a forward pass of its own: %s", found.reason)
+                if self._needs is None:
+                    self._needs = Needs(found)
+                found.takes_positions = self._needs.takes_positions
+                found.uncached = self._needs.uncached
+                if found.uncached is not None:
+                    logger.warning("every token takes a pass of the whole text: %s", found.uncached)
+            return found
+
+    def _padded_with_cache(self, streams: Streams, cached: bool) -> bool:
+        """Whether padded rows decode with a cache; ValueError where they do in no way."""
+        assert self._needs is not None
+        cached = cached and streams.uncached is None
+        reason = self._needs.padding(streams, cached)
+        if reason is None:
+            return cached
+        if cached and self._needs.padding(streams, False) is None:
+            logger.warning("padding: every token takes a pass of the whole text: %s", reason)
+            return False
+        raise ValueError(
+            f"attention_mask: {type(self.hf_model).__name__} takes no padding on the left "
+            f"({reason}); give prompts of one length, or one prompt at a time"
+        )
 
     def _see_adapters(self) -> None:
         """Look again where PEFT's layers are if there are other adapters than before."""
@@ -224,7 +258,7 @@ class QAdapterModel(TrainerHooks):
         composition = Composition.checked(alpha_0, alpha_tilde, center)
         self.alpha_0, self.alpha_tilde, self.center = composition
 
-    # The two streams.
+    # The streams.
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -233,134 +267,16 @@ class QAdapterModel(TrainerHooks):
         PEFT's own context manager also walks every module and changes requires_grad, milliseconds
         per use; here only the flags that its layers read are set.
         """
-        self._see_adapters()
-        before = [module._disable_adapters for module in self._switches]
-        for module in self._switches:
-            module._disable_adapters = True
-        try:
-            yield
-        finally:
-            for module, flag in zip(self._switches, before, strict=True):
-                module._disable_adapters = flag
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        rows: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        actions: Tensor | None = None,
-        base_lse: Tensor | None = None,
-        base_logp: Tensor | None = None,
-        base_hidden: Tensor | None = None,
-        kl_rows: Tensor | None = None,
-        unique_rows: Tensor | None = None,
-        unique_index: Tensor | None = None,
-        use_logits: bool = False,
-        **packing: Any,
-    ) -> Any:
-        """Both streams at the selected positions: their logits, or what a loss needs of them.
-
-        Args:
-            input_ids: int64 [B, T].
-            attention_mask: [B, T], 1 for tokens, 0 for padding.
-            rows: int64 [N], indices into the B*T flattened positions; None takes all of them. Only
-                these positions reach the language-model head.
-            position_ids: int64 [B, T].
-            actions: int64 [N]; given, the result is `TwoStreamValues`, and where the head is a
-                plain linear layer no logits are made (`QF.linear_residual_values`).
-            base_lse, base_logp, base_hidden: float32 [N], [N] and [N, D], known results of the base
-                stream in these rows. Given all that the composition needs (the first two where
-                alpha_0 == center; the first and the third else), the base does not run.
-            kl_rows: int64 [K], indices into the N rows, at which KL is computed exactly.
-            unique_rows, unique_index: int64 [U] and [N], indices into the N rows of those that
-                differ in position or action, and of every row among these U: each is computed once.
-            use_logits: take the logits of both streams also where that could be avoided.
-            **packing: of a packed batch, see `qadapter.model.packed_attention`.
-
-        Returns:
-            `TwoStreamLogits` of [N, V]; with ``actions``, `TwoStreamValues`.
-        """
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
-        arguments = {name: value for name, value in given.items() if value is not None}
-        if actions is None or use_logits or not self.selects_hidden_rows:
-            with torch.no_grad(), self.adapter_off():
-                base_logits = self._stream_logits(input_ids, rows, arguments)
-            logits = TwoStreamLogits(base_logits, self._stream_logits(input_ids, rows, arguments))
-            if actions is None:
-                return logits
-            return values.values_of_logits(logits, actions, kl_rows, self.composition)
-        known = values.KnownBase(base_lse, base_logp, base_hidden)
-        if unique_rows is None or unique_index is None or rows is None:
-            return self._values(input_ids, rows, arguments, actions, known, kl_rows)
-        made = self._values(
-            input_ids,
-            rows[unique_rows],
-            arguments,
-            actions[unique_rows],
-            known.rows(unique_rows),
-            None if kl_rows is None else unique_index[kl_rows],
-        )
-        return TwoStreamValues(
-            ResidualValues(*(value[unique_index] for value in made.values)), made.kl
-        )
-
-    def _values(
-        self,
-        input_ids: Tensor,
-        rows: Tensor | None,
-        arguments: dict[str, Any],
-        actions: Tensor,
-        known: values.KnownBase,
-        kl_rows: Tensor | None,
-    ) -> TwoStreamValues:
-        """Both trunks, the base's only where ``known`` does not do without; then the head's op."""
-        base_hidden = known.hidden
-        if not known.suffices(self.alpha_0, self.center):
-            base_hidden = self._base_hidden(input_ids, rows, arguments)
-        q_hidden = self._stream_hidden(input_ids, rows, arguments)
-        head = self.hf_model.get_output_embeddings()
-        return values.values_of_hidden(
-            head, base_hidden, q_hidden, actions, known, kl_rows, self.composition
-        )
-
-    @torch.no_grad()
-    def base_statistics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What a training step needs of the base: base_lse, base_logp float32 [N] (base_logp is 0
-        in rows without action), base_hidden [N, D], for a collated batch on the model's device."""
-        if not self.selects_hidden_rows:
-            raise ValueError(
-                f"{type(self.hf_model).__name__} does more to its logits than one head on the last "
-                "hidden state; its base cannot be cached"
-            )
-        names = ("attention_mask", "position_ids", *packed_attention.ARGUMENTS)
-        arguments = {name: batch[name] for name in names if batch.get(name) is not None}
-        hidden = self._base_hidden(batch["input_ids"], batch["rows"], arguments)
-        head = self.hf_model.get_output_embeddings()
-        return values.base_statistics(head, hidden, batch["actions"])
-
-    def _base_hidden(
-        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
-    ) -> Tensor:
-        with torch.no_grad(), self.adapter_off():
-            return self._stream_hidden(input_ids, rows, arguments)
-
-    def _stream_hidden(
-        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
-    ) -> Tensor:
-        hidden = packed_attention.trunk(self.hf_model, input_ids, arguments).flatten(0, 1)
-        return hidden if rows is None else hidden[rows]
-
-    def _stream_logits(
-        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
-    ) -> Tensor:
-        model = self.hf_model
-        if self.selects_hidden_rows:
-            return model.get_output_embeddings()(self._stream_hidden(input_ids, rows, arguments))
-        arguments = packed_attention.arguments_for(model, input_ids, arguments)
-        logits = model(**arguments).logits.flatten(0, 1)
-        return logits if rows is None else logits[rows]
+        with locking.alone(self.hf_model):
+            self._see_adapters()
+            before = [module._disable_adapters for module in self._switches]
+            for module in self._switches:
+                module._disable_adapters = True
+            try:
+                yield
+            finally:
+                for module, flag in zip(self._switches, before, strict=True):
+                    module._disable_adapters = flag
 
     @torch.no_grad()
     def generate(
@@ -372,9 +288,13 @@ class QAdapterModel(TrainerHooks):
         alpha_0: PerRow | None = None,
         alpha_tilde: PerRow | None = None,
         adapters: Mapping[str, PerRow] | None = None,
+        base_settings: bool = True,
         **generation_kwargs: Any,
     ) -> Any:
         """Sample from softmax((sum_i w_i Q_i + alpha_0 log pi_base) / alpha_tilde).
+
+        Calls from several threads take turns, as do training forwards. What a logits processor, a
+        stopping criterion or a streamer calls in the same thread sees the ordinary model.
 
         Args:
             input_ids: int64 [B, T] prompts, padded on the left if lengths differ.
@@ -386,6 +306,8 @@ class QAdapterModel(TrainerHooks):
                 value. A number, or one for each row.
             adapters: weights w_i by adapter name (`load_adapter`), each a number or one for each
                 row; None is the adapter of the model with weight 1.
+            base_settings: whether what the base's generation_config asks for counts where no
+                argument says otherwise, as in transformers; the ids of special tokens do anyway.
             **generation_kwargs: transformers' generation arguments (max_new_tokens, do_sample,
                 temperature, top_k, top_p, min_p, eos_token_id, stop_strings, repetition_penalty,
                 num_return_sequences, logits_processor, stopping_criteria, output_scores, ...),
@@ -405,12 +327,19 @@ class QAdapterModel(TrainerHooks):
             `GenerateOutput` with ``return_dict_in_generate=True``.
 
         Raises:
-            ValueError: conflicting or malformed arguments, one that this loop does not support, or
-                logits from which nothing can be drawn (NaN, everything masked).
+            ValueError: conflicting or malformed arguments, one that this loop does not support,
+                padding that the base cannot leave out, or logits from which nothing can be drawn
+                (NaN, everything masked).
         """
         check_prompts(input_ids, attention_mask)
         batch = input_ids.shape[0]
         names, weights = blend(self.compositions, batch, strength, alpha_0, alpha_tilde, adapters)
-        streams = self.streams(names)  # first: it looks for adapters that PEFT has loaded since
-        head = self.hf_model.get_output_embeddings() if self.selects_hidden_rows else None
-        return generate(streams, weights, head, input_ids, attention_mask, **generation_kwargs)
+        own = nullcontext() if base_settings else without_settings(self.hf_model)
+        with locking.alone(self.hf_model), own:
+            streams = self.streams(names)  # first: it looks for adapters that PEFT has loaded since
+            if attention_mask is not None and not attention_mask.all():
+                cached = generation_kwargs.get("use_cache") is not False
+                if not self._padded_with_cache(streams, cached):
+                    generation_kwargs["use_cache"] = False
+            head = self.hf_model.get_output_embeddings() if self.selects_hidden_rows else None
+            return generate(streams, weights, head, input_ids, attention_mask, **generation_kwargs)

@@ -177,11 +177,11 @@ def _register(original: str) -> str:
             query: Tensor,
             key: Tensor,
             value: Tensor,
-            mask: Any,
+            attention_mask: Any,  # by this name some models hand it over
             *_: Any,
             **kwargs: Any,
         ) -> tuple[Tensor, None]:
-            return serve(original, module, query, key, value, mask, **kwargs)
+            return serve(original, module, query, key, value, attention_mask, **kwargs)
 
         ALL_ATTENTION_FUNCTIONS.register(name, attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])

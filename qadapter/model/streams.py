@@ -29,6 +29,7 @@ from qadapter.ops import few_rows
 
 # What transformers' models hand to each of their layers, one row of it per row of the batch.
 _PER_ROW = ("attention_mask", "position_ids", "position_embeddings")
+_CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 class _NotRows(Exception):
@@ -62,6 +63,9 @@ class Streams:
     Attributes:
         hf_model: the transformers model, LoRA layers in place.
         reason: None, or why each stream takes a pass of its own.
+        uncached: None, or why every token must be computed from the whole text.
+        takes_positions: whether ``forward`` is told the positions of its tokens.
+        cache_name: how ``forward`` calls a transformers cache; None where it takes none.
         shared_layers: how many layers run once for all streams.
     """
 
@@ -69,6 +73,10 @@ class Streams:
         self.peft_model, self.names = peft_model, names
         self.hf_model = cast(PreTrainedModel, peft_model.get_base_model())
         self._compiled: tuple[Any, Any] = (None, None)
+        self.uncached: str | None = None
+        parameters = inspect.signature(self.hf_model.forward).parameters
+        self.cache_name = next((name for name in _CACHE_NAMES if name in parameters), None)
+        self.takes_positions = "position_ids" in parameters
         self.shared_layers = 0
         self._rows = self._tokens = 0
         self._few = False  # the C++ kernels for few rows serve this forward
@@ -146,29 +154,46 @@ class Streams:
             and self._tokens <= few_rows.rows_linear_limit(self.hf_model.dtype)
             and not torch.is_autocast_enabled("cpu")
         )
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        inputs: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         if count > 1 and not self._layers:
-            inputs = {name: value.repeat(count, 1) for name, value in inputs.items()}
-        return inputs | {"past_key_values": cache, "use_cache": cache is not None}
+            input_ids = input_ids.repeat(count, 1)
+            if attention_mask is not None:
+                attention_mask = attention_mask.repeat(count, 1)
+            if position_ids is not None:
+                position_ids = position_ids.repeat(count, 1)
+        return self.arguments(input_ids, attention_mask, position_ids, cache)
+
+    def arguments(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any,
+    ) -> dict[str, Any]:
+        """What to call the model with, by the names that its forward has."""
+        arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None}
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+        if position_ids is not None and self.takes_positions:
+            arguments["position_ids"] = position_ids
+        if cache is not None:
+            arguments[cast(str, self.cache_name)] = cache
+        return arguments
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, the model's layers work on row blocks."""
+        """Inside, the model's layers work on row blocks. For one forward at a time: what the
+        caller does between two of them sees the ordinary model."""
         hooks = [
             layer.register_forward_pre_hook(self._widen, with_kwargs=True) for layer in self._layers
         ]
         try:
             for module, forward in self._forwards:
-                module.forward = forward  # on the instance, where it hides the class's
+                # On the instance, where it hides the class's; nn.Module's setattr is slow.
+                module.__dict__["forward"] = forward
             yield
         finally:
             for module, _ in self._forwards:
-                del module.__dict__["forward"]
+                module.__dict__.pop("forward", None)
             for hook in hooks:
                 hook.remove()
 
@@ -192,13 +217,14 @@ class Streams:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             out = base(x, *args, **kwargs)
             rows = x.shape[0] // count
-            if mine and x.shape[0] != self._rows and x.shape[0] != self._tokens:
+            if count > 1 and mine and x.shape[0] != self._rows and x.shape[0] != self._tokens:
                 raise _NotRows
+            dense = x.ndim <= 3 and x.stride(-1) == 1 == out.stride(-1)
             for i, name in mine:
                 a, b = cast(Any, module.lora_A[name]), cast(Any, module.lora_B[name])
                 scaling = module.scaling[name]
                 start, stop = i * rows, (i + 1) * rows
-                kernel = self._few and b.bias is None and out.dtype == x.dtype
+                kernel = self._few and dense and b.bias is None and out.dtype == x.dtype
                 if kernel and a.weight.dtype in (torch.float32, torch.bfloat16):
                     few_rows.lora_add_(out, x, a.weight, b.weight, float(scaling), start, stop)
                 else:

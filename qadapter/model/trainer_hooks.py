@@ -8,6 +8,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qadapter.model import locking
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set the dropout to 0 that the layers which do gradient checkpointing apply themselves: it
+    would follow the training mode that makes them do it."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):
+                    vars(module)[name] = 0.0
+
 
 class TrainerHooks(nn.Module):
     """Training mode and gradient checkpointing of a PEFT model; a base class."""
@@ -25,11 +37,12 @@ class TrainerHooks(nn.Module):
         The base is frozen, so its dropout would be noise between the two streams: it stays off.
         LoRA's own dropout and the layers that do gradient checkpointing follow ``mode``.
         """
-        super().train(mode)
-        if mode:
-            for name, module in self.peft_model.named_modules():
-                is_lora = isinstance(module, BaseTunerLayer) or ".lora_" in name
-                module.training = is_lora or isinstance(module, GradientCheckpointingLayer)
+        with locking.alone(self.hf_model):  # another thread's decoding has its own mode
+            super().train(mode)
+            if mode:
+                for name, module in self.peft_model.named_modules():
+                    is_lora = isinstance(module, BaseTunerLayer) or ".lora_" in name
+                    module.training = is_lora or isinstance(module, GradientCheckpointingLayer)
         return self
 
     def activation_checkpointing_enable(
@@ -44,6 +57,7 @@ class TrainerHooks(nn.Module):
             )
         else:
             model.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+        locking.recompute_alone(model)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -92,6 +92,7 @@ def answer(
         pad_token_id=pad,
         return_dict_in_generate=True,
         output_logprobs=True,
+        base_settings=False,  # answers are what the arguments say
         **generate_arguments,
     )
     rows = output.sequences[:, width:].tolist()

@@ -367,6 +367,7 @@ def test_compiled_step(backend, model):
 def test_one_stream_runs_where_one_counts():
     """m = 0 is the price of plain LoRA, strength 0 that of the base."""
     model = make_model()
+    model.generate(IDS, MASK, max_new_tokens=1, **GREEDY)  # the first tries what the base can do
     rows = []
     layer = model.hf_model.base_model.layers[0]
     hook = layer.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))

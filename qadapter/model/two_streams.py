@@ -1,0 +1,154 @@
+"""Both streams of a batch, as training needs them.
+
+The base stream runs under no_grad with the adapter off, the adapter stream with it on; their logits
+z_b and z_q are what `qadapter.functional` composes.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qadapter.model import locking, packed_attention, values
+from qadapter.model.trainer_hooks import TrainerHooks
+from qadapter.outputs import ResidualValues, TwoStreamLogits, TwoStreamValues
+
+
+class TwoStreamForward(TrainerHooks):
+    """The forward of `QAdapterModel`; a base class."""
+
+    alpha_0: float
+    center: float
+    selects_hidden_rows: bool  # logits are the head's of the last hidden state
+
+    @property
+    def composition(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        actions: Tensor | None = None,
+        base_lse: Tensor | None = None,
+        base_logp: Tensor | None = None,
+        base_hidden: Tensor | None = None,
+        kl_rows: Tensor | None = None,
+        unique_rows: Tensor | None = None,
+        unique_index: Tensor | None = None,
+        use_logits: bool = False,
+        **packing: Any,
+    ) -> Any:
+        """Both streams at the selected positions: their logits, or what a loss needs of them.
+
+        Other threads that run the model meanwhile wait (`qadapter.model.locking`).
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 1 for tokens, 0 for padding.
+            rows: int64 [N], indices into the B*T flattened positions; None takes all of them. Only
+                these positions reach the language-model head.
+            position_ids: int64 [B, T].
+            actions: int64 [N]; given, the result is `TwoStreamValues`, and where the head is a
+                plain linear layer no logits are made (`QF.linear_residual_values`).
+            base_lse, base_logp, base_hidden: float32 [N], [N] and [N, D], known results of the base
+                stream in these rows. Given all that the composition needs (the first two where
+                alpha_0 == center; the first and the third else), the base does not run.
+            kl_rows: int64 [K], indices into the N rows, at which KL is computed exactly.
+            unique_rows, unique_index: int64 [U] and [N], indices into the N rows of those that
+                differ in position or action, and of every row among these U: each is computed once.
+            use_logits: take the logits of both streams also where that could be avoided.
+            **packing: of a packed batch, see `qadapter.model.packed_attention`.
+
+        Returns:
+            `TwoStreamLogits` of [N, V]; with ``actions``, `TwoStreamValues`.
+        """
+        with locking.alone(self.hf_model):
+            given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
+            arguments = {name: value for name, value in given.items() if value is not None}
+            if actions is None or use_logits or not self.selects_hidden_rows:
+                with torch.no_grad(), self.adapter_off():
+                    base_logits = self._stream_logits(input_ids, rows, arguments)
+                logits = TwoStreamLogits(
+                    base_logits, self._stream_logits(input_ids, rows, arguments)
+                )
+                if actions is None:
+                    return logits
+                return values.values_of_logits(logits, actions, kl_rows, self.composition)
+            known = values.KnownBase(base_lse, base_logp, base_hidden)
+            if unique_rows is None or unique_index is None or rows is None:
+                return self._values(input_ids, rows, arguments, actions, known, kl_rows)
+            made = self._values(
+                input_ids,
+                rows[unique_rows],
+                arguments,
+                actions[unique_rows],
+                known.rows(unique_rows),
+                None if kl_rows is None else unique_index[kl_rows],
+            )
+            return TwoStreamValues(
+                ResidualValues(*(value[unique_index] for value in made.values)), made.kl
+            )
+
+    def _values(
+        self,
+        input_ids: Tensor,
+        rows: Tensor | None,
+        arguments: dict[str, Any],
+        actions: Tensor,
+        known: values.KnownBase,
+        kl_rows: Tensor | None,
+    ) -> TwoStreamValues:
+        """Both trunks, the base's only where ``known`` does not do without; then the head's op."""
+        base_hidden = known.hidden
+        if not known.suffices(self.alpha_0, self.center):
+            base_hidden = self._base_hidden(input_ids, rows, arguments)
+        q_hidden = self._stream_hidden(input_ids, rows, arguments)
+        head = self.hf_model.get_output_embeddings()
+        return values.values_of_hidden(
+            head, base_hidden, q_hidden, actions, known, kl_rows, self.composition
+        )
+
+    @torch.no_grad()
+    def base_statistics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What a training step needs of the base: base_lse, base_logp float32 [N] (base_logp is 0
+        in rows without action), base_hidden [N, D], for a collated batch on the model's device."""
+        if not self.selects_hidden_rows:
+            raise ValueError(
+                f"{type(self.hf_model).__name__} does more to its logits than one head on the last "
+                "hidden state; its base cannot be cached"
+            )
+        names = ("attention_mask", "position_ids", *packed_attention.ARGUMENTS)
+        arguments = {name: batch[name] for name in names if batch.get(name) is not None}
+        hidden = self._base_hidden(batch["input_ids"], batch["rows"], arguments)
+        head = self.hf_model.get_output_embeddings()
+        return values.base_statistics(head, hidden, batch["actions"])
+
+    def _base_hidden(
+        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
+    ) -> Tensor:
+        with torch.no_grad(), self.adapter_off():
+            return self._stream_hidden(input_ids, rows, arguments)
+
+    def _stream_hidden(
+        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
+    ) -> Tensor:
+        hidden = packed_attention.trunk(self.hf_model, input_ids, arguments).flatten(0, 1)
+        return hidden if rows is None else hidden[rows]
+
+    def _stream_logits(
+        self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
+    ) -> Tensor:
+        model = self.hf_model
+        if self.selects_hidden_rows:
+            return model.get_output_embeddings()(self._stream_hidden(input_ids, rows, arguments))
+        arguments = packed_attention.arguments_for(model, input_ids, arguments)
+        logits = model(**arguments).logits.flatten(0, 1)
+        return logits if rows is None else logits[rows]
