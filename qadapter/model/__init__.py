@@ -1,10 +1,12 @@
 """The two-stream model: a frozen causal LM and the same LM with a LoRA.
 
 modeling.py          QAdapterModel: owns both streams, runs them for training
-values.py            what a loss needs of the streams' hidden states or logits
+two_streams.py       a training forward of both; values.py: what a loss needs of the streams' hidden states or logits
 packed_attention.py  a batch without padding; cpu_attention.py, recompute.py: less time, memory
 streams.py           all streams in one forward, for decoding
-decoding.py          the loop: a token a step; generate.py: transformers' arguments for it
+decoding.py          the loop: a token a step; generate.py: transformers' arguments for it;
+                     decoding_probes.py: what a base needs there, tried
+locking.py           calls on one model take turns
 wrapping.py          which models can be composed; adapters.py: which of PEFT's adapters;
                      probe.py: both tried on a few tokens
 saving.py            an adapter's files; adapter_files.py: do they fit; checkpoint.py: its base

@@ -20,7 +20,7 @@ from qadapter import QAdapterModel
 from tests.tiny_models import make_base
 
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+BEGIN, END = "<!-- peft-table: begin -->", "<!-- peft-table: end -->"
 IDS = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(4))
 
 TOKENS = IDS[0, :2].tolist()

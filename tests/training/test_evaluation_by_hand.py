@@ -165,7 +165,7 @@ def test_a_text_longer_than_the_positions(tmp_path, tiny_tokenizer):
     run = trainer(tmp_path, tiny_tokenizer, model=make_model("gpt2"), max_length=256, data=data)
     run.train()
     run.args.max_length = 1024
-    with pytest.raises(ValueError, match=r"row 1 of the evaluation data has .* tokens"):
+    with pytest.raises(ValueError, match=r"pair 1 of the tokenised evaluation data has .* tokens"):
         run.evaluate(stream)
     # Positions that are computed have no such end.
     trainer(tmp_path, tiny_tokenizer, model=make_model("llama"), data=data).train()
