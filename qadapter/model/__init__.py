@@ -1,7 +1,7 @@
 """The two-stream model: a frozen causal LM and the same LM with a LoRA.
 
 modeling.py          QAdapterModel: owns both streams, runs them for training
-two_streams.py       a training forward of both; values.py: what a loss needs of the streams' hidden states or logits
+two_streams.py       a forward of both for training; values.py: what a loss needs of it
 packed_attention.py  a batch without padding; cpu_attention.py, recompute.py: less time, memory
 streams.py           all streams in one forward, for decoding
 decoding.py          the loop: a token a step; generate.py: transformers' arguments for it;

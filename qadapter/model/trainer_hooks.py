@@ -21,6 +21,16 @@ def without_dropout(model: nn.Module) -> None:
                     vars(module)[name] = 0.0
 
 
+def _adapter_modules(peft_model: PeftModel) -> set[nn.Module]:
+    """What PEFT has put around the layers of the base, dropout among it."""
+    found: set[nn.Module] = set()
+    for layer in peft_model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            base = set(layer.get_base_layer().modules())
+            found |= {module for module in layer.modules() if module not in base}
+    return found
+
+
 class TrainerHooks(nn.Module):
     """Training mode and gradient checkpointing of a PEFT model; a base class."""
 
@@ -35,14 +45,15 @@ class TrainerHooks(nn.Module):
         """Training mode for the adapter alone.
 
         The base is frozen, so its dropout would be noise between the two streams: it stays off.
-        LoRA's own dropout and the layers that do gradient checkpointing follow ``mode``.
+        The adapter's own dropout and the layers that do gradient checkpointing follow ``mode``.
         """
         with locking.alone(self.hf_model):  # another thread's decoding has its own mode
             super().train(mode)
             if mode:
-                for name, module in self.peft_model.named_modules():
-                    is_lora = isinstance(module, BaseTunerLayer) or ".lora_" in name
-                    module.training = is_lora or isinstance(module, GradientCheckpointingLayer)
+                adapter = _adapter_modules(self.peft_model)
+                for module in self.peft_model.modules():
+                    checkpoints = isinstance(module, GradientCheckpointingLayer)
+                    module.training = checkpoints or module in adapter
         return self
 
     def activation_checkpointing_enable(

@@ -1,5 +1,6 @@
 """What can be wrapped into a two-stream model: loading a base, adding a LoRA, refusing the rest."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,18 +8,45 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
+from qadapter import files
 from qadapter.model import adapters
 from qadapter.model.checkpoint import is_adapter_name
 from qadapter.model.precision import base_dtype
 from qadapter.model.probe import BaseProbe, check_streams
 
+logger = logging.getLogger(__name__)
+
 
 def load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     dtype = base_dtype(dtype, source, **kwargs)
+    if "generation_config" not in kwargs and (ids := _ids_of_refused_settings(source, kwargs)):
+        kwargs = {**kwargs, "generation_config": ids}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     return model.eval()
+
+
+def _ids_of_refused_settings(source: str, kwargs: dict[str, Any]) -> GenerationConfig | None:
+    """The special tokens of a generation_config.json that transformers refuses, for which it would
+    not load the base either; None where it takes it, or there is none."""
+    where = {name: kwargs[name] for name in ("revision", "token", "subfolder") if name in kwargs}
+    try:
+        GenerationConfig.from_pretrained(source, **where)
+    except OSError:
+        return None
+    except ValueError as error:
+        path = cached_file(source, "generation_config.json", **where)
+        settings = files.read_json(str(path))
+        logger.warning(
+            "%s: its generation_config.json is not valid, only its special tokens count: %s",
+            source,
+            str(error).splitlines()[0],
+        )
+        ids = {name: value for name, value in settings.items() if name.endswith("_token_id")}
+        return GenerationConfig(**ids)
+    return None
 
 
 def add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel:

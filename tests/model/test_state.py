@@ -1,14 +1,15 @@
 """Bases that keep more of a text than keys and values, or keep it elsewhere: exact, or refused."""
 
+import json
 import logging
 
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig, get_peft_model
 
 from qadapter import QAdapterModel
-from tests.tiny_models import perturb
+from tests.tiny_models import make_base, perturb
 
 IDS = torch.randint(5, 97, (3, 8), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
@@ -202,3 +203,40 @@ def test_the_base_has_no_dropout_in_training():
     assert torch.equal(got.q_logits, want.q_logits)
     model.gradient_checkpointing_enable()
     assert torch.equal(model(IDS).q_logits, want.q_logits)
+
+
+@pytest.mark.parametrize("kind", ["lora", "vera"])
+def test_the_adapters_own_dropout_acts_in_training_alone(kind):
+    targets = ["q_proj", "v_proj"]
+    if kind == "lora":
+        config = LoraConfig(r=4, lora_dropout=0.5, target_modules=targets)
+    else:
+        config = VeraConfig(r=4, vera_dropout=0.5, target_modules=targets)
+    model = QAdapterModel(get_peft_model(make_base(), config))
+    perturb(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vera_lambda" in name:
+                parameter.fill_(0.3)
+    torch.manual_seed(0)
+    still = model(IDS)
+    assert torch.equal(model(IDS).q_logits, still.q_logits)
+    model.train()
+    assert not torch.equal(model(IDS).q_logits, model(IDS).q_logits)
+    assert torch.equal(model(IDS).base_logits, still.base_logits)
+    model.eval()
+    assert torch.equal(model(IDS).q_logits, still.q_logits)
+
+
+def test_a_base_whose_settings_transformers_refuses(tmp_path, caplog):
+    """Its tokens count; what cannot be followed is said, and is no reason not to load it."""
+    base = make_base()
+    base.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 5], "num_return_sequences": 3}))
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = QAdapterModel.from_pretrained(tmp_path / "base")
+    assert model.generation_config.eos_token_id == [2, 5]
+    assert "only its special tokens count" in caplog.text
+    assert len(model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0)) == len(IDS)

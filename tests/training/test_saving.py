@@ -88,7 +88,9 @@ def test_a_name_that_cannot_be_saved(folder, tiny_tokenizer):
 def test_an_embedding_that_was_enlarged_in_memory(folder, tiny_tokenizer):
     base = make_base("llama")
     base.resize_token_embeddings(101)
-    refused(folder, tiny_tokenizer, wrapped(folder, base=base), "the base has 101 tokens, .* has 97")
+    refused(
+        folder, tiny_tokenizer, wrapped(folder, base=base), "the base has 101 tokens, .* has 97"
+    )
     base = make_base("llama")
     base.resize_token_embeddings(101)
     base.save_pretrained(folder / "base")
