@@ -248,11 +248,6 @@ class QAdapterModel(TwoStreamForward):
     def device(self) -> torch.device:
         return self.hf_model.device
 
-    @property
-    def composition(self) -> dict[str, Any]:
-        """alpha_0, alpha_tilde and center, as keywords of `qadapter.functional`."""
-        return {"alpha_0": self.alpha_0, "alpha_tilde": self.alpha_tilde, "center": self.center}
-
     def set_composition(self, alpha_0: float, alpha_tilde: float, center: float) -> None:
         """Set alpha_0, alpha_tilde and center together, checked."""
         composition = Composition.checked(alpha_0, alpha_tilde, center)

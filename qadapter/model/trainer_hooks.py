@@ -39,7 +39,7 @@ class TrainerHooks(nn.Module):
     @property
     def hf_model(self) -> PreTrainedModel:
         """The transformers model, LoRA layers in place."""
-        return cast(PreTrainedModel, self.peft_model.get_base_model())
+        return cast(PreTrainedModel, self.peft_model.base_model.model)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for the adapter alone.

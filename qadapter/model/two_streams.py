@@ -4,6 +4,7 @@ The base stream runs under no_grad with the adapter off, the adapter stream with
 z_b and z_q are what `qadapter.functional` composes.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,15 +20,15 @@ class TwoStreamForward(TrainerHooks):
     """The forward of `QAdapterModel`; a base class."""
 
     alpha_0: float
+    alpha_tilde: float
     center: float
     selects_hidden_rows: bool  # logits are the head's of the last hidden state
+    adapter_off: Callable[[], AbstractContextManager[None]]
 
     @property
     def composition(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def adapter_off(self) -> AbstractContextManager[None]:
-        raise NotImplementedError
+        """alpha_0, alpha_tilde and center, as keywords of `qadapter.functional`."""
+        return {"alpha_0": self.alpha_0, "alpha_tilde": self.alpha_tilde, "center": self.center}
 
     def forward(
         self,
