@@ -1,16 +1,13 @@
-"""The benchmarks of decoding and of the sampler: peers against the reference, tables, plots."""
+"""Peers of decoding and of the sampler give the reference's tokens, tables what was measured."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-# The benchmarks are no part of the package; `python -m pytest` sees them, plain `pytest` does not.
-sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import bench_decode, bench_sample, harness, plots, report
 from benchmarks import decoding_problem as decoding

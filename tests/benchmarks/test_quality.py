@@ -1,26 +1,20 @@
-"""The quality study's parts: settings, data, statistics, judges, questions, scores."""
+"""The quality study measures what it says: settings, data, statistics, judges, scores by hand."""
 
 import json
 import math
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-from tests.tiny_models import make_model
-from tests.tiny_text import preference_rows
-
-# The benchmarks are no part of the package; `python -m pytest` sees them, plain `pytest` does not.
-sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.quality import data, generate, judge, matched, score, stats, sweep, tasks
 from benchmarks.quality.settings import FULL, MAIN, METHODS, QUICK, TRL, Run, changed
 from qadapter import reference
 from qadapter.text.prompts import prompt_ids
 from qadapter.text.tokenization import eos_token_ids
+from tests.tiny_models import make_model
+from tests.tiny_text import preference_rows
 
 
 def test_full_ends_with_whole_seeds_and_holds_what_is_asked():

@@ -1,24 +1,19 @@
-"""The quality study end to end on a tiny model: trainings, resume, summary, report, sweep."""
+"""A quality study trains, resumes, sums up, reports and sweeps without losing or redoing a run."""
 
 import gc
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-from tests.tiny_models import make_base
-from tests.tiny_text import preference_rows
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import recording
 from benchmarks import report as pages
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import data, decode_cost, report, score, study, summary, train
 from benchmarks.quality.settings import METHODS, QUICK, changed
+from tests.tiny_models import make_base
+from tests.tiny_text import preference_rows
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
 OURS = ["qadapter", "released", "sft", "replay"]

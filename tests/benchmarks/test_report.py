@@ -3,13 +3,11 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib")
-sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import plots, plotting, report, report_suite, report_training, tables
 

@@ -1,4 +1,4 @@
-"""The benchmark suite on tiny shapes: sets, resume, peers, contexts, comparisons, counts."""
+"""Sets of benchmarks run on tiny shapes, resume where they were cut off, find what got slower."""
 
 import copy
 import json
@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-# The benchmarks are no part of the package; `python -m pytest` sees them, plain `pytest` does not.
-sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import (
     __main__ as suite,

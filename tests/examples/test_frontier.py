@@ -1,4 +1,4 @@
-"""The example that plots preference against forgetting, on a tiny model."""
+"""The example's picture of preference against forgetting shows what the model's own calls give."""
 
 import importlib.util
 import json
