@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter import packaged_model
 from qadapter.cli.demo_rule import OPENING
+from qadapter.model.precision import base_dtype
 
 SENTENCE_END = re.compile(r"(?<!\d)[.!?][\"')\]]*(?=\s|$)")
 MIN_WORDS = 20
@@ -46,7 +47,8 @@ def main() -> None:
 
     folder = packaged_model()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    dtype = base_dtype("auto", str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with open(args.source, encoding="utf-8") as file:
         pairs = [json.loads(line) for line in file]
     for pair in pairs:
