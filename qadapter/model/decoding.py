@@ -276,9 +276,13 @@ def decode(
         mask[:, :width] = given_mask
         positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
 
+    # Ids in the padding need not be the model's own: what it reads there does not count.
+    words: Any = decoder.streams.hf_model.get_input_embeddings()
+    largest = int(words.weight.shape[0]) - 1
+
     rows: Tensor | None = None  # the rows of the batch that still run; None is all
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)
-    tokens_in = input_ids
+    tokens_in = input_ids.clamp(0, largest)
     logprobs: list[Tensor] = []
     scores: tuple[Tensor, ...] = ()
     logits: tuple[Tensor, ...] = ()
@@ -349,6 +353,7 @@ def decode(
             step = sequences[:, :length]
             tokens_in = step if rows is None else step[rows]
             positions = torch.cat([positions, last], 1)
+        tokens_in = tokens_in.clamp(0, largest)
 
     if streamer is not None:
         streamer.end()

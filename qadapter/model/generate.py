@@ -54,16 +54,26 @@ def _refuse(get: Any) -> None:
         raise ValueError(f"cache_implementation: expected one of {known}, got {cache!r}")
 
 
-def check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """ValueError unless they are prompts, padded on the left."""
+def check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab: int) -> None:
+    """ValueError unless they are prompts, padded on the left, of ids below ``vocab``."""
     checks.tensor("input_ids", input_ids, 2, (torch.int64, torch.int32))
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids: expected at least one token per prompt, got none")
     if input_ids.shape[0] == 0:
         raise ValueError("input_ids: expected at least one prompt, got none")
+    if attention_mask is not None:
+        checks.same("attention_mask", attention_mask, "input_ids", input_ids, dtype=False)
+    foreign = (input_ids < 0) | (input_ids >= vocab)
+    if attention_mask is not None:
+        foreign &= attention_mask != 0  # any id may stand in the padding
+    if foreign.any():
+        row, column = foreign.nonzero()[0].tolist()
+        raise ValueError(
+            f"input_ids: row {row} has the id {int(input_ids[row, column])}, but the model's "
+            f"embedding has {vocab} rows; padding is told by attention_mask"
+        )
     if attention_mask is None:
         return
-    checks.same("attention_mask", attention_mask, "input_ids", input_ids, dtype=False)
     if not attention_mask[:, -1].all():
         raise ValueError(
             "attention_mask: prompts must be padded on the left, got padding at the end of row "

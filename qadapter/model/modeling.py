@@ -248,6 +248,12 @@ class QAdapterModel(TwoStreamForward):
     def device(self) -> torch.device:
         return self.hf_model.device
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: ids that the model takes."""
+        words: Any = self.hf_model.get_input_embeddings()
+        return int(words.weight.shape[0])
+
     def set_composition(self, alpha_0: float, alpha_tilde: float, center: float) -> None:
         """Set alpha_0, alpha_tilde and center together, checked."""
         composition = Composition.checked(alpha_0, alpha_tilde, center)
@@ -326,7 +332,7 @@ class QAdapterModel(TwoStreamForward):
                 padding that the base cannot leave out, or logits from which nothing can be drawn
                 (NaN, everything masked).
         """
-        check_prompts(input_ids, attention_mask)
+        check_prompts(input_ids, attention_mask, self.vocab_size)
         batch = input_ids.shape[0]
         names, weights = blend(self.compositions, batch, strength, alpha_0, alpha_tilde, adapters)
         own = nullcontext() if base_settings else without_settings(self.hf_model)

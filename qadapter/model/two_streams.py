@@ -72,6 +72,9 @@ class TwoStreamForward(TrainerHooks):
             `TwoStreamLogits` of [N, V]; with ``actions``, `TwoStreamValues`.
         """
         with locking.alone(self.hf_model):
+            if attention_mask is not None and attention_mask.shape == input_ids.shape:
+                # Any id may stand in the padding, also one that the embedding has no row for.
+                input_ids = input_ids.masked_fill(attention_mask == 0, 0)
             given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
             arguments = {name: value for name, value in given.items() if value is not None}
             if actions is None or use_logits or not self.selects_hidden_rows:

@@ -190,3 +190,25 @@ def test_refuses(kwargs, message):
         make_model().generate(IDS, **{"max_new_tokens": 2, **kwargs})
     with pytest.raises(ValueError, match="at least one token"):
         make_model().generate(IDS[:, :0])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_ids_in_the_padding_need_no_embedding(use_cache):
+    """On the left of a prompt, behind a row's end, and in a training forward."""
+    model = make_model()
+    ids = torch.tensor([[500, 500, 5, 6], [9, 8, 7, 6]])
+    mask = (ids != 500).long()
+    options = {"strength": 0.6, "max_new_tokens": 8, "do_sample": False, "use_cache": use_cache}
+    known = ids.masked_fill(mask == 0, 0)
+    free = model.generate(known, mask, eos_token_id=None, pad_token_id=0, **options)
+    end = int(free[0, 6])
+    want = model.generate(known, mask, eos_token_id=end, pad_token_id=0, **options)[:, 4:]
+    # a processor of one's own keeps rows that have ended in the batch
+    for extra in ({}, {"logits_processor": [lambda ids, scores: scores]}):
+        more = {"eos_token_id": end, "pad_token_id": 600, **options, **extra}
+        got = model.generate(ids, mask, **more)[:, 4:]
+        assert torch.equal(got.masked_fill(got == 600, 0), want) and (got == 600).any()
+    for one, other in zip(model(ids, mask), model(known, mask), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"input_ids: row 0 has the id 500, .* has 97 rows"):
+        model.generate(ids, max_new_tokens=2)
