@@ -75,8 +75,8 @@ class TwoStreamForward(TrainerHooks):
             if attention_mask is not None and attention_mask.shape == input_ids.shape:
                 # Any id may stand in the padding, also one that the embedding has no row for.
                 words: Any = self.hf_model.get_input_embeddings()
-                known = input_ids.clamp(0, words.weight.shape[0] - 1)
-                input_ids = torch.where(attention_mask == 0, known, input_ids)
+                in_range = input_ids.clamp(0, words.weight.shape[0] - 1)
+                input_ids = torch.where(attention_mask == 0, in_range, input_ids)
             given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
             arguments = {name: value for name, value in given.items() if value is not None}
             if actions is None or use_logits or not self.selects_hidden_rows:
