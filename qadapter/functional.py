@@ -8,14 +8,18 @@ are those of Q-Adapter (arXiv 2407.03856); `qadapter.reference` is the same in p
 import torch
 from torch import Tensor
 
+from qadapter.kl import base_moments, kl_to_base
 from qadapter.ops import checks, linear, residual  # noqa: F401  (residual registers itself)
 from qadapter.ops import sample as sample_ops
-from qadapter.outputs import PreferenceLoss, ResidualValues, Sample
+from qadapter.outputs import BaseMoments, PreferenceLoss, ResidualValues, Sample
 
 __all__ = [
+    "BaseMoments",
     "PreferenceLoss",
     "ResidualValues",
     "Sample",
+    "base_moments",
+    "kl_to_base",
     "linear_qadapter_loss",
     "linear_residual_values",
     "preference_loss",

@@ -51,6 +51,42 @@ class PreferenceLoss(NamedTuple):
         return PreferenceLoss(outputs[0], *(field.detach() for field in outputs[1:7]))
 
 
+class _Moments(NamedTuple):
+    lse: Tensor
+    mean_logit: Tensor
+    mean_row: Tensor
+    mean_bias: Tensor
+
+
+class BaseMoments(_Moments):
+    """Of the base's distribution p_b in each state: ``lse`` [N], logsumexp of its logits;
+    ``mean_logit`` [N], E[z_b]; ``mean_row`` [N, D], logit_scale * W^T p_b; ``mean_bias`` [N],
+    E[logit_scale * bias]. float32 (float64 for float64 inputs), without gradient.
+
+    ``gradient_row`` is no field of the tuple: ``mean_row`` as the linear operation rounds it in
+    the dtype of the hidden states, by which a gradient of 0 is 0. None where it was not kept.
+    """
+
+    gradient_row: Tensor | None
+
+    def __new__(
+        cls,
+        lse: Tensor,
+        mean_logit: Tensor,
+        mean_row: Tensor,
+        mean_bias: Tensor,
+        gradient_row: Tensor | None = None,
+    ) -> "BaseMoments":
+        made = super().__new__(cls, lse, mean_logit, mean_row, mean_bias)
+        made.gradient_row = gradient_row
+        return made
+
+    def rows(self, index: Tensor | slice) -> "BaseMoments":
+        """Those of some states."""
+        kept = None if self.gradient_row is None else self.gradient_row[index]
+        return BaseMoments(*(field[index] for field in self), kept)
+
+
 class Sample(NamedTuple):
     """Tokens drawn from the composed policy."""
 
@@ -73,3 +109,12 @@ class TwoStreamValues(NamedTuple):
     values: ResidualValues
     kl: Tensor | None
     """KL(base || policy) in nats at ``kl_rows``, float32; None where the base did not run."""
+
+
+class AnchoredValues(NamedTuple):
+    """`TwoStreamValues` of a batch with anchors."""
+
+    values: ResidualValues
+    kl: Tensor | None
+    anchor_kl: Tensor
+    """KL(base || policy) in nats in the anchors' states, float32 [A], differentiable."""

@@ -64,6 +64,9 @@ class QAdapterModel(TwoStreamForward):
         self._needs: Needs | None = None
         self.set_composition(alpha_0, alpha_tilde, center)
         self.gamma = checks.number("gamma", gamma)
+        self.recommended_strength: float | None = None
+        """At which training found ``kl_budget`` kept; None where there was none."""
+        self.kl_budget: float | None = None
         refuse_unsupported(peft_model)
         if (reason := sees_later_tokens(self.hf_model)) is not None:
             raise ValueError(
@@ -131,7 +134,9 @@ class QAdapterModel(TwoStreamForward):
         if lora_config is not None:
             raise ValueError(f"lora_config: {source} is a saved adapter and has its own")
         peft_model, saved = saving.load(source, base_model, dtype, from_pretrained_kwargs)
-        return cls(peft_model, **{**saved, **composition})
+        model = cls(peft_model, **{**saved, **composition})
+        model.recommended_strength, model.kl_budget = saving.recommendation(source)
+        return model
 
     @classmethod
     def from_base(
@@ -147,6 +152,9 @@ class QAdapterModel(TwoStreamForward):
         OSError, leaving ``directory`` as it was, if something cannot be written.
         """
         composition = {**self.composition, "gamma": self.gamma}
+        if self.recommended_strength is not None:
+            composition["recommended_strength"] = self.recommended_strength
+            composition["kl_budget"] = self.kl_budget
         with locking.alone(self.hf_model):
             saving.save(self.peft_model, composition, directory)
 

@@ -71,6 +71,12 @@ def load(
     return peft_model, {name: saved[name] for name in ("alpha_0", "alpha_tilde", "center", "gamma")}
 
 
+def recommendation(source: str | Path) -> tuple[float | None, float | None]:
+    """The recommended strength that an adapter was saved with and the budget it keeps, or None."""
+    saved = read_config(source)
+    return saved.get("recommended_strength"), saved.get("kl_budget")
+
+
 def load_weights(peft_model: PeftModel, directory: str | Path) -> None:
     """See `QAdapterModel.load_adapter_weights`."""
     _saved_for(peft_model, directory)

@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qadapter import functional as QF
 from qadapter.model import locking, packed_attention, values
 from qadapter.model.trainer_hooks import TrainerHooks
-from qadapter.outputs import ResidualValues, TwoStreamLogits, TwoStreamValues
+from qadapter.outputs import (
+    AnchoredValues,
+    BaseMoments,
+    ResidualValues,
+    TwoStreamLogits,
+    TwoStreamValues,
+)
 
 
 class TwoStreamForward(TrainerHooks):
@@ -45,6 +52,7 @@ class TwoStreamForward(TrainerHooks):
         unique_rows: Tensor | None = None,
         unique_index: Tensor | None = None,
         use_logits: bool = False,
+        anchors: dict[str, Any] | None = None,
         **packing: Any,
     ) -> Any:
         """Both streams at the selected positions: their logits, or what a loss needs of them.
@@ -66,10 +74,14 @@ class TwoStreamForward(TrainerHooks):
             unique_rows, unique_index: int64 [U] and [N], indices into the N rows of those that
                 differ in position or action, and of every row among these U: each is computed once.
             use_logits: take the logits of both streams also where that could be avoided.
+            anchors: of a batch with anchors, as the collators and `qadapter.training.anchors` give
+                it: KL(base || policy) is computed in their states too, and the base runs on the
+                pairs alone.
             **packing: of a packed batch, see `qadapter.model.packed_attention`.
 
         Returns:
-            `TwoStreamLogits` of [N, V]; with ``actions``, `TwoStreamValues`.
+            `TwoStreamLogits` of [N, V]; with ``actions``, `TwoStreamValues`; with ``anchors`` too,
+            `AnchoredValues`.
         """
         with locking.alone(self.hf_model):
             if attention_mask is not None and attention_mask.shape == input_ids.shape:
@@ -80,6 +92,10 @@ class TwoStreamForward(TrainerHooks):
             given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
             arguments = {name: value for name, value in given.items() if value is not None}
             if actions is None or use_logits or not self.selects_hidden_rows:
+                made_of = values.values_of_logits
+                if anchors is not None and rows is not None:
+                    rows = torch.cat((rows, anchors["rows"]))
+                    made_of = values.anchored_values_of_logits
                 with torch.no_grad(), self.adapter_off():
                     base_logits = self._stream_logits(input_ids, rows, arguments)
                 logits = TwoStreamLogits(
@@ -87,10 +103,10 @@ class TwoStreamForward(TrainerHooks):
                 )
                 if actions is None:
                     return logits
-                return values.values_of_logits(logits, actions, kl_rows, self.composition)
+                return made_of(logits, actions, kl_rows, self.composition)
             known = values.KnownBase(base_lse, base_logp, base_hidden)
             if unique_rows is None or unique_index is None or rows is None:
-                return self._values(input_ids, rows, arguments, actions, known, kl_rows)
+                return self._values(input_ids, rows, arguments, actions, known, kl_rows, anchors)
             made = self._values(
                 input_ids,
                 rows[unique_rows],
@@ -98,10 +114,10 @@ class TwoStreamForward(TrainerHooks):
                 actions[unique_rows],
                 known.rows(unique_rows),
                 None if kl_rows is None else unique_index[kl_rows],
+                anchors,
             )
-            return TwoStreamValues(
-                ResidualValues(*(value[unique_index] for value in made.values)), made.kl
-            )
+            of_rows = ResidualValues(*(value[unique_index] for value in made.values))
+            return made._replace(values=of_rows)
 
     def _values(
         self,
@@ -111,13 +127,22 @@ class TwoStreamForward(TrainerHooks):
         actions: Tensor,
         known: values.KnownBase,
         kl_rows: Tensor | None,
-    ) -> TwoStreamValues:
+        anchors: dict[str, Any] | None,
+    ) -> TwoStreamValues | AnchoredValues:
         """Both trunks, the base's only where ``known`` does not do without; then the head's op."""
         base_hidden = known.hidden
         if not known.suffices(self.alpha_0, self.center):
-            base_hidden = self._base_hidden(input_ids, rows, arguments)
-        q_hidden = self._stream_hidden(input_ids, rows, arguments)
+            of_pairs = {"input_ids": input_ids, **arguments}
+            of_pairs = of_pairs if anchors is None else dict(anchors["pair_inputs"])
+            base_hidden = self._base_hidden(of_pairs.pop("input_ids"), rows, of_pairs)
         head = self.hf_model.get_output_embeddings()
+        if anchors is not None and rows is not None:
+            every = torch.cat((rows, anchors["rows"]))
+            q_hidden = self._stream_hidden(input_ids, every, arguments)
+            return values.anchored_values_of_hidden(
+                head, base_hidden, q_hidden, actions, known, kl_rows, anchors, self.composition
+            )
+        q_hidden = self._stream_hidden(input_ids, rows, arguments)
         return values.values_of_hidden(
             head, base_hidden, q_hidden, actions, known, kl_rows, self.composition
         )
@@ -131,11 +156,39 @@ class TwoStreamForward(TrainerHooks):
                 f"{type(self.hf_model).__name__} does more to its logits than one head on the last "
                 "hidden state; its base cannot be cached"
             )
-        names = ("attention_mask", "position_ids", *packed_attention.ARGUMENTS)
-        arguments = {name: batch[name] for name in names if batch.get(name) is not None}
-        hidden = self._base_hidden(batch["input_ids"], batch["rows"], arguments)
+        hidden = self._base_hidden(batch["input_ids"], batch["rows"], _arguments(batch))
         head = self.hf_model.get_output_embeddings()
         return values.base_statistics(head, hidden, batch["actions"])
+
+    @torch.no_grad()
+    def base_moments(self, batch: dict[str, Any]) -> tuple[BaseMoments, Tensor]:
+        """Of the base in the anchors' states of a collated batch without pairs, on the model's
+        device: `QF.base_moments` [A], and its hidden states [A, D]."""
+        hidden = self._base_hidden(*_anchor_inputs(batch))
+        head = self.hf_model.get_output_embeddings()
+        return QF.base_moments(hidden, head.weight, bias=head.bias), hidden
+
+    @torch.no_grad()
+    def anchor_hidden(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Both streams' hidden states [A, D] in the anchors' states of a batch without pairs."""
+        where = _anchor_inputs(batch)
+        return self._base_hidden(*where), self._stream_hidden(*where)
+
+    @torch.no_grad()
+    def kl_at_strength(
+        self, hidden: tuple[Tensor, Tensor], moments: dict[str, Tensor], strength: float
+    ) -> Tensor:
+        """KL(base || policy) [A] at another strength, from `anchor_hidden` and the base's moments
+        there."""
+        head = self.hf_model.get_output_embeddings()
+        alpha = 1.0 / strength
+        composition = {"alpha_0": alpha, "alpha_tilde": alpha, "center": self.center}
+        actions = torch.full(hidden[0].shape[:1], -100, device=hidden[0].device)
+        values = QF.linear_residual_values(
+            *hidden, head.weight, actions, bias=head.bias, **composition
+        )
+        of_base = BaseMoments(*(moments[name] for name in BaseMoments._fields))
+        return QF.kl_to_base(values.value, hidden[1], of_base, **composition)
 
     def _base_hidden(
         self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]
@@ -158,3 +211,13 @@ class TwoStreamForward(TrainerHooks):
         arguments = packed_attention.arguments_for(model, input_ids, arguments)
         logits = model(**arguments).logits.flatten(0, 1)
         return logits if rows is None else logits[rows]
+
+
+def _arguments(batch: dict[str, Any]) -> dict[str, Any]:
+    """Of a collated batch, what a trunk takes besides the ids."""
+    names = ("attention_mask", "position_ids", *packed_attention.ARGUMENTS)
+    return {name: batch[name] for name in names if batch.get(name) is not None}
+
+
+def _anchor_inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    return batch["input_ids"], batch["anchors"]["rows"], _arguments(batch)

@@ -10,7 +10,13 @@ from transformers import PreTrainedModel
 from qadapter import functional as QF
 from qadapter import reference
 from qadapter.model.streams import evaluating
-from qadapter.outputs import TwoStreamLogits, TwoStreamValues
+from qadapter.outputs import (
+    AnchoredValues,
+    BaseMoments,
+    ResidualValues,
+    TwoStreamLogits,
+    TwoStreamValues,
+)
 
 KL_ROWS = 32  # whose float32 logits exist at a time
 
@@ -63,6 +69,62 @@ def values_of_hidden(
     if base_hidden is None:
         return TwoStreamValues(values, None)
     return TwoStreamValues(values, _kl(head, (base_hidden, q_hidden), kl_rows, composition))
+
+
+def anchored_values_of_logits(
+    logits: TwoStreamLogits, actions: Tensor, kl_rows: Tensor | None, composition: dict[str, Any]
+) -> AnchoredValues:
+    """Of the pairs' rows and, behind them, the anchors': whose KL is summed over the vocabulary,
+    with several [A, V] tensors."""
+    pairs = TwoStreamLogits(*(stream[: actions.shape[0]] for stream in logits))
+    base, q = (stream[actions.shape[0] :] for stream in logits)
+    made = values_of_logits(pairs, actions, kl_rows, composition)
+    parts = [
+        reference.kl_base_policy(b.float(), z.float(), **composition)
+        for b, z in zip(base.split(KL_ROWS), q.split(KL_ROWS), strict=True)
+    ]
+    return AnchoredValues(*made, torch.cat(parts))
+
+
+def anchored_values_of_hidden(
+    head: Any,
+    base_hidden: Tensor | None,
+    q_hidden: Tensor,
+    actions: Tensor,
+    known: KnownBase,
+    kl_rows: Tensor | None,
+    anchors: dict[str, Any],
+    composition: dict[str, Any],
+) -> AnchoredValues:
+    """`values_of_hidden` where ``q_hidden`` has the anchors' states behind the pairs' N rows.
+
+    ``anchors`` holds their `BaseMoments` by field and, where alpha_0 != center, the base's hidden
+    states, ``hidden`` [A, D].
+    """
+    count, more = actions.shape[0], q_hidden.shape[0] - actions.shape[0]
+    moments = BaseMoments(*(anchors[name] for name in BaseMoments._fields))
+    head_of_op = {"bias": head.bias, **composition}
+    behind = torch.cat((actions, actions.new_full((more,), -100)))
+    if composition["alpha_0"] == composition["center"]:
+        lse, logp = known.lse, known.logp
+        if lse is None or logp is None:
+            assert base_hidden is not None
+            made = base_statistics(head, base_hidden, actions)
+            lse, logp = made["base_lse"], made["base_logp"]
+        of_base = None
+        head_of_op["base_lse"] = torch.cat((lse, moments.lse))
+        head_of_op["base_logp"] = torch.cat((logp, torch.zeros_like(moments.lse)))
+    else:
+        # Without base_lse, which would have the streams rounded after they are mixed.
+        assert base_hidden is not None
+        of_base = torch.cat((base_hidden, anchors["hidden"]))
+    all_values = QF.linear_residual_values(of_base, q_hidden, head.weight, behind, **head_of_op)
+    anchor_kl = QF.kl_to_base(all_values.value[count:], q_hidden[count:], moments, **composition)
+    values = ResidualValues(*(field[:count] for field in all_values))
+    kl = None
+    if base_hidden is not None:
+        kl = _kl(head, (base_hidden, q_hidden[:count]), kl_rows, composition)
+    return AnchoredValues(values, kl, anchor_kl)
 
 
 @torch.no_grad()

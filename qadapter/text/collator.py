@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from qadapter.text.anchors import Anchor
+
 IGNORE_ACTION = -100
 
 
@@ -30,6 +32,8 @@ class PreferenceCollator:
     - ``actions`` int64 [N]: the token taken in each state; -100 in the one extra row of a truncated
       response
     - ``cu_seqlens`` int32 [2P + 1]: rows of sequence s are ``cu_seqlens[s]:cu_seqlens[s + 1]``
+    - with ``anchors``, whose sequences come last, a dict of that name: ``rows`` int64 [A], flat
+      positions of their states, and ``pair_inputs``, the inputs of a pass over the pairs alone
 
     Args:
         pad_token_id: the id in the padding; any id will do, nothing reads it.
@@ -46,7 +50,9 @@ class PreferenceCollator:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, features: Sequence[Mapping[str, Any]], anchors: Sequence[Anchor] = ()
+    ) -> dict[str, Any]:
         sequences = []
         for column in ("chosen", "rejected"):
             for feature in features:
@@ -56,7 +62,21 @@ class PreferenceCollator:
                 sequences.append(
                     (prompt, response, bool(feature.get(f"{column}_truncated", False)))
                 )
-        return collate_sequences(sequences, self.pad_token_id, self.pad_to_multiple_of)
+        shape = self.pad_token_id, self.pad_to_multiple_of
+        if not anchors:
+            return collate_sequences(sequences, *shape)
+        # As one more response each: its states are the rows of a truncated one behind `first`.
+        more = [(list(a.ids[: a.first + 1]), list(a.ids[a.first + 1 :]), True) for a in anchors]
+        batch: dict[str, Any] = collate_sequences([*sequences, *more], *shape)
+        count = len(sequences)
+        pair_rows = int(batch["cu_seqlens"][count])
+        batch["anchors"] = {
+            "rows": batch["rows"][pair_rows:],
+            "pair_inputs": {k: batch[k][:count] for k in ("input_ids", "attention_mask")},
+        }
+        for name, stop in (("rows", pair_rows), ("actions", pair_rows), ("cu_seqlens", count + 1)):
+            batch[name] = batch[name][:stop]
+        return batch
 
 
 def collate_sequences(

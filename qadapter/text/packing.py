@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from qadapter.model import packed_attention
+from qadapter.text.anchors import Anchor
 from qadapter.text.collator import IGNORE_ACTION
 
 
@@ -23,6 +24,7 @@ class PackedPreferenceCollator:
     - where rows agree in position and action, ``unique_rows`` int64 [U] and ``unique_index``
       int64 [N]: rows that differ, and which of them each row is
     - the arguments of `qadapter.model.packed_attention.layout`, flash-attention's four among them
+    - with ``anchors``, groups of their own behind the pairs, the dict of `PreferenceCollator`
 
     Args:
         share_prompt: False lays out every response behind a prompt of its own.
@@ -31,7 +33,9 @@ class PackedPreferenceCollator:
     def __init__(self, share_prompt: bool = True) -> None:
         self.share_prompt = share_prompt
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(
+        self, features: Sequence[Mapping[str, Any]], anchors: Sequence[Anchor] = ()
+    ) -> dict[str, Any]:
         # (prompt, states behind it, actions) of the chosen, then of the rejected
         sequences = [
             (tuple(feature["prompt_ids"]), *_response(feature, column))
@@ -63,7 +67,7 @@ class PackedPreferenceCollator:
             [len(sequences[next(iter(responses.values()))][0]), *map(len, responses)]
             for responses in groups.values()
         ]
-        return {
+        batch = {
             "input_ids": torch.tensor([ids], dtype=torch.int64),
             "rows": torch.tensor(rows, dtype=torch.int64),
             "actions": torch.tensor(actions, dtype=torch.int64),
@@ -71,6 +75,24 @@ class PackedPreferenceCollator:
             **_unique(rows, actions),
             **packed_attention.layout(lengths),
         }
+        return _with_anchors(batch, lengths, anchors) if anchors else batch
+
+
+def _with_anchors(
+    batch: dict[str, Any], lengths: list[list[int]], anchors: Sequence[Anchor]
+) -> dict[str, Any]:
+    """One more group each, behind the pairs: ``anchors`` as in `PreferenceCollator`."""
+    own = ("input_ids", "position_ids", *packed_attention.ARGUMENTS)
+    pairs = {name: batch[name] for name in own if name in batch}
+    at, states = pairs["input_ids"].shape[1], []
+    for anchor in anchors:
+        states.extend(range(at + anchor.first, at + len(anchor.ids)))
+        at += len(anchor.ids)
+    ids = torch.tensor([token for anchor in anchors for token in anchor.ids], dtype=torch.int64)
+    batch |= packed_attention.layout([*lengths, *([len(anchor.ids)] for anchor in anchors)])
+    batch["input_ids"] = torch.cat((pairs["input_ids"], ids[None]), 1)
+    batch["anchors"] = {"rows": torch.tensor(states, dtype=torch.int64), "pair_inputs": pairs}
+    return batch
 
 
 def _unique(rows: list[int], actions: list[int]) -> dict[str, torch.Tensor]:

@@ -87,6 +87,29 @@ class QAdapterConfig(TrainingArguments):
             "many MiB of disk; else a step saves one product of three and still runs the base."
         },
     )
+    anchor_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of KL(base || policy), nats a token, in the states of anchors: texts "
+            "on which the policy shall stay what the base is. With kl_budget, where it begins."
+        },
+    )
+    kl_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL(base || policy) that training may cost, nats a token of held-out anchors: "
+            "the weight follows from it, and after training a recommended strength."
+        },
+    )
+    anchor_count: int = field(
+        default=256, metadata={"help": "Anchors to make, or to take of anchor_dataset, at most."}
+    )
+    anchor_tokens: int = field(
+        default=96, metadata={"help": "Longest answer of an anchor that the base makes."}
+    )
+    anchors_per_pair: float = field(
+        default=1.0, metadata={"help": "Anchors that a step takes for each of its pairs."}
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise."}
     )
@@ -111,7 +134,21 @@ class QAdapterConfig(TrainingArguments):
                 raise ValueError(f"{name}: has no effect without precompute_base")
         checks.number("reg_coef", self.reg_coef)
         checks.number("bt_scale", self.bt_scale, above=0.0)
+        checks.number("anchor_coef", self.anchor_coef)
+        if self.anchor_coef < 0:
+            raise ValueError(f"anchor_coef: expected 0 or more, got {self.anchor_coef!r}")
+        if self.kl_budget is not None:
+            checks.number("kl_budget", self.kl_budget, above=0.0)
+        checks.number("anchors_per_pair", self.anchors_per_pair, above=0.0)
+        for name, least in (("anchor_count", 2), ("anchor_tokens", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)!r}")
         checks.choice("value_at", self.value_at, ("next", "same"))
         checks.choice("length_norm", self.length_norm, ("response", "none"))
         if self.max_length < 2:
             raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the loss has a term for anchors."""
+        return self.anchor_coef > 0 or self.kl_budget is not None

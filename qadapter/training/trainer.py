@@ -17,14 +17,16 @@ import torch
 from datasets import IterableDataset as Stream
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from qadapter import files
 from qadapter import functional as QF
 from qadapter.model import saving
 from qadapter.model.modeling import QAdapterModel
-from qadapter.outputs import PreferenceLoss, ResidualValues
+from qadapter.outputs import AnchoredValues, PreferenceLoss, ResidualValues
 from qadapter.training import arguments, base_cache
+from qadapter.training.anchored import AnchoredTraining, AnchorWatch
+from qadapter.training.anchors import AnchoredCollator
 from qadapter.training.base_cache import BaseCache, CachedCollator
 from qadapter.training.config import RELEASED_PRESET, QAdapterConfig
 from qadapter.training.preparation import (
@@ -43,7 +45,7 @@ KL_ROWS = 32
 """Rows of a training batch whose exact KL(base || policy) is logged; evaluation takes all rows."""
 
 
-class QAdapterTrainer(Trainer):
+class QAdapterTrainer(AnchoredTraining):
     """Train the adapter of a `QAdapterModel` on preference pairs.
 
     Args:
@@ -56,13 +58,18 @@ class QAdapterTrainer(Trainer):
             comes. ``eval_dataset`` may be a dict of them. `evaluate` and `predict` take the same.
         processing_class: the tokenizer; default, the one saved with the model.
         peft_config: LoRA of a new adapter, where ``model`` does not have one.
+        anchor_dataset: with ``anchor_coef`` or ``kl_budget``, rows of text on which the policy
+            shall stay what the base is (`qadapter.text.anchors.tokenize_anchor`), or prompts, which
+            the base answers; default, questions and answers that the base makes.
         **kwargs: as transformers.Trainer takes them, but for a loss of one's own. Predictions,
             which ``compute_metrics`` gets, are the rewards of the chosen and of the rejected
             response, [P, 2]; their labels are 0, the column of the chosen one.
 
     Logs TRL's names (``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``,
     ``rewards/accuracies``, ``logps/chosen``, ``logps/rejected``) and ``loss/bt``, ``reg_loss``,
-    ``q/mean``, ``value/mean`` and ``kl``, KL(base || policy) per response token in nats.
+    ``q/mean``, ``value/mean`` and ``kl``, KL(base || policy) per response token in nats. With
+    anchors: ``anchor/kl``, the same of anchors that are not trained on, a running mean;
+    ``anchor/train_kl`` of those in the batch; ``anchor/coef``.
     """
 
     args: QAdapterConfig
@@ -77,6 +84,7 @@ class QAdapterTrainer(Trainer):
         processing_class: Any = None,
         data_collator: Any = None,
         peft_config: LoraConfig | None = None,
+        anchor_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         args = QAdapterConfig(output_dir="qadapter-output") if args is None else args
@@ -114,6 +122,8 @@ class QAdapterTrainer(Trainer):
         if data_collator is None:
             data_collator = collator(model, args, processing_class)
         self._sums: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
+        self.args = args
+        self._set_up_anchors(anchor_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -123,6 +133,8 @@ class QAdapterTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if args.anchored:
+            self.add_callback(AnchorWatch(self))
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
         if self.is_fsdp_enabled:  # by accelerate's own settings
             raise ValueError(f"fsdp: not supported: {arguments.REFUSED['fsdp']}")
@@ -130,15 +142,20 @@ class QAdapterTrainer(Trainer):
     # Data.
 
     def get_train_dataloader(self) -> Any:
-        """The Trainer's, with the base's values in its batches where they are cached."""
-        if not self.args.precompute_base or self.train_dataset is None:
+        """The Trainer's, with anchors in its batches, and what is cached of the base."""
+        plain, pairs = self.data_collator, self.train_dataset
+        if pairs is None:
             return super().get_train_dataloader()
-        cache = self._precomputed_base()
-        plain, self.data_collator = self.data_collator, CachedCollator(self.data_collator, cache)
         try:
+            if self.args.anchored:
+                self.train_dataset = self._with_anchors(pairs)
+                self.data_collator = AnchoredCollator(plain, self.anchors)
+            if self.args.precompute_base:
+                cache = self._precomputed_base(plain)
+                self.data_collator = CachedCollator(self.data_collator, cache)
             return super().get_train_dataloader()
         finally:
-            self.data_collator = plain
+            self.data_collator, self.train_dataset = plain, pairs
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if eval_dataset is None or isinstance(eval_dataset, str):
@@ -159,10 +176,8 @@ class QAdapterTrainer(Trainer):
         own: QAdapterModel = self.accelerator.unwrap_model(self.model)
         return prepare(dataset, what, own, self.args, self.processing_class)
 
-    def _precomputed_base(self) -> BaseCache:
-        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        directory = self.args.base_cache_dir or Path(str(self.args.output_dir)) / "base-cache"
+    def _precomputed_base(self, collate: Any) -> BaseCache:
+        own, dtype, directory = self._own, self._autocast_dtype, self._cache_directory()
         made_with = base_cache.identity(
             own, self.processing_class, self.args.max_length, autocast=dtype
         )
@@ -175,7 +190,7 @@ class QAdapterTrainer(Trainer):
                         own,
                         self.train_dataset,
                         cache,
-                        self.data_collator,
+                        collate,
                         progress=not self.args.disable_tqdm,
                     )
                 logger.info("base cache %s: %d computed, %d there", directory, computed, reused)
@@ -217,6 +232,13 @@ class QAdapterTrainer(Trainer):
             totals = self.accelerator.reduce(totals.to(device), reduction="mean").cpu()
         for batch in batches:
             batch["denominators"] = totals
+        if self.args.anchored:
+            anchors = [batch["anchors"] for batch in batches if "anchors" in batch]
+            states = torch.tensor(float(sum(len(one["rows"]) for one in anchors)))
+            if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+                states = self.accelerator.reduce(states.to(device), reduction="mean").cpu()
+            for one in anchors:
+                one["total"] = states
         return batches, actions
 
     def compute_loss(
@@ -231,9 +253,8 @@ class QAdapterTrainer(Trainer):
         actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
         forward = {k: v for k, v in inputs.items() if k not in ("cu_seqlens", "denominators")}
         rows = _spread(actions.shape[0], KL_ROWS if mode == "train" else None)
-        values, kl = model(
-            **forward, kl_rows=rows.to(actions.device), use_logits=self.args.use_logits
-        )
+        made = model(**forward, kl_rows=rows.to(actions.device), use_logits=self.args.use_logits)
+        values, kl = made.values, made.kl
         outputs = QF.preference_loss(
             values,
             actions,
@@ -247,7 +268,17 @@ class QAdapterTrainer(Trainer):
         )
         with torch.no_grad():
             self._record(mode, inputs, values, outputs, kl)
+        if isinstance(made, AnchoredValues):
+            outputs = outputs._replace(loss=outputs.loss + self._anchor_loss(made, inputs))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _anchor_loss(self, made: AnchoredValues, inputs: dict[str, Any]) -> Tensor:
+        kl = made.anchor_kl.sum()
+        states = torch.tensor(float(made.anchor_kl.numel()), device=kl.device)
+        total = inputs["anchors"].get("total", states)
+        pair = torch.stack([kl.detach().double(), states.double()])
+        self._sums["train"].setdefault("anchor/train_kl", []).append(pair)
+        return self.anchor_control.coef * kl / total.to(kl.device).clamp(min=1)
 
     def prediction_step(
         self,
@@ -315,6 +346,9 @@ class QAdapterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self._drain("train")}
+            if self.args.anchored:
+                control = self.anchor_control.state()
+                logs |= {f"anchor/{name}": v for name, v in control.items() if v is not None}
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -346,7 +380,9 @@ class QAdapterTrainer(Trainer):
             if last is None:
                 raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
             resume_from_checkpoint = str(last)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._recommend()
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
@@ -363,6 +399,7 @@ class QAdapterTrainer(Trainer):
             # JSON, where the Trainer would pickle its arguments.
             content = arguments.as_json(self.args.to_dict())
             files.write_json(temporary / "training_args.json", content)
+            self._save_anchor_state(temporary)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -374,6 +411,7 @@ class QAdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
         self.accelerator.unwrap_model(model or self.model).load_adapter_weights(folder)
+        self._load_anchor_state(folder)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

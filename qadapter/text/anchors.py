@@ -1,0 +1,109 @@
+"""Anchors: text on which the policy shall stay what the base is, as token ids and states.
+
+Every state of an anchor counts, whoever wrote the text: KL(base || policy) there is exact.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qadapter.text.bad_rows import RowError
+from qadapter.text.forms import pair
+from qadapter.text.messages import message_list
+from qadapter.text.tokenization import PromptTooLongError, tokenize_preference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Anchor(NamedTuple):
+    """Token ids, and the position of the first state: the last of the prompt's."""
+
+    ids: tuple[int, ...]
+    first: int
+
+    @property
+    def states(self) -> int:
+        return len(self.ids) - self.first
+
+
+def has_answer(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a whole conversation or text; else it is a prompt."""
+    if any(row.get(name) is not None for name in ("completion", "chosen", "text")):
+        return True
+    messages = row.get("messages") or row.get("conversations") or row.get("prompt")
+    if not isinstance(messages, list | tuple) or not messages:
+        return False
+    last = message_list(messages, "a conversation", "messages")[-1]
+    return bool(last["role"] == "assistant" and last["content"])
+
+
+def tokenize_anchor(
+    row: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int = 1024,
+    eos_token_ids: int | Iterable[int] | None = None,
+    index: int = 0,
+) -> Anchor:
+    """An anchor from a row of text or messages.
+
+    Args:
+        row: ``text`` (its states are all of its tokens); ``messages`` or ``conversations`` that end
+            in a message of the assistant's, ``prompt`` and ``completion``, or a preference pair
+            (its chosen answer); their states are the answer's. ``truncated``: the answer was cut,
+            so that its end is none.
+        max_length: longer ones are cut.
+        tokenizer, eos_token_ids, index: as in `tokenize_preference`.
+
+    Raises:
+        PromptTooLongError: a prompt of ``max_length`` tokens or more.
+        ValueError: a row without an answer, or that cannot be tokenised.
+    """
+    where = f"anchor {index}"
+    cut = bool(row.get("truncated", False))
+    text = row.get("text")
+    if text is not None:
+        if not isinstance(text, str) or not text:
+            raise RowError(where, f"text: expected a text, got {text!r}")
+        ids = list(tokenizer(text).input_ids)[:max_length]
+        if not ids:
+            raise RowError(where, "text: no token in it")
+        return Anchor(tuple(ids), 0)
+    if not has_answer(row):
+        raise RowError(
+            where, f"expected a conversation that ends in an answer, got {', '.join(row)}"
+        )
+    prompt, answer = _parts(row, where)
+    example = {"prompt": prompt, "chosen": answer, "rejected": answer}
+    example |= {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+    tokens = tokenize_preference(
+        example, tokenizer, max_length=max_length, eos_token_ids=eos_token_ids, index=index
+    )
+    answered = list(tokens["chosen_ids"])
+    if cut and not tokens["chosen_truncated"]:
+        answered = answered[:-1]  # the end that the template writes
+        cut = bool(answered)
+    ended = not (cut or tokens["chosen_truncated"])
+    # The last token of an answer that ended is an action but no state.
+    ids = [*tokens["prompt_ids"], *(answered[:-1] if ended else answered)]
+    return Anchor(tuple(ids), len(tokens["prompt_ids"]) - 1)
+
+
+def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
+    """Prompt and answer."""
+    if row.get("rejected") is not None:
+        found = pair(row, where)
+        return found["prompt"], found["chosen"]
+    answer = row.get("completion") if row.get("completion") is not None else row.get("chosen")
+    if answer is not None:
+        if row.get("prompt") is None:
+            raise RowError(where, "expected a prompt with the answer")
+        return row["prompt"], answer
+    whole = row.get("messages") or row.get("conversations") or row.get("prompt")
+    messages = message_list(whole, where, "messages")
+    if len(messages) < 2:
+        raise RowError(where, "messages: expected a question before the answer")
+    return messages[:-1], messages[-1:]
+
+
+__all__ = ["Anchor", "PromptTooLongError", "has_answer", "tokenize_anchor"]
