@@ -92,7 +92,7 @@ def base_moments(
         if hidden.dtype != like:
             # As the adapter stream's statistics are made, so that equal streams cancel.
             own_lse, gradient_row = lse_and_row(hidden, head, bias)
-    mean_logit = torch.linalg.vecdot(row, wide) + mean_bias
+    mean_logit = (row * wide).sum(-1) + mean_bias
     return BaseMoments(own_lse, mean_logit, row, mean_bias, gradient_row)
 
 
@@ -149,7 +149,7 @@ class _MeanLogit(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, row: Tensor, gradient_row: Tensor | None) -> Tensor:
         ctx.save_for_backward(row if gradient_row is None else gradient_row)
         ctx.dtype = hidden.dtype
-        return torch.linalg.vecdot(row, hidden.to(row.dtype))
+        return (row * hidden.to(row.dtype)).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

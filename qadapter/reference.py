@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qadapter.outputs import PreferenceLoss, ResidualValues
+from qadapter.outputs import BaseMoments, PreferenceLoss, ResidualValues
 
 NEG_INF = float("-inf")
 
@@ -262,6 +262,43 @@ def kl_base_policy(
     c = policy_logits(base_logits, q_logits, alpha_0, alpha_tilde, center)
     terms = base_logp.exp() * (base_logp - torch.log_softmax(c, -1))
     return terms.masked_fill(base_logp == NEG_INF, 0.0).sum(-1)
+
+
+def base_moments(
+    base_hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0
+) -> BaseMoments:
+    """Of p_b = softmax(z_b) with z_b = logit_scale (h W^T + bias): logsumexp, E[z_b],
+    logit_scale W^T p_b and E[logit_scale bias], by the [N, V] probabilities."""
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    logits = logit_scale * (base_hidden @ weight.T + bias)
+    p = torch.softmax(logits, -1)
+    finite = torch.where(bias == NEG_INF, 0.0, logit_scale * bias)
+    row = logit_scale * p @ weight
+    mean_bias = p @ finite
+    return BaseMoments(
+        torch.logsumexp(logits, -1), (row * base_hidden).sum(-1) + mean_bias, row, mean_bias
+    )
+
+
+def kl_to_base(
+    base_hidden: Tensor,
+    q_hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    alpha_0: float,
+    alpha_tilde: float,
+    center: float,
+) -> Tensor:
+    """What `QF.kl_to_base` gives, [N]: `kl_base_policy` of the logits."""
+    base_logits, q_logits = (
+        logit_scale * (hidden @ weight.T + (0.0 if bias is None else bias))
+        for hidden in (base_hidden, q_hidden)
+    )
+    return kl_base_policy(
+        base_logits, q_logits, alpha_0=alpha_0, alpha_tilde=alpha_tilde, center=center
+    )
 
 
 def released_loss(

@@ -169,26 +169,26 @@ class TwoStreamForward(TrainerHooks):
         return QF.base_moments(hidden, head.weight, bias=head.bias), hidden
 
     @torch.no_grad()
-    def anchor_hidden(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Both streams' hidden states [A, D] in the anchors' states of a batch without pairs."""
-        where = _anchor_inputs(batch)
-        return self._base_hidden(*where), self._stream_hidden(*where)
+    def anchor_hidden(self, batch: dict[str, Any]) -> Tensor:
+        """The adapter stream's hidden states [A, D] in the anchors' states of a batch without
+        pairs."""
+        return self._stream_hidden(*_anchor_inputs(batch))
 
     @torch.no_grad()
     def kl_at_strength(
-        self, hidden: tuple[Tensor, Tensor], moments: dict[str, Tensor], strength: float
+        self, q_hidden: Tensor, of_base: dict[str, Tensor], strength: float
     ) -> Tensor:
-        """KL(base || policy) [A] at another strength, from `anchor_hidden` and the base's moments
-        there."""
+        """KL(base || policy) [A] at another strength, from `anchor_hidden` and what an anchor set
+        knows of the base there."""
         head = self.hf_model.get_output_embeddings()
         alpha = 1.0 / strength
         composition = {"alpha_0": alpha, "alpha_tilde": alpha, "center": self.center}
-        actions = torch.full(hidden[0].shape[:1], -100, device=hidden[0].device)
+        actions = torch.full(q_hidden.shape[:1], -100, device=q_hidden.device)
         values = QF.linear_residual_values(
-            *hidden, head.weight, actions, bias=head.bias, **composition
+            of_base["hidden"], q_hidden, head.weight, actions, bias=head.bias, **composition
         )
-        of_base = BaseMoments(*(moments[name] for name in BaseMoments._fields))
-        return QF.kl_to_base(values.value, hidden[1], of_base, **composition)
+        moments = BaseMoments(*(of_base[name] for name in BaseMoments._fields))
+        return QF.kl_to_base(values.value, q_hidden, moments, **composition)
 
     def _base_hidden(
         self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]

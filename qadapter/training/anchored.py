@@ -85,7 +85,6 @@ class AnchoredTraining(Trainer):
                         self.data_collator,
                         self._cache_directory(),
                         identity,
-                        with_hidden=own.alpha_0 != own.center,
                         progress=not args.disable_tqdm,
                     )
             else:
@@ -190,16 +189,16 @@ class AnchoredTraining(Trainer):
         for part in self._batches(chosen.held_out):
             batch = on_device(self.data_collator([], [chosen.anchors[n] for n in part]), own.device)
             with self.compute_loss_context_manager():
-                hidden = own.anchor_hidden(batch)
-            moments = on_device(chosen.batch(part), own.device)
+                q_hidden = own.anchor_hidden(batch)
+            of_base = on_device(chosen.batch(part), own.device)
             counts = [chosen.anchors[number].states for number in part]
-            parts.append((hidden, moments, counts))
+            parts.append((q_hidden, of_base, counts))
 
         def kl(s: float) -> Tensor:
             sums: list[Tensor] = []
-            for hidden, moments, counts in parts:
+            for q_hidden, of_base, counts in parts:
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    found = own.kl_at_strength(hidden, moments, s)
+                    found = own.kl_at_strength(q_hidden, of_base, s)
                 sums += [piece.double().sum() for piece in found.split(counts)]
             return torch.stack(sums).cpu()
 
@@ -239,7 +238,6 @@ def _without_pairs(batch: dict[str, Any]) -> dict[str, Any]:
     """The forward's arguments of a batch that has anchors alone: nothing of the base is needed."""
     empty = torch.zeros(0)
     known = {"base_lse": empty, "base_logp": empty}
-    hidden = batch["anchors"].get("hidden")
-    if hidden is not None:
-        known = {"base_lse": empty, "base_hidden": hidden[:0]}
+    if "hidden" in batch["anchors"]:
+        known["base_hidden"] = batch["anchors"]["hidden"][:0]
     return {**{k: v for k, v in batch.items() if k != "cu_seqlens"}, **known}

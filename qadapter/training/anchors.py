@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qadapter import files
+from qadapter.model.checkpoint import check_same_base
 from qadapter.outputs import BaseMoments
 from qadapter.text.anchors import Anchor, PromptTooLongError, has_answer, tokenize_anchor
 
@@ -36,7 +37,7 @@ def anchor_texts(
     *,
     max_length: int,
     eos_token_ids: list[int],
-    base: str | None = None,
+    base: dict[str, Any] | None = None,
 ) -> list[Anchor]:
     """Tokenised anchors; rows whose prompt fills ``max_length`` are left out and counted.
 
@@ -48,12 +49,8 @@ def anchor_texts(
     """
     made, long = [], 0
     for index, row in enumerate(rows):
-        if base is not None and row.get("base") not in (None, base):
-            raise ValueError(
-                f"anchor {index}: made by another base ({row['base']}, this one is {base}). What "
-                "this base would not say anchors it badly: make new ones (qadapter anchors), or "
-                "leave the field `base` out to take them as text"
-            )
+        if base is not None and row.get("base") is not None:
+            check_same_base(row["base"], base, f"anchor {index}", "this model")
         options: dict[str, Any] = {"max_length": max_length, "eos_token_ids": eos_token_ids}
         try:
             made.append(tokenize_anchor(row, tokenizer, **options, index=index))
@@ -80,6 +77,9 @@ class AnchorSet:
         held = set(range(HELD_OUT - 1, len(self.anchors), HELD_OUT)) or {len(self.anchors) - 1}
         self.held_out = sorted(held)
         self.trained = [i for i in range(len(self.anchors)) if i not in held]
+        # Of `BaseMoments`, and the base's hidden states, in all states of all anchors. A base pass
+        # in another batch rounds in another way, which is a KL of its own in 16 bits: where the
+        # base's hidden states are needed with its moments, they are these.
         self.fields: dict[str, Tensor] = {}
         ends = torch.tensor([0, *(a.states for a in self.anchors)]).cumsum(0).tolist()
         self._slices = [slice(*pair) for pair in itertools.pairwise(ends)]
@@ -102,8 +102,6 @@ class AnchorSet:
         collate: Callable[..., dict[str, Any]],
         directory: Path,
         identity: dict[str, Any],
-        *,
-        with_hidden: bool,
         progress: bool = True,
     ) -> Path:
         """Read the moments from ``directory``, or compute and write them there.
@@ -112,13 +110,12 @@ class AnchorSet:
             model: a `QAdapterModel`, under the autocast of training.
             collate: the collator of training.
             identity: of the base (`base_identity.identity`), which the values hold for.
-            with_hidden: keep the base's hidden states too, which alpha_0 != center needs.
 
         Raises:
             ValueError: a file that is damaged, named; moments that are not finite.
         """
         ids = [[*anchor.ids, -anchor.first] for anchor in self.anchors]
-        what = json.dumps([identity, ids, with_hidden], sort_keys=True)
+        what = json.dumps([identity, ids], sort_keys=True)
         key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
         path = directory / f"anchors-{key}.safetensors"
         if path.exists():
@@ -131,7 +128,7 @@ class AnchorSet:
                 longest = len(self.anchors[order[0]].ids)
                 part = order[: max(1, BATCH_TOKENS // longest)]
                 order = order[len(part) :]
-                made = self._computed(model, collate, part, with_hidden)
+                made = self._computed(model, collate, part)
                 at = 0
                 for number in part:
                     stop = at + self.anchors[number].states
@@ -149,13 +146,11 @@ class AnchorSet:
         return path
 
     def _computed(
-        self, model: Any, collate: Callable[..., Any], numbers: list[int], with_hidden: bool
+        self, model: Any, collate: Callable[..., Any], numbers: list[int]
     ) -> dict[str, Tensor]:
         batch = on_device(collate([], [self.anchors[i] for i in numbers]), model.device)
         moments, hidden = model.base_moments(batch)
-        made = dict(zip(BaseMoments._fields, moments, strict=True))
-        if with_hidden:
-            made["hidden"] = hidden
+        made = dict(zip(BaseMoments._fields, moments, strict=True)) | {"hidden": hidden}
         return {name: value.cpu() for name, value in made.items()}
 
 
@@ -165,7 +160,9 @@ def _read(path: Path, states: int) -> dict[str, Tensor]:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it") from error
-    if not {*BaseMoments._fields} <= found.keys() or any(len(v) != states for v in found.values()):
+    if not {*BaseMoments._fields, "hidden"} <= found.keys() or any(
+        len(v) != states for v in found.values()
+    ):
         raise ValueError(f"{path} does not hold the moments of {states} states; delete it")
     return found
 

@@ -8,7 +8,16 @@ from tests.tiny_text import preference_rows
 
 
 def trainer(
-    tmp_path, tokenizer, *, moved=False, model=None, rows=12, data=None, callbacks=None, **config
+    tmp_path,
+    tokenizer,
+    *,
+    moved=False,
+    model=None,
+    rows=12,
+    data=None,
+    callbacks=None,
+    anchors=None,
+    **config,
 ):
     arguments = {
         "output_dir": str(tmp_path / "out"),
@@ -29,4 +38,5 @@ def trainer(
         eval_dataset=Dataset.from_list(preference_rows(5)),
         processing_class=tokenizer,
         callbacks=callbacks,
+        anchor_dataset=None if anchors is None else Dataset.from_list(anchors),
     )
