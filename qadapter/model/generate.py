@@ -134,7 +134,7 @@ def generate(
                 raise ValueError(f"{name}: is not supported with two streams")
         rows = input_ids.shape[0]
         cache = model_kwargs.get(streams.cache_name or "")
-        if not model_kwargs.get("use_cache", True) or streams.uncached is not None:
+        if not model_kwargs.get("use_cache", True):
             cache = None
         compile_config = None
         if cache is not None and generation_config.cache_implementation == "static":
@@ -161,6 +161,8 @@ def generate(
             and not isinstance(cache, StaticCache),
         )
 
+    if streams.uncached is not None:
+        generation_kwargs["use_cache"] = False  # transformers may not even be able to make one
     with evaluating(streams.peft_model):
         return cast(Any, streams.hf_model).generate(
             input_ids, attention_mask=attention_mask, custom_generate=run, **generation_kwargs

@@ -85,7 +85,7 @@ class QAdapterModel(TwoStreamForward):
             )
         self.eval()
         without_dropout(self.hf_model)
-        recompute_cheap(self.hf_model, self.config.get_text_config().hidden_size)
+        recompute_cheap(self.hf_model)
 
     # Construction and files.
 

@@ -24,9 +24,11 @@ REPEATS = 3
 class BaseProbe:
     """What a base gives now, for `check` to compare with after something was done to it."""
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
-        self.before = _base_logits(model)
+        self.before = _base_logits(model).clone()
 
+    @torch.no_grad()
     def check(self, model: nn.Module, what: str) -> None:
         """ValueError if the base gives something else since ``what``.
 
@@ -58,8 +60,7 @@ def check_streams(peft_model: PeftModel) -> None:
     if any(p.is_inference() for p in mine.values()):
         return  # made in inference mode, where there are no graphs
     with torch.inference_mode(False), torch.enable_grad(), _requiring_grad(list(mine.values())):
-        with _off(model):
-            reached = _parameters_of(_logits(model))
+        reached = _parameters_of(_base_logits(model))
         still = [n for n, p in mine.items() if p in reached]
         if still:
             raise ValueError(
@@ -107,13 +108,25 @@ def _logits(model: Any) -> Tensor:
     # Low ids: those of images and of other things that need more than a text are high.
     ids = torch.arange(1, 1 + TOKENS, device=model.device).clamp(max=vocab - 1)[None]
     with evaluating(model):
-        return model(input_ids=ids, use_cache=False).logits[0]
+        return model(input_ids=ids, use_cache=False).logits
 
 
-@torch.no_grad()
 def _base_logits(model: nn.Module) -> Tensor:
-    with _off(model):
-        return _logits(model).clone()
+    """[1, TOKENS, V]; ValueError for a model that makes something else of a text, or nothing."""
+    name = type(model).__name__
+    try:
+        with _off(model):
+            logits = _logits(model)
+    except Exception as error:  # whatever a model's own code makes of it
+        raise ValueError(
+            f"{name}: a forward with nothing but token ids fails ({type(error).__name__}: {error})"
+        ) from error
+    if logits.ndim != 3 or logits.shape[:2] != (1, TOKENS):
+        raise ValueError(
+            f"{name}: the logits of one text of {TOKENS} tokens are {list(logits.shape)}; expected "
+            f"[1, {TOKENS}, vocabulary]"
+        )
+    return logits
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

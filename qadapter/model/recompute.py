@@ -70,16 +70,17 @@ def _is_frozen_norm(module: nn.Module) -> bool:
     )
 
 
-def _is_gated_mlp(module: nn.Module, hidden_size: int) -> bool:
+def _is_gated_mlp(module: nn.Module) -> bool:
     """A gated MLP, told by what it computes and not by its class."""
     parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
     if not all(isinstance(getattr(module, part, None), nn.Module) for part in parts):
         return False
     weight = next(module.parameters(), None)
-    if weight is None:
+    width = getattr(module.gate_proj, "in_features", None)
+    if weight is None or not isinstance(width, int):
         return False  # quantised, in a form of its own
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 2, hidden_size, generator=generator)
+    hidden = torch.randn(1, 2, width, generator=generator)
     hidden = hidden.to(weight.device, weight.dtype if weight.is_floating_point() else None)
     try:
         with torch.no_grad():
@@ -88,7 +89,7 @@ def _is_gated_mlp(module: nn.Module, hidden_size: int) -> bool:
         return False
 
 
-def recompute_cheap(model: nn.Module, hidden_size: int) -> int:
+def recompute_cheap(model: nn.Module) -> int:
     """Change the modules of ``model`` named above in place; how many. ``model`` is in eval mode."""
     count = 0
     for module in model.modules():
@@ -96,7 +97,7 @@ def recompute_cheap(model: nn.Module, hidden_size: int) -> int:
             continue  # somebody else's replacement
         if _is_frozen_norm(module):
             module.forward = MethodType(_norm_forward, module)
-        elif _is_gated_mlp(module, hidden_size):
+        elif _is_gated_mlp(module):
             module.forward = MethodType(_gated_forward, module)
         else:
             continue

@@ -24,8 +24,12 @@ def load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedMode
     dtype = base_dtype(dtype, source, **kwargs)
     if "generation_config" not in kwargs and (ids := _ids_of_refused_settings(source, kwargs)):
         kwargs = {**kwargs, "generation_config": ids}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
-    return model.eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
+    except AttributeError as error:  # a config that the class of its type cannot be made of
+        raise ValueError(
+            f"{source}: transformers makes no causal LM of it ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _ids_of_refused_settings(source: str, kwargs: dict[str, Any]) -> GenerationConfig | None:
@@ -129,6 +133,11 @@ def _refuse_base(model: Any) -> None:
     if head is None or model.config.is_encoder_decoder:
         raise ValueError(
             f"{type(model).__name__}: expected a decoder-only causal LM with a language-model head"
+        )
+    if isinstance(head, nn.ModuleList | nn.ModuleDict | list | tuple):
+        raise ValueError(
+            f"{type(model).__name__}: it has {len(head)} heads, for as many tokens a step (such as "
+            "codebooks of audio); expected a causal LM with one language-model head"
         )
 
 

@@ -198,8 +198,10 @@ class QAdapterTrainer(AnchoredTraining):
         return cache
 
     def _hidden_states_fit(self, own: QAdapterModel) -> bool:
-        dim = own.config.get_text_config().hidden_size
-        needed = base_cache.hidden_mib(self.train_dataset, dim, own.hf_model.dtype.itemsize)
+        head: Any = own.hf_model.get_output_embeddings()  # a config may have no hidden_size
+        needed = base_cache.hidden_mib(
+            self.train_dataset, head.in_features, own.hf_model.dtype.itemsize
+        )
         if needed > self.args.base_hidden_mib:
             logger.warning(
                 "alpha_0 != center: the base's hidden states would take %.0f MiB on disk, above "

@@ -7,8 +7,10 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, VeraConfig, get_peft_model
+from safetensors.torch import save_file
 
 from qadapter import QAdapterModel
+from tests.model import tiny_classes
 from tests.tiny_models import make_base, perturb
 
 IDS = torch.randint(5, 97, (3, 8), generator=torch.Generator().manual_seed(1))
@@ -191,6 +193,53 @@ def test_a_base_that_sees_later_tokens_is_refused(kind):
     config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="is no causal model"):
         QAdapterModel.from_base(base.eval(), lora_config=config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("musicgen", "MusicgenForCausalLM: it has 4 heads, for as many tokens a step"),
+        ("gemma4_assistant", r"nothing but token ids fails \(ValueError: inputs_embeds"),
+    ],
+)
+def test_a_base_that_makes_no_text_of_its_own_is_refused(kind, reason):
+    with pytest.raises(ValueError, match=reason):
+        QAdapterModel.from_base(tiny_classes.make(kind))
+
+
+def test_logits_that_are_not_those_of_the_tokens_are_refused(monkeypatch):
+    """As of a model that fills in a block of tokens behind the text."""
+    base = make_base()
+    plain = base.forward
+
+    def block(**arguments):
+        out = plain(**arguments)
+        return type(out)(logits=out.logits.repeat(1, 2, 1))
+
+    monkeypatch.setattr(base, "forward", block)
+    with pytest.raises(ValueError, match=r"are \[1, 16, 97\]; expected \[1, 8, vocabulary\]"):
+        QAdapterModel.from_base(base)
+
+
+def test_a_folder_that_transformers_makes_no_causal_lm_of(tmp_path):
+    """Its causal LM class is for another config than that of the whole model."""
+    tf.MusicgenConfig().save_pretrained(tmp_path)
+    save_file({"any": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"transformers makes no causal LM of it \(AttributeError"):
+        QAdapterModel.from_pretrained(tmp_path)
+
+
+def test_a_config_without_the_usual_names():
+    """Blt's says nothing of its hidden size and layers, and transformers makes no cache for it."""
+    model = perturb(QAdapterModel.from_base(tiny_classes.make("blt")))
+    assert "fails" in model.streams((None, "default")).uncached
+    ids = torch.randint(5, 97, (1, 9), generator=torch.Generator().manual_seed(0))
+    out = model.generate(
+        ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, strength=1.0
+    )
+    with torch.no_grad():
+        logits = model.hf_model(input_ids=out, use_cache=False).logits[0]
+    assert torch.equal(out[0, 9:], logits[8:-1].argmax(-1))
 
 
 def test_the_base_has_no_dropout_in_training():

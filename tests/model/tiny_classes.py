@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, SiglipVisionConfig, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 97
@@ -34,7 +35,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "attention_head_dim"), 8),
     **dict.fromkeys(("qk_rope_head_dim", "dim_head", "attention_head_size", "d_head"), 8),
     **dict.fromkeys(("swa_head_dim", "global_head_dim", "swa_v_head_dim", "index_head_dim"), 8),
-    **dict.fromkeys(("rotary_dim",), 4),
+    **dict.fromkeys(("rotary_dim", "index_topk"), 4),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts"), 2),
@@ -74,10 +75,24 @@ SIZES: dict[str, Any] = {
 # What the names above do not settle.
 _MIXED = ["linear_attention", "full_attention"] * 2
 _WINDOWS = ["sliding_attention", "full_attention"] * 2
+_ASSISTANT = {
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "layer_types": _WINDOWS,
+    "num_kv_shared_layers": 4,
+    "global_head_dim": 8,
+}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": _MIXED},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 101,
+        "local_attention_window_len": 6,
+        "patching_threshold": 4.17,
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
     "cohere_compass_text": {
         "layer_types": _WINDOWS,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _WINDOWS},
@@ -92,14 +107,42 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
     "ernie4_5_moe": {"moe_k": 2},
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 2, "layer_types": _WINDOWS}},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": _WINDOWS},
+    "gemma4_assistant": {"text_config": _ASSISTANT},
+    "gemma4_unified": {
+        "text_config": {"layer_types": _WINDOWS, "global_head_dim": 8},
+        "vision_config": {"patch_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16},
+    },
+    "gemma4_unified_assistant": {"text_config": _ASSISTANT},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": _MIXED},
     "kimi_linear": {"layer_types": _MIXED},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "phi4_multimodal": {"vision_config": {}, "audio_config": {}},
+    "qwen4_exp": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "ple_layer_ids": [1],
+        "ngram_vocab_size_base": 50,
+        "split_ngram_parts": 1,
+    },
     "reformer": {
         "attn_layers": ["local", "lsh"],
         "axial_pos_shape": [8, 16],
@@ -124,7 +167,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(config_class: Any, special: dict[str, Any] | None = None) -> Any:
+def config_of(
+    config_class: Any, special: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None
+) -> Any:
     special = dict(special or {})
     given: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
@@ -132,10 +177,14 @@ def config_of(config_class: Any, special: dict[str, Any] | None = None) -> Any:
             given[field.name] = SIZES[field.name]
     if {"kv_lora_rank", "num_key_value_heads"} <= given.keys():  # latent attention: one each
         given["num_key_value_heads"] = given["num_attention_heads"]
+    specs = getattr(config_class, "sub_configs_defaults", {})
     for name, part in (getattr(config_class, "sub_configs", None) or {}).items():
+        if part is AutoConfig:  # its class goes by the model type
+            part = CONFIG_MAPPING[specs[name].model_type]
         if dataclasses.is_dataclass(part):
-            given[name] = config_of(part, special.pop(name, None))
-    return config_class(**{**given, **special})
+            kept = specs[name].init_kwargs if name in specs else None
+            given[name] = config_of(part, special.pop(name, None), kept)
+    return config_class(**{**(defaults or {}), **given, **special})
 
 
 def kinds() -> list[str]:
@@ -146,14 +195,36 @@ def kinds() -> list[str]:
     return sorted(seen.values())
 
 
+def config_for(kind: str) -> Any:
+    """Of the causal LM class itself, where the model type's own is of more parts than that."""
+    config_class: Any = CONFIG_MAPPING[kind]
+    wanted = class_of(kind).config_class
+    if wanted in (getattr(config_class, "sub_configs", None) or {}).values():
+        config_class = wanted
+    config = config_of(config_class, SPECIAL.get(kind))
+    if kind in ("gemma4_assistant", "gemma4_unified_assistant"):
+        # As the config wants it, all layers share; of that transformers 5.23 makes no layer.
+        config.text_config.num_kv_shared_layers = 2
+    if kind == "gemma3n":
+        # Its own tower is of the timm library. No text gets there.
+        own = config.vision_config
+        tower = config_of(SiglipVisionConfig)
+        for name in ("vocab_size", "vocab_offset", "rms_norm_eps"):
+            setattr(tower, name, getattr(own, name))
+        object.__setattr__(config, "vision_config", tower)  # past the config's check of types
+    return config
+
+
+def class_of(kind: str) -> Any:
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+
+
 def make(kind: str) -> Any:
     """A tiny model of this model type, in float32 and evaluation mode."""
-    config = config_of(CONFIG_MAPPING[kind], SPECIAL.get(kind))
     with torch.device("meta"):
-        sketch = AutoModelForCausalLM.from_config(config)
+        sketch = class_of(kind)._from_config(config_for(kind))
     size = sum(parameter.numel() for parameter in sketch.parameters())
     if size > LARGEST:
         raise ValueError("its config makes no model that is small enough")
     set_seed(0)
-    config = config_of(CONFIG_MAPPING[kind], SPECIAL.get(kind))
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return class_of(kind)._from_config(config_for(kind), dtype=torch.float32).eval()

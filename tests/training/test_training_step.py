@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from qadapter import QAdapterConfig
+from qadapter import QAdapterConfig, QAdapterModel
 from qadapter.text.collator import PreferenceCollator
 from qadapter.text.packing import PackedPreferenceCollator
-from tests.tiny_models import make_model
+from tests.model import tiny_classes
+from tests.tiny_models import make_model, perturb
 from tests.training.tiny_trainer import trainer
 
 
@@ -93,6 +94,19 @@ def test_other_compositions_keep_hidden_states_within_a_budget(
     assert curve(enough) == pytest.approx(plain, rel=1e-4)
     assert counts["base"] == 0
     assert enough.state.log_history[0]["kl"] > 0
+
+
+def test_hidden_states_of_a_config_that_does_not_say_their_size(tmp_path, tiny_tokenizer):
+    """Blt's; and its batches are padded."""
+    cached = {"precompute_base": True, "base_hidden_mib": 1.0}
+    curves = []
+    for name, given in {"plain": {}, "cached": cached}.items():
+        model = perturb(QAdapterModel.from_base(tiny_classes.make("blt")))
+        given = {**SETTINGS, "alpha_0": 0.6, "max_steps": 1, **given}
+        run = trainer(tmp_path / name, tiny_tokenizer, model=model, **given)
+        curves.append(curve(run))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert "base_hidden" in next(iter(run.get_train_dataloader()))
 
 
 def test_a_cache_of_another_base_is_refused(tmp_path, tiny_tokenizer):
