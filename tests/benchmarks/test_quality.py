@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import data, generate, judge, matched, score, stats, sweep, tasks
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import data, generate, judge, matched, score, stats, summary, tasks
 from benchmarks.quality.settings import FULL, MAIN, METHODS, QUICK, TRL, Run, changed
 from qadapter import reference
 from qadapter.text.prompts import prompt_ids
@@ -97,32 +98,35 @@ def test_what_is_shipped_has_a_rule_and_prompts_to_replay():
 def test_intervals_have_the_width_that_theory_says():
     rng = np.random.default_rng(0)
     values = rng.normal(1.0, 2.0, size=(1, 400))
-    mean, low, high = stats.interval(values.tolist())
+    mean, low, high = stats.interval(values)
     error = values.std() / math.sqrt(400)
     assert mean == pytest.approx(values.mean())
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
     # Seeds that differ widen it; items and seeds that do not leave none.
-    shifted = (values + np.array([[-1.0], [0.0], [1.0]])).tolist()
-    three = stats.interval(shifted)
-    assert three.high - three.low > 2 * (high - low)
-    assert stats.interval([[0.5] * 9, [0.5] * 9]) == (0.5, 0.5, 0.5)
+    three = stats.interval(values + np.array([[-1.0], [0.0], [1.0]]))
+    assert three[2] - three[1] > 2 * (high - low)
+    assert stats.interval(np.full((2, 9), 0.5)) == [0.5, 0.5, 0.5]
 
 
 def test_an_interval_of_a_ratio_weights_its_items():
-    made = stats.interval([[1.0, 10.0]], [[1.0, 1.0]])
-    assert made.mean == 5.5 and (made.low, made.high) == (1.0, 10.0)
-    assert stats.interval([[2.0, 30.0]], [[1.0, 10.0]]).mean == pytest.approx(32 / 11)
+    assert stats.interval(np.array([[1.0, 10.0]])) == [5.5, 1.0, 10.0]
+    made = stats.interval(np.array([[2.0, 30.0]]), np.array([[1.0, 10.0]]))
+    assert made[0] == pytest.approx(32 / 11)
+    with pytest.raises(ValueError, match="weights"):
+        stats.interval(np.ones((1, 2)), np.ones((1, 3)))
 
 
 def test_paired_tests_see_what_is_paired():
     rng = np.random.default_rng(1)
     items = rng.normal(0, 10, size=(2, 60))
-    made = stats.paired((items + 0.5 + rng.normal(0, 0.1, items.shape)).tolist(), items.tolist())
-    assert made.low > 0.4 and made.high < 0.6 and made.p < 0.001
-    nothing = stats.paired(rng.normal(size=(1, 60)).tolist(), rng.normal(size=(1, 60)).tolist())
-    assert nothing.p > 0.05 and nothing.low < 0 < nothing.high
+    made = stats.paired(items + 0.5 + rng.normal(0, 0.1, items.shape), items)
+    assert made["low"] > 0.4 and made["high"] < 0.6 and made["p"] < 0.001
+    nothing = stats.paired(rng.normal(size=(1, 60)), rng.normal(size=(1, 60)))
+    assert nothing["p"] > 0.05 and nothing["low"] < 0 < nothing["high"]
     # Ten items all one way: two of the 2^10 signs.
-    assert stats.paired([[1.0] * 10], [[0.0] * 10]).p == pytest.approx(2 / 1024, rel=0.6)
+    assert stats.paired(np.ones((1, 10)), np.zeros((1, 10)))["p"] == pytest.approx(
+        2 / 1024, rel=0.6
+    )
     assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
@@ -263,17 +267,13 @@ def test_answers_are_the_blends(tiny_tokenizer):
     assert len({tuple(texts) for texts in shown.values()}) > 1
 
 
-def test_a_sweep_takes_every_combination_and_reads_off_at_equal_forgetting():
-    made = sweep.combinations(["reg_coef=0,0.05", "length_norm=none,response"])
-    assert len(made) == 4 and {"reg_coef": 0, "length_norm": "response"} in made
-    runs = sweep.runs("qadapter", made, [0, 1])
-    assert len(runs) == 2 * 5 and len({run.name for run in runs}) == 10
+def test_a_sweep_takes_every_combination():
+    vary = ["reg_coef=0,0.05", "length_norm=none,response"]
+    runs = command.varied("qadapter", vary, (0, 1))
+    assert len({run.name for run in runs}) == len(runs) == 2 * 5 and runs[0].changes == ()
+    assert {"reg_coef": 0, "length_norm": "response"} in [dict(run.changes) for run in runs]
     with pytest.raises(ValueError, match="--vary: expected NAME=VALUE"):
-        sweep.combinations(["reg_coef"])
-    rows = [{"figures": {"kl": [kl], "gain": [gain]}} for kl, gain in ((0.16, 3.0), (0.04, 1.0))]
-    assert sweep.at_kl(rows, 0.09, "gain") == pytest.approx(2.0)
-    assert sweep.at_kl(rows, 0.01, "gain") == pytest.approx(0.5)
-    assert sweep.at_kl(rows, 0.2, "gain") is None
+        command.varied("qadapter", ["reg_coef"], (0,))
 
 
 def _scored(variant, seed, speed, rng, noise=0.0):
@@ -308,7 +308,7 @@ def test_methods_are_compared_at_the_same_kl():
         for seed in (0, 1)
     ]
     noisy = [_scored(v, 0, 9.0, np.random.default_rng(0), 0.1) for v in ("sft", "qadapter")]
-    made = matched.rows(results + noisy, (0.09, 9.0))
+    made = matched.rows(summary.frame(results + noisy), (0.09, 9.0))
     # Noise is compared with as much noise.
     less = [row["reference_less"] for row in made if row["noise"] and row["variant"] == "sft"]
     assert less[0]["gain"] == [0.0, 0.0, 0.0, 1.0] and less[1] is None

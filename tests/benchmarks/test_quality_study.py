@@ -116,8 +116,8 @@ def call(base, files_of, tmp_path, monkeypatch, capsys):
     small += ["heldout=6", "prompts=3", "new_tokens=3", "unrelated=3", "questions=17"]
     small += ["strengths=0.5,1", "answered_strengths=0.5", "checkpoints=0.5"]
 
-    def run(*options, name="run"):
-        arguments = [name, "--model", base, "--output", tmp_path / "out"]
+    def run(*options):
+        arguments = ["--model", base, "--output", tmp_path / "out"]
         arguments += ["--data", files_of / "train.jsonl", "--heldout", files_of / "test.jsonl"]
         arguments += ["--unrelated", files_of / "other.jsonl", "--judges", "n-grams"]
         arguments += [part for change in small for part in ("--change", change)]
@@ -224,25 +224,56 @@ def test_noise_pictures_and_report(call, tmp_path, monkeypatch, capsys):
 
 
 def test_a_sweep_is_resumed_and_compares_variants(call, tmp_path, monkeypatch):
-    vary = ["--vary", "reg_coef=0,0.5", "--kl", "0.0001"]
-    status, printed, error = call(*vary, name="sweep")
+    vary = ["--vary", "reg_coef=0,0.5"]
+    status, printed, error = call(*vary)
     assert status == 0, error
     variants = {"qadapter", "qadapter-reg_coef=0", "qadapter-reg_coef=0.5"}
     named = {"as usual", "reg_coef 0", "reg_coef 0.5"}
-    assert {line.split("|")[1].strip() for line in printed.splitlines()[2:] if line} == named
+    assert named <= {line.split("|")[1].strip() for line in printed.splitlines() if "|" in line}
     record = json.loads((tmp_path / "out" / "sweep-qadapter.json").read_text())
     assert record["benchmark"] == "quality_sweep"
     rows = record["rows"]
-    table = report.sweep_table(record)
-    assert all(name in table for name in named)
     assert {row["variant"] for row in rows} == variants
     assert all("words" not in row["figures"] for row in rows)
     monkeypatch.setattr(study, "train", never)
-    assert call(*vary, name="sweep")[0] == 0
+    assert call(*vary)[0] == 0
     # The comparison takes the training over, and adds answers.
     assert call("--methods", "qadapter")[0] == 0
-    status, _, error = call("--vary", "reg_koef=1", name="sweep")
+    status, _, error = call("--vary", "reg_koef=1")
     assert status == 2 and "reg_koef" in error
+    status, _, error = call(*vary, "--methods", "sft", "dpo_own")
+    assert status == 2 and "expected one of --methods" in error
+
+
+def test_a_sweep_s_table_reads_off_at_equal_forgetting():
+    def row(value, label, strength):
+        figures = {"kl": 0.04 * strength**2, "gain": value * strength, "nll_change": 0.0}
+        figures = {name: [figure] * 3 for name, figure in {**figures, "accuracy": 0.7}.items()}
+        changes = {"reg_coef": value}
+        about = {"variant": f"qadapter-{value}", "method": "qadapter", "changes": changes}
+        return {**about, "noise": 0.0, "label": label, "seeds": [0], "figures": figures}
+
+    points = (("trained", 1.0), ("strength 2", 2.0), ("step 1", 9.0))
+    rows = [row(value, *point) for value in (1.0, 3.0) for point in points]
+    counts = dict.fromkeys(("heldout", "prompts", "unrelated", "questions"), 1)
+    machine = {"cpu": "a CPU", "threads": 1, "torch": torch.__version__, "date": "2026-01-01"}
+    record = {"benchmark": "quality_sweep", "method": "qadapter", "kls": [0.09, 9.0]}
+    record |= {"set": {"usual": QUICK.usual}, "counts": counts, "data": {"name": "tiny"}}
+    record |= {"environment": machine, "base": "tiny", "rows": rows}
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report.sweep_table(record).splitlines()
+        if line.startswith("|")
+    ]
+    at = cells[0].index("gain at KL 0.09")
+    record["kls"] = [0.09]
+    # Strength 1.5 has that KL, and none has the other.
+    assert [(line[0], line[at], line[at + 3]) for line in cells[2:]] == [
+        ("reg_coef 1.0", "1.500", ""),
+        ("reg_coef 3.0", "4.500", ""),
+    ]
+    first = next(line for line in report.sweep_table(record).splitlines() if "reg_coef" in line)
+    assert "reg_coef 3.0" in first  # the best gain at the middle KL
 
 
 def test_a_method_that_cannot_run_is_named(call, monkeypatch):
@@ -283,7 +314,8 @@ def test_decoding_is_timed_to_the_last_token(base, tmp_path, files_of, monkeypat
 
 
 def test_an_untouched_policy_is_right_half_the_time():
-    assert summary.accuracy([0.0, 1.0, -1.0]) == [0.5, 1.0, 0.0]
+    point = {"pairs": {"gain": [0.0, 1.0, -1.0]}, "unrelated": {"kl": [], "nll_change": []}}
+    assert summary._metrics(point)["accuracy"] == [0.5, 1.0, 0.0]
 
 
 def test_costs_are_of_runs_that_pass_the_base():
