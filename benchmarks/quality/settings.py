@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qadapter.training.config import RELEASED_PRESET
 
@@ -30,29 +30,28 @@ Q_ADAPTER: Settings = {
     "value_at": "next",
 }
 
-METHODS: dict[str, Settings] = {
-    "qadapter": Q_ADAPTER,
-    "released": RELEASED_PRESET,
-    "sft": {},
-    "replay": {"replay_tokens": 64},
-    "dpo": {"beta": 0.1},
-    "ipo": {"beta": 0.1},
-    "dpo_own": {"beta": 0.1},
+
+class Method(NamedTuple):
+    """``settings`` are those that it has beside everybody's."""
+
+    title: str
+    colour: str
+    settings: Settings
+
+
+METHODS = {
+    "qadapter": Method("Q-Adapter", "tab:red", Q_ADAPTER),
+    "released": Method("Q-Adapter, released conventions", "tab:orange", RELEASED_PRESET),
+    "sft": Method("SFT", "tab:green", {}),
+    "replay": Method("Replay", "tab:olive", {"replay_tokens": 64}),
+    "dpo": Method("DPO (TRL)", "tab:blue", {"beta": 0.1}),
+    "ipo": Method("IPO (TRL)", "tab:purple", {"beta": 0.1}),
+    "dpo_own": Method("DPO (this package's step)", "tab:cyan", {"beta": 0.1}),
 }
+TITLES = {"base": "base", **{name: method.title for name, method in METHODS.items()}}
 TRL = ("dpo", "ipo")
 MAIN = [method for method in METHODS if method != "dpo_own"]
 """DPO by this package's step gives TRL's losses at a fraction of its time: for betas and noise."""
-
-TITLES = {
-    "base": "base",
-    "qadapter": "Q-Adapter",
-    "released": "Q-Adapter, released conventions",
-    "sft": "SFT",
-    "replay": "Replay",
-    "dpo": "DPO (TRL)",
-    "ipo": "IPO (TRL)",
-    "dpo_own": "DPO (this package's step)",
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Run:
         return f"{self.variant}-noise{self.noise:g}-seed{self.seed}"
 
     def settings(self, usual: Settings) -> Settings:
-        known = {**usual, **METHODS[self.method]}
+        known = {**usual, **METHODS[self.method].settings}
         for name, _ in self.changes:
             if name not in known:
                 raise ValueError(

@@ -32,7 +32,7 @@ def base(tmp_path_factory, tiny_tokenizer):
 
 
 def trained(method, base, tokenizer, replay=(), rows=ROWS, **changes):
-    settings = {**SETTINGS, **METHODS[method], **changes}
+    settings = {**SETTINGS, **METHODS[method].settings, **changes}
     return train.train(method, settings, base, tokenizer, preference_rows(rows), [1], list(replay))
 
 
