@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace) -> None:
     output = options.output or f"quality-output/{options.set}-{data.name}"
     study = Study(chosen, data, output, options.model, tuple(options.judges))
     if options.done:
-        runs = [run for run in runs if study.result(run) is not None]
+        runs = [run for run in runs if study.done(run) is not None]
         if not runs:
             raise ValueError(f"--done: no run is done in {study.output}")
     results, missing = run_all(study, runs, answered=not options.vary)

@@ -12,7 +12,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,18 +33,6 @@ Weights = dict[str, torch.Tensor]
 
 class MissingMethodError(Exception):
     """The method cannot run here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """``weights`` of the LoRA by step; ``log`` is what the trainer logged."""
-
-    weights: dict[int, Weights]
-    seconds: float
-    seconds_per_pair: float
-    peak_mib: float
-    threads: int
-    log: list[dict[str, float]]
 
 
 def lora_config(settings: Settings) -> LoraConfig:
@@ -85,9 +72,10 @@ def train(
     replay: list[Row],
     on_step: Callable[[int], None] = lambda step: None,
     base_cache: str | None = None,
-) -> Trained:
-    """``rows`` are pairs (as text); ``replay`` prompts with the base's answers, tokenised.
+) -> tuple[dict[int, Weights], dict[str, Any]]:
+    """The LoRA's weights by step, and what it cost, with what the trainer logged.
 
+    ``rows`` are pairs (as text); ``replay`` prompts with the base's answers, tokenised.
     ``base_cache``: where Q-Adapter and DPO by its step keep and find what the base contributes.
     """
     watch = _Watch({*checkpoints, settings["steps"]}, on_step)
@@ -104,14 +92,17 @@ def train(
         seconds = time.perf_counter() - started
     # The first step also warms up.
     steps = watch.seconds[1:] or watch.seconds
-    log = [
-        {k: v for k, v in line.items() if isinstance(v, int | float)}
-        for line in trainer.state.log_history
-        if "loss" in line
-    ]
-    per_pair = statistics.median(steps) / settings["batch"]
-    threads = torch.get_num_threads()
-    return Trained(watch.weights, seconds, per_pair, peak.mebibytes, threads, log)
+    return watch.weights, {
+        "seconds": seconds,
+        "seconds_per_pair": statistics.median(steps) / settings["batch"],
+        "peak_mib": peak.mebibytes,
+        "threads": torch.get_num_threads(),
+        "log": [
+            {k: v for k, v in line.items() if isinstance(v, int | float)}
+            for line in trainer.state.log_history
+            if "loss" in line
+        ],
+    }
 
 
 class _Watch(TrainerCallback):

@@ -39,7 +39,7 @@ def trained(method, base, tokenizer, replay=(), rows=ROWS, **changes):
 def chosen_scores(base, tokenizer, rows):
     model = train.new_model(base, SETTINGS)
     made = score.score(model, tokenizer, rows, "chosen", [score.strength(1.0)])
-    return sum(s["base_logp"] for s in made), sum(s["tokens"] for s in made)
+    return made["base_logp"].sum(), made["tokens"].sum()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def tokenised(tiny_tokenizer):
 @pytest.mark.parametrize("method", [m for m in ALL if m != "qadapter"])
 def test_every_method_starts_at_the_same_lora(method, base, tiny_tokenizer, tokenised):
     start, other = (
-        trained(m, base, tiny_tokenizer, tokenised, learning_rate=0.0).weights[2]
+        trained(m, base, tiny_tokenizer, tokenised, learning_rate=0.0)[0][2]
         for m in ("qadapter", method)
     )
     assert start.keys() == other.keys() and start
@@ -64,31 +64,31 @@ def test_dpo_is_q_adapter_without_its_regulariser(base, tiny_tokenizer):
     common = {"steps": 4, "learning_rate": 1e-2}
     dpo = trained("dpo", base, tiny_tokenizer, beta=0.3, **common)
     own = trained("dpo_own", base, tiny_tokenizer, beta=0.3, **common)
-    losses = [[line["loss"] for line in made.log] for made in (dpo, own)]
+    losses = [[line["loss"] for line in cost["log"]] for _, cost in (dpo, own)]
     assert len(losses[0]) == 4 and losses[0][0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
     assert abs(losses[0][-1] - losses[0][0]) > 0.02
 
 
 def test_sft_lowers_the_likelihood_of_the_chosen_alone(base, tiny_tokenizer, tokenised):
-    made = trained("sft", base, tiny_tokenizer, batch=8, micro_batch=4, learning_rate=0.0)
+    _, made = trained("sft", base, tiny_tokenizer, batch=8, micro_batch=4, learning_rate=0.0)
     logp, tokens = chosen_scores(base, tiny_tokenizer, tokenised)
-    assert made.log[0]["loss"] == pytest.approx(-logp / tokens, abs=1e-3)
+    assert made["log"][0]["loss"] == pytest.approx(-logp / tokens, abs=1e-3)
 
 
 def test_replay_adds_the_base_s_answers(base, tiny_tokenizer, tokenised):
     arguments = {"rows": 4, "batch": 4, "micro_batch": 4, "learning_rate": 0.0, "steps": 1}
     replayed = tokenised[5:7]
-    made = trained("replay", base, tiny_tokenizer, replayed, **arguments)
+    _, made = trained("replay", base, tiny_tokenizer, replayed, **arguments)
     # Four chosen responses, and as many replayed ones in turns; a mean over all their tokens.
     own, twice = (chosen_scores(base, tiny_tokenizer, part) for part in (tokenised[:4], replayed))
     expected = -(own[0] + 2 * twice[0]) / (own[1] + 2 * twice[1])
-    assert made.log[0]["loss"] == pytest.approx(expected, abs=1e-3)
+    assert made["log"][0]["loss"] == pytest.approx(expected, abs=1e-3)
     assert abs(expected + own[0] / own[1]) > 1e-2
 
 
 def test_the_released_conventions_start_at_the_base_s_logits(base, tiny_tokenizer):
-    own, released = (trained(m, base, tiny_tokenizer).log[0]["loss"] for m in OURS[:2])
+    own, released = (trained(m, base, tiny_tokenizer)[1]["log"][0]["loss"] for m in OURS[:2])
     assert own == pytest.approx(0.6931, abs=1e-3) and abs(released - own) > 0.1
 
 
@@ -304,13 +304,13 @@ def test_decoding_is_timed_to_the_last_token(base, tmp_path, files_of, monkeypat
     pairs = data.load(str(files_of / "train.jsonl"), str(files_of / "test.jsonl"))
     chosen = changed(QUICK, {"prompts": 2, "new_tokens": 2, "questions": 5, "lora_r": 2})
     made = study.Study(chosen, pairs, tmp_path / "out", base, ("n-grams",))
-    before = made.model.generation_config.eos_token_id
+    before = made.model().generation_config.eos_token_id
     lengths.clear()
     record = decode_cost.decode_cost(made, rounds=1)
     assert [row["way"] for row in record["rows"]] == list(decode_cost.WAYS)
     assert record["rows"][0]["times_base"] == 1.0
     assert lengths and all(asked == tokens for asked, tokens in lengths)
-    assert made.model.generation_config.eos_token_id == before == 2
+    assert made.model().generation_config.eos_token_id == before == 2
 
 
 def test_an_untouched_policy_is_right_half_the_time():
