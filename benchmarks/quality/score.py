@@ -29,43 +29,37 @@ def trained(alpha_0: float, alpha_tilde: float, center: float) -> StreamWeights:
     return stream_weights((alpha_0, alpha_tilde, center))
 
 
-def pairs(
+def figures(
     model: QAdapterModel,
     tokenizer: Any,
-    rows: list[Row],
+    heldout: list[Row],
+    unrelated: list[Row],
     blends: Sequence[StreamWeights],
     hidden: Hidden,
-) -> list[dict[str, list[float]]]:
-    """Per blend and held-out pair: gain, and that of the chosen alone, in nats, and whether
-    the mean log-likelihoods of the two responses are in order."""
-    c, r = (
-        score(model, tokenizer, rows, side, blends, base_cache=hidden[side])
-        for side in ("chosen", "rejected")
+) -> list[dict[str, dict[str, list[float]]]]:
+    """Per blend ``pairs`` and ``unrelated``, item by item.
+
+    Of held-out pairs gain, and that of the chosen alone, in nats, and whether the mean
+    log-likelihoods of the two responses are in order; of unrelated conversations their tokens, and
+    sums over them in nats.
+    """
+    c, r, u = (
+        score(model, tokenizer, rows, side, blends, base_cache=hidden.setdefault(what, {}))
+        for what, rows, side in (
+            ("chosen", heldout, "chosen"),
+            ("rejected", heldout, "rejected"),
+            ("unrelated", unrelated, "chosen"),
+        )
     )
-    chosen, rejected = (side["policy_logp"] - side["base_logp"] for side in (c, r))
+    chosen, rejected, change = (each["policy_logp"] - each["base_logp"] for each in (c, r, u))
     in_order = c["policy_logp"] / c["tokens"] > r["policy_logp"] / r["tokens"]
-    figures = {"gain": chosen - rejected, "in_order": in_order.astype(float), "chosen": chosen}
-    return _by_blend(figures)
-
-
-def conversations(
-    model: QAdapterModel,
-    tokenizer: Any,
-    rows: list[Row],
-    blends: Sequence[StreamWeights],
-    hidden: Hidden,
-) -> list[dict[str, list[float]]]:
-    """Per blend and unrelated conversation: its tokens, sums over them in nats."""
-    made = score(model, tokenizer, rows, "chosen", blends, base_cache=hidden["unrelated"])
-    change = made["base_logp"] - made["policy_logp"]
-    tokens = np.broadcast_to(made["tokens"], change.shape)
-    return _by_blend({"tokens": tokens, "kl": made["kl"], "nll_change": change})
-
-
-def _by_blend(figures: dict[str, Matrix]) -> list[dict[str, list[float]]]:
-    """A record a blend of [blends, items]."""
-    rounded = {name: values.round(5).tolist() for name, values in figures.items()}
-    return [dict(zip(rounded, items, strict=True)) for items in zip(*rounded.values(), strict=True)]
+    pairs = {"gain": chosen - rejected, "in_order": in_order.astype(float), "chosen": chosen}
+    tokens = np.broadcast_to(u["tokens"], change.shape)
+    made = {"pairs": pairs, "unrelated": {"tokens": tokens, "kl": u["kl"], "nll_change": -change}}
+    return [
+        {of: {n: v[i].round(5).tolist() for n, v in each.items()} for of, each in made.items()}
+        for i in range(len(blends))
+    ]
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@
 
 import itertools
 import json
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, lru_cache
@@ -72,7 +71,7 @@ class Study:
         self.prompts = [row["prompt"] for row in answered]
         measured, self.replay_prompts = quality_data.unrelated_and_replay(data, chosen.unrelated)
         self.heldout, self.unrelated = self.tokens(self.heldout_rows), self.tokens(measured)
-        self.base_hidden: dict[str, dict[int, Any]] = defaultdict(dict)  # by what is scored
+        self.base_hidden: score.Hidden = {}
         self.base_record: Record = cached(self.output / "base.json", self._asked_base)
         asked = tasks.questions(chosen.questions)
         self.questions = [asked[i] for i in self.base_record["kept"]]
@@ -103,7 +102,7 @@ class Study:
             [(quality_data.text(row["chosen"]), quality_data.text(row["rejected"])) for row in rows]
             for rows in (self.data.train, self.heldout_rows)
         )
-        return [judge.make_judge(name, pairs, heldout) for name in self.judge_names]
+        return [judge.Judge(name, pairs, heldout) for name in self.judge_names]
 
     def judge_reports(self) -> list[Record]:
         return cached(self.output / "judges.json", lambda: [made.report for made in self.judges])
@@ -125,18 +124,16 @@ class Study:
             "right": len(right),
             "kept": sorted(quality_data.some(right, self.set.kept_questions)),
             "answers": self.answers(model, BASE),
-            "pairs": {"in_order": self.pairs(model, [BASE])[0]["in_order"]},
+            "pairs": {"in_order": self.figures(model, [BASE])[0]["pairs"]["in_order"]},
         }
 
     def answers(self, model: QAdapterModel, blend: StreamWeights) -> list[str]:
         tokens = self.set.new_tokens
         return generate.answers(model, self.tokenizer, self.prompts, blend, tokens)
 
-    def pairs(self, model: QAdapterModel, blends: list[StreamWeights]) -> list[Record]:
-        return score.pairs(model, self.tokenizer, self.heldout, blends, self.base_hidden)
-
-    def conversations(self, model: QAdapterModel, blends: list[StreamWeights]) -> list[Record]:
-        return score.conversations(model, self.tokenizer, self.unrelated, blends, self.base_hidden)
+    def figures(self, model: QAdapterModel, blends: list[StreamWeights]) -> list[Record]:
+        rows = self.heldout, self.unrelated
+        return score.figures(model, self.tokenizer, *rows, blends, self.base_hidden)
 
     def replay(self, new_tokens: int) -> list[quality_data.Row]:
         """Prompts with the base's greedy answers, tokenised; made once."""
@@ -238,15 +235,15 @@ def _measured(
     model, made = study.model(settings), []
     for step, found in itertools.groupby(_points(study, run, settings), lambda point: point[0]):
         points = list(found)
-        blends = [blend for _, _, blend, _ in points]
-        loaded = set_peft_model_state_dict(model.peft_model, load_file(_weights(study, run, step)))
+        weights = load_file(_weights(study, run, step))
+        loaded = set_peft_model_state_dict(model.peft_model, weights)
         if loaded.unexpected_keys:
             raise ValueError(f"step {step}: unknown weights {loaded.unexpected_keys[:2]}")
         tell(f"scoring step {step}")
-        figures = study.pairs(model, blends), study.conversations(model, blends)
-        for (_, label, blend, asked), pairs, unrelated in zip(points, *figures, strict=True):
+        figures = study.figures(model, [blend for _, _, blend, _ in points])
+        for (_, label, blend, asked), scored in zip(points, figures, strict=True):
             point = {"step": step, "label": label, "blend": list(blend)}
-            point |= {"answered": answered and asked, "pairs": pairs, "unrelated": unrelated}
+            point |= {"answered": answered and asked, **scored}
             if point["answered"]:
                 tell(f"answering, {label}")
                 point |= _answered(study, model, blend)

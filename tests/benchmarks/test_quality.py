@@ -141,13 +141,12 @@ def _pairs(count, seed=0):
 
 
 def test_the_judge_learns_what_tells_the_answers_apart():
-    made = judge.Judge(judge.NGrams(), _pairs(200), _pairs(40, seed=1))
+    made = judge.Judge("n-grams", _pairs(200), _pairs(40, seed=1))
     assert np.mean(made.report["correct"]) > 0.95
-    assert made.wins("a stone indeed", "a stone") == 1.0
-    assert made.wins("a stone", "a stone") == 0.5
+    assert made.share_won(["a stone indeed", "a stone"], ["a stone"] * 2) == [1.0, 0.5]
     # Where nothing tells them apart, it says so.
     pairs = [pair if i % 2 else pair[::-1] for i, pair in enumerate(_pairs(200))]
-    confused = judge.Judge(judge.NGrams(), pairs[:100], pairs[100:])
+    confused = judge.Judge("n-grams", pairs[:100], pairs[100:])
     assert np.mean(confused.report["correct"]) < 0.7
 
 
@@ -173,7 +172,7 @@ def test_the_judge_of_embeddings_knows_a_topic():
     animals = ["The dog barks.", "A cat sleeps.", "Horses run fast.", "The cow gives milk."]
     money = ["The bank lends.", "Shares fell.", "Prices rise again.", "He pays his debts."]
     pairs = [(a, m) for a in animals for m in money]
-    made = judge.make_judge("embeddings", pairs, [("A sheep eats grass.", "Taxes went up.")])
+    made = judge.Judge("embeddings", pairs, [("A sheep eats grass.", "Taxes went up.")])
     assert made.report["correct"] == [1.0]
 
 
