@@ -15,7 +15,7 @@ import transformers
 from benchmarks.bench import grid
 from benchmarks.quality import data as quality_data
 from benchmarks.quality import decode_cost, report, summary
-from benchmarks.quality.settings import METHODS, SETS, Run, Set, changed
+from benchmarks.quality.settings import METHODS, SETS, TRL, Run, Set, changed
 from benchmarks.quality.study import Study, run_all
 from qadapter import files
 
@@ -86,15 +86,25 @@ def planned(options: argparse.Namespace, chosen: Set) -> list[Run]:
     else:
         runs = [r for r in chosen.runs() if options.methods is None or r.method in options.methods]
     runs = [r for r in runs if options.only is None or options.only in r.name]
-    if find_spec("trl") is None and not options.vary:
-        # DPO is compared all the same: the package's own step makes TRL's losses.
-        runs += [replace(r, method="dpo_own") for r in runs if r.method == "dpo"]
-        runs = list(dict.fromkeys(runs))
     for run in runs:
         run.settings(chosen.usual)  # checks the names
     if not runs:
         raise ValueError("no run is left to do")
     return runs
+
+
+def available(study: Study, runs: list[Run]) -> tuple[list[Run], dict[str, str]]:
+    """What is trained or can be here, and of the methods that cannot why.
+
+    DPO is compared all the same: the package's own step makes TRL's losses.
+    """
+    out = [run for run in runs if run.method in TRL and study.done(run, "training.json") is None]
+    if find_spec("trl") is not None or not out:
+        return runs, {}
+    found = [run for run in runs if run not in out]
+    found += [replace(run, method="dpo_own") for run in out if run.method == "dpo"]
+    missing = {run.method: 'needs TRL: pip install "qadapter[trl]"' for run in out}
+    return list(dict.fromkeys(found)), missing
 
 
 def varied(method: str, vary: list[str], seeds: tuple[int, ...]) -> list[Run]:
@@ -117,11 +127,12 @@ def measure(options: argparse.Namespace) -> None:
     )
     output = options.output or f"quality-output/{options.set}-{data.name}"
     study = Study(chosen, data, output, options.model, tuple(options.judges))
+    runs, missing = available(study, runs)
     if options.done:
         runs = [run for run in runs if study.done(run) is not None]
         if not runs:
             raise ValueError(f"--done: no run is done in {study.output}")
-    results, missing = run_all(study, runs, answered=not options.vary)
+    results = run_all(study, runs, answered=not options.vary)
     if options.vary:
         name = f"sweep-{runs[0].method}.json"
         record = summary.summarise_sweep(study, results, runs[0].method)

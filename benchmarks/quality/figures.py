@@ -11,9 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from benchmarks import plotting
-from benchmarks.quality.report import policies
 from benchmarks.quality.settings import METHODS, TITLES
-from benchmarks.tables import Record
 
 LABELS = {
     "accuracy": "held-out pairs right, share",
@@ -24,17 +22,18 @@ LABELS = {
 }
 
 
-def draw(record: Record, folder: Path, stem: str) -> list[Path]:
-    """<stem>-frontier.png, -learning.png and, where there is noise, -noise.png."""
-    rows, written = policies(record), []
+def draw(name: str, rows: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
+    """<stem>-frontier.png, -learning.png and, where there is noise, -noise.png; of the policies
+    of `report.policies`, learnt from the data of that name."""
+    written = []
     pictures = {"frontier": frontier, "learning": learning, "noise": noise}
-    for name, make in pictures.items():
-        if name == "noise" and not rows["noise"].any():
+    for what, make in pictures.items():
+        if what == "noise" and not rows["noise"].any():
             continue
         figure, panel, text = make(rows)
         plotting.legend_below(figure, panel)
-        figure.suptitle(f"{record['data']['name']}: {text}", fontsize=plotting.MIDDLE)
-        written.append(folder / f"{stem}-{name}.png")
+        figure.suptitle(f"{name}: {text}", fontsize=plotting.MIDDLE)
+        written.append(folder / f"{stem}-{what}.png")
         plotting.save(figure, written[-1])
     return written
 

@@ -296,5 +296,5 @@ def draw(results: Path, docs: Path) -> list[Path]:
     drawn = []
     for path in sorted(results.glob("quality-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        drawn += figures.draw(record, docs, path.stem)
+        drawn += figures.draw(record["data"]["name"], policies(record), docs, path.stem)
     return drawn

@@ -5,6 +5,7 @@ for every seed, and over seeds. The bootstrap draws items, and seeds too where t
 that an interval holds both kinds of chance. With three seeds the second kind is rough.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,11 @@ def interval(values: Matrix, weights: Matrix | None = None) -> list[float]:
     sums = [np.einsum("ds,si,di->d", rows, m, columns, optimize=True) for m in (values, weights)]
     ratios = sums[0] / np.maximum(sums[1], 1e-12)
     return [float(values.sum() / weights.sum()), *percentile_interval(ratios)]
+
+
+def mean_interval(values: Sequence[float]) -> list[float]:
+    """[mean, low, high] over items alone."""
+    return interval(np.array([values], dtype=float))
 
 
 def paired(first: Matrix, second: Matrix) -> dict[str, float]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -23,7 +23,7 @@ from benchmarks import recording
 from benchmarks.quality import data as quality_data
 from benchmarks.quality import generate, judge, score, tasks
 from benchmarks.quality.settings import Run, Set, Settings, digest
-from benchmarks.quality.train import DEVICE, MissingMethodError, composition, new_model, train
+from benchmarks.quality.train import DEVICE, composition, new_model, train
 from qadapter import QAdapterModel, files
 from qadapter.composition import StreamWeights
 from qadapter.model.checkpoint import resolve_model
@@ -117,8 +117,7 @@ class Study:
 
     def _asked_base(self) -> Record:
         model, asked = self.model(), tasks.questions(self.set.questions)
-        texts = generate.ask(model, self.tokenizer, asked, BASE)
-        right = [i for i, q in enumerate(asked) if tasks.right(texts[i], q.answer)]
+        right = [i for i, r in enumerate(self.answered_right(model, BASE, asked)) if r]
         return {
             "asked": len(asked),
             "right": len(right),
@@ -130,6 +129,13 @@ class Study:
     def answers(self, model: QAdapterModel, blend: StreamWeights) -> list[str]:
         tokens = self.set.new_tokens
         return generate.answers(model, self.tokenizer, self.prompts, blend, tokens)
+
+    def answered_right(
+        self, model: QAdapterModel, blend: StreamWeights, questions: list[tasks.Question]
+    ) -> list[bool]:
+        prompts = [question.messages() for question in questions]
+        texts = generate.answers(model, self.tokenizer, prompts, blend, tasks.TOKENS)
+        return [tasks.right(t, q.answer) for t, q in zip(texts, questions, strict=True)]
 
     def figures(self, model: QAdapterModel, blends: list[StreamWeights]) -> list[Record]:
         rows = self.heldout, self.unrelated
@@ -147,14 +153,17 @@ class Study:
 
         return self.tokens(cached(self.output / f"replay-{new_tokens}.json", answered))
 
-    def folder(self, run: Run) -> Path:
-        return self.output / "runs" / run.name
+    def settings(self, run: Run) -> Settings:
+        return run.settings(self.set.usual)
+
+    def file(self, run: Run, name: str) -> Path:
+        return self.output / "runs" / run.name / name
 
     def done(self, run: Run, name: str = "result.json") -> Record | None:
         """What is there of a run with these settings."""
-        path = self.folder(run) / name
+        path = self.file(run, name)
         record = files.read_json(path) if path.exists() else None
-        same = record and record["settings_digest"] == digest(run.settings(self.set.usual))
+        same = record and record["settings_digest"] == digest(self.settings(run))
         return record if same else None
 
 
@@ -163,7 +172,7 @@ def run_one(study: Study, run: Run, answered: bool, tell: Tell) -> Record:
     record = study.done(run)
     if record is not None and (record["answered"] or not answered):
         return record
-    settings = run.settings(study.set.usual)
+    settings = study.settings(run)
     record = {
         "name": run.name,
         "variant": run.variant,
@@ -172,14 +181,15 @@ def run_one(study: Study, run: Run, answered: bool, tell: Tell) -> Record:
         "settings": settings,
         "settings_digest": digest(settings),
         "answered": answered,
-        "training": study.done(run, "training.json") or _trained(study, run, settings, tell),
-        "points": _measured(study, run, settings, answered, tell),
+        "training": study.done(run, "training.json") or _trained(study, run, tell),
+        "points": _measured(study, run, answered, tell),
     }
-    files.write_json(study.folder(run) / "result.json", record)
+    files.write_json(study.file(run, "result.json"), record)
     return record
 
 
-def _trained(study: Study, run: Run, settings: Settings, tell: Tell) -> Record:
+def _trained(study: Study, run: Run, tell: Tell) -> Record:
+    settings = study.settings(run)
     replay = study.replay(settings["replay_tokens"]) if "replay_tokens" in settings else []
     rows = quality_data.some(study.data.train, settings["pairs"], run.seed)
     # The model for measuring would be in the memory figures of what trains.
@@ -197,57 +207,57 @@ def _trained(study: Study, run: Run, settings: Settings, tell: Tell) -> Record:
         str(study.output / "base-cache") if run.noise or run.changes else None,
     )
     for step, values in weights.items():
-        with files.replacing_file(_weights(study, run, step)) as temporary:
+        with files.replacing_file(study.file(run, f"step-{step}.safetensors")) as temporary:
             save_file({k: v.contiguous() for k, v in values.items()}, temporary)
     record = {"settings_digest": digest(settings), **cost}
-    files.write_json(study.folder(run) / "training.json", record)
+    files.write_json(study.file(run, "training.json"), record)
     return record
 
 
-def _weights(study: Study, run: Run, step: int) -> Path:
-    return study.folder(run) / f"step-{step}.safetensors"
-
-
 def _checkpoints(study: Study, run: Run) -> list[int]:
-    last = run.settings(study.set.usual)["steps"]
-    shares = study.set.checkpoints if run.is_main else ()
+    last, shares = study.settings(run)["steps"], study.set.checkpoints if run.is_main else ()
     return sorted({max(1, round(share * last)) for share in shares} - {last})
 
 
-def _points(
-    study: Study, run: Run, settings: Settings
-) -> list[tuple[int, str, StreamWeights, bool]]:
-    """Where a run is measured: (step, label, blend, whether it answers)."""
+class Point(NamedTuple):
+    """Where a run is measured."""
+
+    step: int
+    label: str
+    blend: StreamWeights
+    answered: bool
+
+
+def _points(study: Study, run: Run) -> list[Point]:
+    settings = study.settings(run)
     last, own = settings["steps"], score.trained(**composition(run.method, settings))
     answered = study.set.answered_strengths if run.method == "qadapter" else ()
-    strengths = [s for s in study.set.strengths if score.strength(s) != own]
+    blends = {s: score.strength(s) for s in study.set.strengths}
     return [
-        (last, TRAINED, own, True),
-        *((last, f"strength {s:g}", score.strength(s), s in answered) for s in strengths),
-        *((s, f"step {s}", own, run.method == "sft") for s in _checkpoints(study, run)),
+        Point(last, TRAINED, own, True),
+        *(Point(last, f"strength {s:g}", b, s in answered) for s, b in blends.items() if b != own),
+        *(Point(s, f"step {s}", own, run.method == "sft") for s in _checkpoints(study, run)),
     ]
 
 
-def _measured(
-    study: Study, run: Run, settings: Settings, answered: bool, tell: Tell
-) -> list[Record]:
+def _measured(study: Study, run: Run, answered: bool, tell: Tell) -> list[Record]:
     """The points of a run; those of one step are scored in one pass."""
-    model, made = study.model(settings), []
-    for step, found in itertools.groupby(_points(study, run, settings), lambda point: point[0]):
-        points = list(found)
-        weights = load_file(_weights(study, run, step))
+    model, made = study.model(study.settings(run)), []
+    for step, group in itertools.groupby(_points(study, run), lambda point: point.step):
+        points = list(group)
+        weights = load_file(study.file(run, f"step-{step}.safetensors"))
         loaded = set_peft_model_state_dict(model.peft_model, weights)
         if loaded.unexpected_keys:
             raise ValueError(f"step {step}: unknown weights {loaded.unexpected_keys[:2]}")
         tell(f"scoring step {step}")
-        figures = study.figures(model, [blend for _, _, blend, _ in points])
-        for (_, label, blend, asked), scored in zip(points, figures, strict=True):
-            point = {"step": step, "label": label, "blend": list(blend)}
-            point |= {"answered": answered and asked, **scored}
-            if point["answered"]:
-                tell(f"answering, {label}")
-                point |= _answered(study, model, blend)
-            made.append(point)
+        figures = study.figures(model, [point.blend for point in points])
+        for point, scored in zip(points, figures, strict=True):
+            record = {**point._asdict(), "blend": list(point.blend), **scored}
+            record["answered"] = answered and point.answered
+            if record["answered"]:
+                tell(f"answering, {point.label}")
+                record |= _answered(study, model, point.blend)
+            made.append(record)
     return made
 
 
@@ -259,30 +269,18 @@ def _answered(study: Study, model: QAdapterModel, blend: StreamWeights) -> Recor
     }
     if study.data.rule is not None:
         figures["follows"] = [float(study.data.rule(text)) for text in texts]
-    said = generate.ask(model, study.tokenizer, study.questions, blend)
-    wanted = [question.answer for question in study.questions]
-    figures["questions"] = {
-        "right": [float(t) for t in map(tasks.right, said, wanted)],
-        "contained": [float(t) for t in map(tasks.contained, said, wanted)],
-    }
+    right = study.answered_right(model, blend, study.questions)
+    figures["questions"] = {"right": [float(r) for r in right]}
     return {"answers": texts, "figures": figures}
 
 
-def run_all(
-    study: Study, runs: list[Run], answered: bool = True
-) -> tuple[list[Record], dict[str, str]]:
-    """Results of all runs, and of methods that cannot run here why; a progress bar."""
-    results, missing = [], {}
-    with tqdm(total=len(runs), desc="runs") as bar:
-        for run in runs:
+def run_all(study: Study, runs: list[Run], answered: bool = True) -> list[Record]:
+    """Results of all runs, under a progress bar."""
+    results = []
+    with tqdm(runs, desc="runs") as bar:
+        for run in bar:
             bar.set_description(run.name)
-            if run.method not in missing:
-                try:
-                    # Of noise the held-out pairs and KL tell, in half the time.
-                    asked = answered and not run.noise
-                    results.append(run_one(study, run, asked, bar.set_postfix_str))
-                except MissingMethodError as error:
-                    missing[run.method] = str(error)
-                    bar.write(f"{run.method} is left out: {error}")
-            bar.update()
-    return results, missing
+            # Of noise the held-out pairs and KL tell, in half the time.
+            asked = answered and not run.noise
+            results.append(run_one(study, run, asked, bar.set_postfix_str))
+    return results

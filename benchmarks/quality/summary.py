@@ -50,7 +50,6 @@ def _metrics(point: Record) -> dict[str, list[float]]:
         **{f"wins {judge}": shares for judge, shares in wins.items()},
         **answered,
         "questions": asked.get("right", []),
-        "questions_contained": asked.get("contained", []),
     }
 
 
@@ -102,35 +101,22 @@ def cost(results: list[Record]) -> list[Record]:
     )
     if runs.empty:
         return []
-    by_method = runs.groupby("variant", sort=False)
-    runs = runs[runs["threads"] == by_method["threads"].transform("max")]
-    return (
-        runs.groupby("variant", sort=False)
-        .agg(
-            runs=("threads", "size"),
-            threads=("threads", "max"),
-            seconds_per_pair=("seconds_per_pair", "min"),
-            peak_mib=("peak_mib", "min"),
-        )
-        .reset_index()
-        .to_dict("records")
-    )
+    most = runs.groupby("variant")["threads"].transform("max")
+    by_method = runs[runs["threads"] == most].groupby("variant", sort=False)
+    least = by_method[["threads", "seconds_per_pair", "peak_mib"]].min()
+    return least.assign(runs=by_method.size()).reset_index().to_dict("records")
 
 
 def base_figures(study: Study) -> Record:
-    record = study.base_record
-    items = {
-        "in_order": record["pairs"]["in_order"],
-        "words": [float(len(answer.split())) for answer in record["answers"]],
+    record, rule = study.base_record, study.data.rule
+    figures = {
+        "in_order": stats.mean_interval(record["pairs"]["in_order"]),
+        "words": stats.mean_interval([len(answer.split()) for answer in record["answers"]]),
     }
-    if study.data.rule is not None:
-        items["follows"] = [float(study.data.rule(answer)) for answer in record["answers"]]
-    return {
-        "figures": {name: stats.interval(np.array([values])) for name, values in items.items()},
-        "asked": record["asked"],
-        "right": record["right"],
-        "kept": len(record["kept"]),
-    }
+    if rule is not None:
+        figures["follows"] = stats.mean_interval([rule(answer) for answer in record["answers"]])
+    counts = {"asked": record["asked"], "right": record["right"], "kept": len(record["kept"])}
+    return {"figures": figures, **counts}
 
 
 def judges(study: Study) -> list[Record]:
@@ -139,8 +125,8 @@ def judges(study: Study) -> list[Record]:
             "judge": report["judge"],
             "training_pairs": report["training_pairs"],
             "heldout_pairs": len(report["correct"]),
-            "accuracy": stats.interval(np.array([report["correct"]])),
-            "longer": stats.interval(np.array([report["longer"]])),
+            "accuracy": stats.mean_interval(report["correct"]),
+            "longer": stats.mean_interval(report["longer"]),
         }
         for report in study.judge_reports()
     ]

@@ -27,12 +27,9 @@ from qadapter.text.collator import collate_sequences
 from qadapter.text.tokenization import pad_token_id
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOSS = ("gamma", "reg_coef", "bt_scale", "value_at", "length_norm")
 CHOSEN = ("prompt_ids", "chosen_ids", "chosen_truncated")
 Weights = dict[str, torch.Tensor]
-
-
-class MissingMethodError(Exception):
-    """The method cannot run here; the message says why."""
 
 
 def lora_config(settings: Settings) -> LoraConfig:
@@ -166,8 +163,7 @@ def _own(
     if method == "dpo_own":
         loss = {"reg_coef": 0.0, "bt_scale": settings["beta"], "length_norm": "none"}
     else:
-        names = ("gamma", "reg_coef", "bt_scale", "value_at", "length_norm")
-        loss = {name: settings[name] for name in names}
+        loss = {name: settings[name] for name in LOSS}
     if base_cache is not None and model.alpha_0 == model.center:
         arguments |= {"precompute_base": True, "base_cache_dir": base_cache}
     return QAdapterTrainer(model=model, args=QAdapterConfig(**arguments, **loss), **common)
@@ -199,12 +195,8 @@ class _SftTrainer(QAdapterTrainer):
 
 def _trl(method: str, settings: Settings, base: str, folder: str, common: dict[str, Any]) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        from trl import DPOConfig, DPOTrainer
-    except ImportError as error:
-        raise MissingMethodError(
-            f'{method} needs TRL: pip install "qadapter[trl]" ({error})'
-        ) from None
+    from trl import DPOConfig, DPOTrainer
+
     # Padded and with logits of every token, 4 pairs of 512 tokens took 17 GB. The same gradient.
     micro = min(settings["micro_batch"], 2 if settings["batch"] % 2 == 0 else 1)
     args = DPOConfig(

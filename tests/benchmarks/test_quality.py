@@ -188,19 +188,19 @@ def test_questions_are_different_and_answered_by_their_answer():
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "right", "contained"),
+    ("text", "answer", "right"),
     [
-        ("Paris.", "Paris", True, True),
-        (" paris\nIt is a city", "Paris", True, True),
-        ("The Paris", "Paris", True, True),
-        ("In short, Paris.", "Paris", False, True),
-        ("112", "12", False, False),
-        ("", "12", False, False),
-        ("Paris or Rome", "Paris", False, True),
+        ("Paris.", "Paris", True),
+        (" paris\nIt is a city", "Paris", True),
+        ("The Paris", "Paris", True),
+        ("In short, Paris.", "Paris", False),
+        ("112", "12", False),
+        ("", "12", False),
+        ("Paris or Rome", "Paris", False),
     ],
 )
-def test_right_is_the_answer_and_nothing_else(text, answer, right, contained):
-    assert tasks.right(text, answer) is right and tasks.contained(text, answer) is contained
+def test_right_is_the_answer_and_nothing_else(text, answer, right):
+    assert tasks.right(text, answer) is right
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -11,7 +11,7 @@ from benchmarks import recording
 from benchmarks import report as pages
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import data, decode_cost, report, score, study, summary, train
-from benchmarks.quality.settings import METHODS, QUICK, changed
+from benchmarks.quality.settings import METHODS, QUICK, Run, changed, digest
 from tests.tiny_models import make_base
 from tests.tiny_text import preference_rows
 
@@ -276,17 +276,22 @@ def test_a_sweep_s_table_reads_off_at_equal_forgetting():
     assert "reg_coef 3.0" in first  # the best gain at the middle KL
 
 
-def test_a_method_that_cannot_run_is_named(call, monkeypatch):
-    def missing(*args):
-        raise train.MissingMethodError("dpo needs TRL")
-
-    monkeypatch.setattr(train, "_trl", missing)
-    status, printed, _ = call("--methods", "dpo", "sft")
-    assert status == 0 and "dpo needs TRL" in printed
+def test_a_method_that_cannot_run_is_named(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    status, printed, error = call("--methods", "dpo", "ipo")
+    assert status == 0 and "- ipo: needs TRL" in printed, error
     # DPO is compared all the same where TRL is not there, by the package's own step.
-    for found, more in ((None, ["dpo_own-noise0-seed0"]), (object(), [])):
-        monkeypatch.setattr(command, "find_spec", lambda name, found=found: found)
-        assert call("--list", "--methods", "dpo")[1].split() == ["dpo-noise0-seed0", *more]
+    runs = tmp_path / "out" / "runs"
+    assert [path.name for path in runs.iterdir()] == ["dpo_own-noise0-seed0"]
+    # What was trained elsewhere is summed up here.
+    (runs / "dpo_own-noise0-seed0").rename(runs / "dpo-noise0-seed0")
+    for path in (runs / "dpo-noise0-seed0").glob("*.json"):
+        settings = Run("dpo").settings(changed(QUICK, {**SMALL, "micro_batch": 4}).usual)
+        record = json.loads(path.read_text())
+        record |= {"method": "dpo", "variant": "dpo", "settings_digest": digest(settings)}
+        path.write_text(json.dumps(record))
+    status, printed, error = call("--methods", "dpo", "--done")
+    assert status == 0 and "DPO (TRL)" in printed and "needs TRL" not in printed, error
 
 
 def test_decoding_is_timed_to_the_last_token(base, tmp_path, files_of, monkeypatch):
