@@ -230,7 +230,7 @@ class Point(NamedTuple):
 
 def _points(study: Study, run: Run) -> list[Point]:
     settings = study.settings(run)
-    last, own = settings["steps"], score.trained(**composition(run.method, settings))
+    last, own = settings["steps"], score.trained(**composition(settings))
     answered = study.set.answered_strengths if run.method == "qadapter" else ()
     blends = {s: score.strength(s) for s in study.set.strengths}
     return [

@@ -42,14 +42,11 @@ def lora_config(settings: Settings) -> LoraConfig:
     )
 
 
-def composition(method: str, settings: Settings) -> dict[str, float]:
-    """alpha_0, alpha_tilde and center of the trained policy; other methods' is the LoRA alone."""
-    if method == "qadapter":
-        alpha = float(settings["alpha"])
-        return {"alpha_0": alpha, "alpha_tilde": alpha, "center": float(settings["center"])}
-    if method == "released":
-        return {name: float(settings[name]) for name in ("alpha_0", "alpha_tilde", "center")}
-    return {"alpha_0": 1.0, "alpha_tilde": 1.0, "center": 1.0}
+def composition(settings: Settings) -> dict[str, float]:
+    """alpha_0, alpha_tilde and center of the trained policy; the LoRA alone where a method has no
+    such settings."""
+    usual = {"alpha_0": settings.get("alpha", 1.0), "alpha_tilde": settings.get("alpha", 1.0)}
+    return {n: float(settings.get(n, v)) for n, v in {**usual, "center": 1.0}.items()}
 
 
 def new_model(base: str, settings: Settings, **values: float) -> QAdapterModel:
@@ -156,7 +153,7 @@ def _own(
     replay: list[Row],
     base_cache: str | None,
 ) -> QAdapterTrainer:
-    model = new_model(base, settings, **composition(method, settings))
+    model = new_model(base, settings, **composition(settings))
     arguments = {**_arguments(settings, folder), "drop_long_prompts": True}
     if method in ("sft", "replay"):
         return _SftTrainer(replay, model=model, args=QAdapterConfig(**arguments), **common)
