@@ -26,8 +26,7 @@ def decode_cost(study: Study, rounds: int = 3) -> dict[str, Any]:
 
 
 def _measured(study: Study, rounds: int) -> dict[str, Any]:
-    model = study.scoring_model(study.set.usual)
-    prompts = study.prompts[:PROMPTS]
+    model, prompts = study.model(), study.prompts[:PROMPTS]
     # No end of text, so that every way makes as many tokens.
     eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     tokenizer = copy.deepcopy(study.tokenizer)
@@ -45,11 +44,6 @@ def _measured(study: Study, rounds: int) -> dict[str, Any]:
         way: (times[f"{way} {LONG}"].median - times[f"{way} {SHORT}"].median) / (LONG - SHORT)
         for way in WAYS
     }
-    return {
-        "batch": len(prompts),
-        "threads": torch.get_num_threads(),
-        "rows": [
-            {"way": way, "ms_per_token": value, "times_base": value / ms["base alone"]}
-            for way, value in ms.items()
-        ],
-    }
+    base = ms["base alone"]
+    rows = [{"way": way, "ms_per_token": v, "times_base": v / base} for way, v in ms.items()]
+    return {"batch": len(prompts), "threads": torch.get_num_threads(), "rows": rows}

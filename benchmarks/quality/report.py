@@ -1,12 +1,14 @@
 """Tables of docs/quality.md, and the pictures beside it, from the committed summaries."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from benchmarks.quality import sweep
+from benchmarks.quality.matched import AT_ZERO, read_off
 from benchmarks.quality.settings import METHODS, TITLES
 from benchmarks.tables import Column, Record, Row, conditions, interval, paragraphs, table
 
@@ -21,13 +23,54 @@ TESTED_TITLES = {
 SHARE, EXACT = interval(".0%"), interval(".4f")
 
 
-def _seeds(rows: Iterable[Row]) -> int:
+def policies(record: Record) -> pd.DataFrame:
+    """A row a policy: what it is; `usual`, whether its settings are; each figure as a field; and
+    of trained ones what they have at a KL: "gain at 0.1", and "less gain at 0.1", Q-Adapter's
+    less it."""
+    at_kl: dict[tuple[str, float, str], Row] = defaultdict(dict)
+    for row in record.get("matched", []):
+        fields = at_kl[row["variant"], row["noise"], "trained"]
+        for less, figures in (("", row["figures"]), ("less ", row["reference_less"])):
+            for name, values in (figures or {}).items():
+                fields[f"{less}{name} at {row['kl']:g}"] = values
+    return pd.DataFrame(
+        {
+            **row,
+            "usual": not row["changes"],
+            **row["figures"],
+            **at_kl[row["variant"], row["noise"], row["label"]],
+        }
+        for row in record["rows"]
+    )
+
+
+def _clean(record: Record) -> pd.DataFrame:
+    """Those without noise, by method."""
+    rows, order = policies(record), list(METHODS)
+    return rows[rows["noise"] == 0].sort_values(
+        "method", key=lambda methods: methods.map(order.index), kind="stable"
+    )
+
+
+def title(row: Row, most: int = 0) -> str:
+    """Says how many seeds it has where others have ``most``."""
+    changes = "".join(f", {name} {value}" for name, value in row["changes"].items())
+    label = "" if row["label"] == "trained" else f", {row['label']}"
+    fewer = f" (seeds: {len(row['seeds'])})" if len(row["seeds"]) < most else ""
+    return TITLES[row["method"]] + changes + label + fewer
+
+
+def _most_seeds(rows: Iterable[Row]) -> int:
     return max((len(row["seeds"]) for row in rows), default=1)
+
+
+def _kls(record: Record) -> list[float]:
+    return list(dict.fromkeys(row["kl"] for row in record["matched"]))
 
 
 def heading(record: Record) -> str:
     usual, counts, data = record["set"]["usual"], record["counts"], record["data"]["name"]
-    seeds = _seeds(record["rows"])
+    seeds = _most_seeds(record["rows"])
     return (
         f"{data}: {record['base']}, {usual['steps']} updates of {usual['batch']} pairs (of "
         f"{usual['pairs']}), learning rate {usual['learning_rate']:g}, LoRA r={usual['lora_r']} on "
@@ -37,44 +80,6 @@ def heading(record: Record) -> str:
         f"({conditions(record)}). In brackets: 95 % bootstrap intervals over items"
         + (" and seeds." if seeds > 1 else ".")
     )
-
-
-def title(row: Row, most: int = 0) -> str:
-    """Says how many seeds it has where others have ``most``."""
-    changes = "".join(f", {name} {value}" for name, value in row["changes"].items())
-    fewer = f" (seeds: {len(row['seeds'])})" if len(row["seeds"]) < most else ""
-    return TITLES[row["method"]] + changes + fewer
-
-
-def _policies(record: Record) -> list[Row]:
-    """The rows with `name`, each figure as a field, and what the trained ones have at a KL: "gain
-    at 0.1", and "less gain at 0.1", Q-Adapter's less it."""
-    matched: dict[tuple[str, float, str], Row] = {}
-    for row in record["matched"]:
-        fields = matched.setdefault((row["variant"], row["noise"], "trained"), {})
-        for less, figures in (("", row["figures"]), ("less ", row["reference_less"])):
-            for name, values in (figures or {}).items():
-                fields[f"{less}{name} at {row['kl']:g}"] = values
-    return [
-        {**row, **row["figures"], "name": title(row)}
-        | matched.get((row["variant"], row["noise"], row["label"]), {})
-        for row in record["rows"]
-    ]
-
-
-def _clean(record: Record) -> list[Row]:
-    """Those without noise, by method."""
-    order = list(METHODS)
-    found = [row for row in _policies(record) if row["noise"] == 0]
-    return sorted(found, key=lambda row: order.index(row["method"]))
-
-
-def _kls(record: Record) -> list[float]:
-    return list(dict.fromkeys(row["kl"] for row in record["matched"]))
-
-
-def _table(columns: Sequence[Column], rows: Iterable[Row]) -> str:
-    return table(pd.DataFrame(rows), columns)
 
 
 def _columns(record: Record) -> list[Column]:
@@ -89,7 +94,7 @@ def _columns(record: Record) -> list[Column]:
     ]
     rule = any("follows" in row["figures"] for row in record["rows"])
     return [
-        ("", "name"),
+        ("", title),
         ("pairs right", "accuracy", SHARE),
         ("gain", "gain", interval()),
         *won,
@@ -110,18 +115,21 @@ def _at_kl(kl: float) -> list[Column]:
 
 def main_table(record: Record) -> str:
     """Every method as trained, without noise."""
-    base = record["base_figures"]
-    own = [r for r in _clean(record) if r["label"] == "trained" and not r["changes"]]
-    zero = [0.0, 0.0, 0.0]
-    nothing = {"gain": zero, "kl": zero, "nll_change": zero, "questions": [1.0, 1.0, 1.0]}
-    rows = [{"name": "base", **base["figures"], **nothing}]
-    rows += [{**row, "name": title(row, _seeds(own))} for row in own]
+    base, rows = record["base_figures"], _clean(record)
+    rows = rows[(rows["label"] == "trained") & rows["usual"]]
+    most, zero = _most_seeds(rows.to_dict("records")), [0.0, 0.0, 0.0]
+    about = {"method": "base", "label": "trained", "changes": {}, "seeds": [0] * most}
+    unmoved = {"gain": zero, "kl": zero, "nll_change": zero, "questions": [1.0, 1.0, 1.0]}
+    of_base = {**about, **unmoved, **base["figures"]}
     left_out = "\n".join(f"- {name}: {why}" for name, why in record["missing"].items())
     return paragraphs(
         f"{heading(record)} Of {base['asked']} questions the base answers {base['right']} right, "
         f"of which {base['kept']} are asked here. By the base's own likelihood a token "
         f"{SHARE(base['figures']['in_order'])} of the pairs are in order.",
-        _table(_columns(record), rows),
+        table(
+            pd.DataFrame([of_base, *rows.to_dict("records")]),
+            [("", lambda row: title(row, most)), *_columns(record)[1:]],
+        ),
         left_out and f"Left out:\n\n{left_out}",
     )
 
@@ -132,30 +140,25 @@ def short(records: list[Record]) -> str:
     found = [record for record in records if record["benchmark"] == "quality"]
     if not found:
         return "Not measured yet."
-    record = max(found, key=lambda record: _seeds(record["rows"]))
-    rows = []
-    for row in _clean(record):
-        if row["label"] == "trained" and not row["changes"]:
-            rows.append(row)
-        elif row["variant"] == "qadapter" and row["label"] == "strength 0.5":
-            rows.append(row | {"name": f"{row['name']}, strength 0.5"})
+    record = max(found, key=lambda record: _most_seeds(record["rows"]))
+    rows = _clean(record)
+    half = (rows["variant"] == "qadapter") & (rows["label"] == "strength 0.5")
     columns = [column for column in _columns(record) if column[1] not in ("gain", "words")]
-    return paragraphs(
-        heading(record), _table([*columns, _at_kl(max(_kls(record), default=0.0))[0]], rows)
-    )
+    columns.append(_at_kl(max(_kls(record), default=0.0))[0])
+    shown = rows[(rows["label"] == "trained") & rows["usual"] | half]
+    return paragraphs(heading(record), table(shown, columns))
 
 
 def strength_table(record: Record) -> str:
     """What varies the strength of a method after, or by, its training."""
-    rows = []
-    for row in _policies(record):
-        blended = row["method"] == "qadapter" and row["label"].startswith("strength")
-        varied = row["method"] == "dpo_own" and row["label"] == "trained"
-        stopped = row["method"] == "sft" and not row["label"].startswith("strength")
-        if row["noise"] == 0 and (blended or varied or stopped):
-            label = "" if row["label"] == "trained" else f", {row['label']}"
-            rows.append(row | {"name": row["name"] + label})
-    return paragraphs(heading(record), _table(_columns(record), rows))
+    rows = policies(record)
+    method, blended = rows["method"], rows["label"].str.startswith("strength")
+    shown = (
+        ((method == "qadapter") & blended)
+        | ((method == "dpo_own") & (rows["label"] == "trained"))
+        | ((method == "sft") & ~blended)
+    )
+    return paragraphs(heading(record), table(rows[(rows["noise"] == 0) & shown], _columns(record)))
 
 
 def tests_table(record: Record) -> str:
@@ -170,16 +173,12 @@ def tests_table(record: Record) -> str:
         ("p", "p", "{:.4f}"),
         ("p, Holm", "p_holm", "{:.4f}"),
     ]
-    return paragraphs(
-        f"{record['data']['name']}: Paired by item and seed; p of a sign-flip test over items, "
-        "also adjusted for the number of methods.",
-        _table(columns, record["tests"]),
-    )
+    return paragraphs(record["data"]["name"], table(pd.DataFrame(record["tests"]), columns))
 
 
 def matched_table(record: Record) -> str:
     """Gain at the same forgetting."""
-    columns: list[Column] = [("", "name"), ("seeds", lambda row: len(row["seeds"]))]
+    columns: list[Column] = [("", title), ("seeds", lambda row: len(row["seeds"]))]
     for kl in _kls(record):
         columns += [
             *_at_kl(kl),
@@ -187,56 +186,46 @@ def matched_table(record: Record) -> str:
             ("pairs right", f"accuracy at {kl:g}", SHARE),
             ("NLL change", f"nll_change at {kl:g}", interval(".3f")),
         ]
-    return paragraphs(
-        f"{record['data']['name']}: What each method has where its KL is the same, read off "
-        "between the strengths of its LoRA blended with the base, seed by seed. Intervals and p by "
-        "a bootstrap over pairs, conversations and seeds, which finds the place of that KL in "
-        "every draw anew. Empty: not reached at the largest strength.",
-        _table(columns, [row for row in _clean(record) if row["label"] == "trained"]),
-    )
+    rows = _clean(record)
+    return paragraphs(record["data"]["name"], table(rows[rows["label"] == "trained"], columns))
 
 
 def noise_table(record: Record) -> str:
     """By the share of training pairs that were flipped."""
-    noisy = {row["variant"] for row in record["rows"] if row["noise"] > 0}
-    if not noisy:
+    rows, most = policies(record), _most_seeds(record["rows"])
+    noisy = rows["variant"].isin(rows["variant"][rows["noise"] > 0])
+    if not noisy.any():
         return f"{record['data']['name']}: no run with flipped pairs."
-    rows = [
-        row | {"name": f"{row['noise']:.0%} flipped, {title(row, _seeds(record['rows']))}"}
-        for row in sorted(_policies(record), key=lambda row: (row["noise"], row["variant"]))
-        if row["variant"] in noisy and row["label"] == "trained"
-    ]
     # Runs with noise are scored alone.
-    scored = ("name", "accuracy", "gain", "kl", "nll_change")
-    columns = [column for column in _columns(record) if column[1] in scored]
-    columns += [column for kl in _kls(record) for column in _at_kl(kl)]
-    return paragraphs(heading(record), _table(columns, rows))
+    scored = ("accuracy", "gain", "kl", "nll_change")
+    columns = [
+        ("", lambda row: f"{row['noise']:.0%} flipped, {title(row, most)}"),
+        *(column for column in _columns(record) if column[1] in scored),
+        *(column for kl in _kls(record) for column in _at_kl(kl)),
+    ]
+    rows = rows[noisy & (rows["label"] == "trained")].sort_values(["noise", "variant"])
+    return paragraphs(heading(record), table(rows, columns))
 
 
 def cost_table(record: Record) -> str:
     """Training and decoding."""
-    columns: list[Column] = [
+    training: list[Column] = [
         ("", lambda row: TITLES[row["variant"]]),
         ("runs", "runs"),
         ("threads", "threads"),
         ("seconds a pair", "seconds_per_pair", "{:.3f}"),
         ("MiB", "peak_mib", "{:.0f}"),
     ]
-    text = (
-        f"{record['data']['name']}: the median update's time by its pairs, and what training adds "
-        f"to the resident memory, each the least over the runs ({conditions(record)}). The methods "
-        "of TRL also pass the base in every update; Q-Adapter could keep the base's figures "
-        "(`precompute_base`), which was off."
-    )
-    parts = [text, _table(columns, record["cost"])]
+    decoding: list[Column] = [
+        ("", "way"),
+        ("ms a step", "ms_per_token", "{:.1f}"),
+        ("of the base", "times_base", "{:.2f}x"),
+    ]
+    parts = [f"{record['data']['name']} ({conditions(record)})"]
+    parts.append(table(pd.DataFrame(record["cost"]), training))
     if decode := record.get("decode"):
-        columns = [
-            ("", "way"),
-            ("ms a step", "ms_per_token", "{:.1f}"),
-            ("of the base", "times_base", "{:.2f}x"),
-        ]
         parts.append(f"Generating, a step of a batch of {decode['batch']}:")
-        parts.append(_table(columns, decode["rows"]))
+        parts.append(table(pd.DataFrame(decode["rows"]), decoding))
     return paragraphs(*parts)
 
 
@@ -248,28 +237,37 @@ def judges_table(record: Record) -> str:
         ("right", "accuracy", SHARE),
         ("the longer one wins", "longer", SHARE),
     ]
-    return paragraphs(record["data"]["name"], _table(columns, record["judge_figures"]))
-
-
-def settings_table(record: Record) -> str:
-    """A line a setting of a sweep, the best gain at the middle KL first."""
-    columns: list[Column] = [("setting", "name"), ("seeds", "seeds")]
-    titles = {"accuracy": "accuracy", "gain": "gain", "kl": "KL", "nll_change": "nll change"}
-    columns += [(shown, name, interval(".3f")) for name, shown in titles.items()]
-    for kl in record["kls"]:
-        for name, shown in (("gain", "gain"), ("accuracy", "accuracy"), ("nll_change", "nll")):
-            columns.append((f"{shown} at KL {kl:g}", f"{name} at {kl:g}", "{:.3f}"))
-    return _table(columns, sweep.compared(record["rows"], record["kls"]))
+    return paragraphs(record["data"]["name"], table(pd.DataFrame(record["judge_figures"]), columns))
 
 
 def sweep_table(record: Record) -> str:
-    """Settings of a method against each other."""
-    text = (
-        f"{TITLES[record['method']]}, a line for what differs from the usual settings, the best "
-        f"gain at KL {sweep.middle(record['kls']):g} first. {heading(record)} Figures at a KL are "
-        "read off between the strengths."
-    )
-    return paragraphs(text, settings_table(record))
+    """Settings of a method against each other: a line a setting, the best gain at the middle KL
+    first. Figures at a KL are read off between the strengths; empty where it is not reached."""
+    kls, made = record["kls"], []
+    rows = policies(record)
+    for _, own in rows[~rows["label"].str.startswith("step")].groupby("variant", sort=False):
+        (row,) = own[own["label"] == "trained"].to_dict("records")
+        means = {name: np.array([v[0] for v in own[name]]) for name in ("kl", *AT_ZERO)}
+        row |= {
+            f"{name} at {kl:g}": float(read_off(kl, means["kl"], means[name], zero))
+            for kl in kls
+            for name, zero in AT_ZERO.items()
+            if means["kl"].max() >= kl
+        }
+        made.append(row)
+    middle = f"gain at {kls[len(kls) // 2]:g}"
+    made.sort(key=lambda row: row.get(middle, float("-inf")), reverse=True)
+    columns: list[Column] = [
+        ("setting", lambda row: title(row).partition(", ")[2] or "as usual"),
+        ("seeds", lambda row: len(row["seeds"])),
+    ]
+    titles = {"accuracy": "accuracy", "gain": "gain", "kl": "KL", "nll_change": "nll change"}
+    columns += [(shown, name, interval(".3f")) for name, shown in titles.items()]
+    for kl in kls:
+        for name, shown in (("gain", "gain"), ("accuracy", "accuracy"), ("nll_change", "nll")):
+            columns.append((f"{shown} at KL {kl:g}", f"{name} at {kl:g}", "{:.3f}"))
+    text = f"{TITLES[record['method']]}, the best {middle.replace('at', 'at KL')} first."
+    return paragraphs(f"{text} {heading(record)}", table(pd.DataFrame(made), columns))
 
 
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
@@ -298,5 +296,5 @@ def draw(results: Path, docs: Path) -> list[Path]:
     drawn = []
     for path in sorted(results.glob("quality-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        drawn += figures.draw(record, docs, path.stem)
+        drawn += figures.draw(record["data"]["name"], policies(record), docs, path.stem)
     return drawn

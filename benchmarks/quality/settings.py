@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qadapter.training.config import RELEASED_PRESET
 
@@ -30,29 +30,28 @@ Q_ADAPTER: Settings = {
     "value_at": "next",
 }
 
-METHODS: dict[str, Settings] = {
-    "qadapter": Q_ADAPTER,
-    "released": RELEASED_PRESET,
-    "sft": {},
-    "replay": {"replay_tokens": 64},
-    "dpo": {"beta": 0.1},
-    "ipo": {"beta": 0.1},
-    "dpo_own": {"beta": 0.1},
+
+class Method(NamedTuple):
+    """``settings`` are those that it has beside everybody's."""
+
+    title: str
+    colour: str
+    settings: Settings
+
+
+METHODS = {
+    "qadapter": Method("Q-Adapter", "tab:red", Q_ADAPTER),
+    "released": Method("Q-Adapter, released conventions", "tab:orange", RELEASED_PRESET),
+    "sft": Method("SFT", "tab:green", {}),
+    "replay": Method("Replay", "tab:olive", {"replay_tokens": 64}),
+    "dpo": Method("DPO (TRL)", "tab:blue", {"beta": 0.1}),
+    "ipo": Method("IPO (TRL)", "tab:purple", {"beta": 0.1}),
+    "dpo_own": Method("DPO (this package's step)", "tab:cyan", {"beta": 0.1}),
 }
+TITLES = {"base": "base", **{name: method.title for name, method in METHODS.items()}}
 TRL = ("dpo", "ipo")
 MAIN = [method for method in METHODS if method != "dpo_own"]
 """DPO by this package's step gives TRL's losses at a fraction of its time: for betas and noise."""
-
-TITLES = {
-    "base": "base",
-    "qadapter": "Q-Adapter",
-    "released": "Q-Adapter, released conventions",
-    "sft": "SFT",
-    "replay": "Replay",
-    "dpo": "DPO (TRL)",
-    "ipo": "IPO (TRL)",
-    "dpo_own": "DPO (this package's step)",
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Run:
         return f"{self.variant}-noise{self.noise:g}-seed{self.seed}"
 
     def settings(self, usual: Settings) -> Settings:
-        known = {**usual, **METHODS[self.method]}
+        known = {**usual, **METHODS[self.method].settings}
         for name, _ in self.changes:
             if name not in known:
                 raise ValueError(
@@ -90,21 +89,21 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Set:
-    """How much is trained and measured."""
+    """How much is trained and measured; as it is, the quick one."""
 
-    pairs: int
-    steps: int
+    pairs: int = 108
+    steps: int = 18
     seeds: tuple[int, ...] = (0,)
     noise: tuple[float, ...] = ()
     noisy_methods: tuple[str, ...] = ()
     betas: tuple[float, ...] = ()  # of DPO (`dpo_own`), besides its usual one
     rates: tuple[float, ...] = ()  # learning rates of DPO (`dpo_own`) and SFT, besides everybody's
-    heldout: int  # pairs for accuracy
-    prompts: int  # answered and judged
-    new_tokens: int
-    unrelated: int  # conversations for KL
-    questions: int  # asked of the base; those that it answers right count
-    kept_questions: int  # at most so many
+    heldout: int = 36  # pairs for accuracy
+    prompts: int = 36  # answered and judged
+    new_tokens: int = 40
+    unrelated: int = 24  # conversations for KL
+    questions: int = 160  # asked of the base; those that it answers right count
+    kept_questions: int = 48  # at most so many
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # scored
     answered_strengths: tuple[float, ...] = (0.5, 2.0)  # of Q-Adapter, also answered
     checkpoints: tuple[float, ...] = (0.5,)  # shares of the steps, scored; SFT's are answered too
@@ -122,29 +121,16 @@ class Set:
         fast = [method for method in MAIN if method not in TRL]
         fast += ["dpo_own"] if self.betas or self.rates else []
         made = [Run(method, seed) for seed in self.seeds for method in fast]
+        other: list[tuple[str, tuple[str, Any]]] = [("dpo_own", ("beta", b)) for b in self.betas]
+        other += [(m, ("learning_rate", r)) for r in self.rates for m in ("dpo_own", "sft")]
         for seed in self.seeds:
-            made += [Run("dpo_own", seed, 0.0, (("beta", beta),)) for beta in self.betas]
-            made += [
-                Run(method, seed, 0.0, (("learning_rate", rate),))
-                for rate in self.rates
-                for method in ("dpo_own", "sft")
-            ]
+            made += [Run(method, seed, 0.0, (change,)) for method, change in other]
             made += [Run(m, seed, noise) for noise in self.noise for m in self.noisy_methods]
             made += [Run(method, seed) for method in TRL]
         return made
 
 
-QUICK = Set(
-    pairs=108,
-    steps=18,
-    heldout=36,
-    prompts=36,
-    new_tokens=40,
-    unrelated=24,
-    questions=160,
-    kept_questions=48,
-    training={"learning_rate": 1e-3, "batch": 6, "micro_batch": 6, "warmup_steps": 3},
-)
+QUICK = Set(training={"learning_rate": 1e-3, "batch": 6, "micro_batch": 6, "warmup_steps": 3})
 FULL = Set(
     pairs=160,
     steps=20,

@@ -6,7 +6,7 @@ that an interval holds both kinds of chance. With three seeds the second kind is
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,12 +14,6 @@ DRAWS = 2000
 LEVEL = 0.95
 
 Matrix = np.ndarray[Any, Any]
-
-
-class Interval(NamedTuple):
-    mean: float
-    low: float
-    high: float
 
 
 def bootstrap_counts(rng: np.random.Generator, n: int, count: int = DRAWS) -> Matrix:
@@ -34,61 +28,49 @@ def percentile_interval(values: Matrix) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def interval(
-    values: Sequence[Sequence[float]], weights: Sequence[Sequence[float]] | None = None
-) -> Interval:
-    """Of sum(values) / sum(weights) over [seeds, items]; without weights of the mean."""
-    numerator = _matrix(values)
-    denominator = np.ones_like(numerator) if weights is None else _matrix(weights)
-    if denominator.shape != numerator.shape:
-        raise ValueError(f"weights: expected {numerator.shape}, got {denominator.shape}")
+def interval(values: Matrix, weights: Matrix | None = None) -> list[float]:
+    """[mean, low, high] of sum(values) / sum(weights) over [seeds, items]; without weights of the
+    mean."""
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"values: expected [seeds, items], got shape {values.shape}")
+    weights = np.ones_like(values) if weights is None else weights
+    if weights.shape != values.shape:
+        raise ValueError(f"weights: expected {values.shape}, got {weights.shape}")
     rng = np.random.default_rng(0)
-    seeds, items = numerator.shape
+    seeds, items = values.shape
     # How often each item, and each seed, is drawn.
     columns = bootstrap_counts(rng, items)
     rows = bootstrap_counts(rng, seeds) if seeds > 1 else np.ones((DRAWS, 1))
-    sums = [
-        np.einsum("ds,si,di->d", rows, m, columns, optimize=True) for m in (numerator, denominator)
-    ]
+    sums = [np.einsum("ds,si,di->d", rows, m, columns, optimize=True) for m in (values, weights)]
     ratios = sums[0] / np.maximum(sums[1], 1e-12)
-    return Interval(float(numerator.sum() / denominator.sum()), *percentile_interval(ratios))
+    return [float(values.sum() / weights.sum()), *percentile_interval(ratios)]
 
 
-def _matrix(values: Sequence[Sequence[float]]) -> Matrix:
-    matrix = np.asarray(values, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.size == 0:
-        raise ValueError(f"values: expected [seeds, items], got shape {matrix.shape}")
-    return matrix
+def mean_interval(values: Sequence[float]) -> list[float]:
+    """[mean, low, high] over items alone."""
+    return interval(np.array([values], dtype=float))
 
 
-class Difference(NamedTuple):
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
-def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Difference:
+def paired(first: Matrix, second: Matrix) -> dict[str, float]:
     """first - second on the same seeds and items: interval, and p of a sign-flip test of items.
 
     The test is of the mean over seeds, so it says how sure the difference is for these trainings.
     """
-    a, b = _matrix(first), _matrix(second)
-    if a.shape != b.shape:
-        raise ValueError(f"second: expected {a.shape}, got {b.shape}")
-    made = interval((a - b).tolist())
-    per_item = (a - b).mean(0)
+    if first.shape != second.shape:
+        raise ValueError(f"second: expected {first.shape}, got {second.shape}")
+    mean, low, high = interval(first - second)
+    per_item = (first - second).mean(0)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(5 * DRAWS, per_item.size))
     flipped = np.abs((signs * per_item).mean(1))
     reached = int((flipped >= abs(per_item.mean()) - 1e-12).sum())
-    return Difference(*made, p=(1 + reached) / (1 + len(flipped)))
+    return {"mean": mean, "low": low, "high": high, "p": (1 + reached) / (1 + len(flipped))}
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Any) -> Matrix:
     """Adjusted for that several are looked at."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    scaled = np.minimum(1.0, np.arange(len(p), 0, -1) * p[order])
+    adjusted[order] = np.maximum.accumulate(scaled)
     return adjusted

@@ -15,6 +15,9 @@ TABLES: dict[str, Any] = json.loads(
 )
 
 
+TOKENS = 8  # of an answer
+
+
 class Question(NamedTuple):
     kind: str
     text: str
@@ -89,8 +92,3 @@ def right(text: str, answer: str) -> bool:
     line = next((part for part in text.strip().splitlines() if part.strip()), "")
     words = re.sub(r"\b(the|a|an)\b|[^\w\s-]", " ", line.casefold()).split()
     return " ".join(words) == answer.casefold()
-
-
-def contained(text: str, answer: str) -> bool:
-    """The answer as a word, whatever is around it."""
-    return re.search(rf"(?<!\w){re.escape(answer.casefold())}(?!\w)", text.casefold()) is not None

@@ -12,7 +12,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,24 +27,9 @@ from qadapter.text.collator import collate_sequences
 from qadapter.text.tokenization import pad_token_id
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOSS = ("gamma", "reg_coef", "bt_scale", "value_at", "length_norm")
 CHOSEN = ("prompt_ids", "chosen_ids", "chosen_truncated")
 Weights = dict[str, torch.Tensor]
-
-
-class MissingMethodError(Exception):
-    """The method cannot run here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """``weights`` of the LoRA by step; ``log`` is what the trainer logged."""
-
-    weights: dict[int, Weights]
-    seconds: float
-    seconds_per_pair: float
-    peak_mib: float
-    threads: int
-    log: list[dict[str, float]]
 
 
 def lora_config(settings: Settings) -> LoraConfig:
@@ -58,14 +42,11 @@ def lora_config(settings: Settings) -> LoraConfig:
     )
 
 
-def composition(method: str, settings: Settings) -> dict[str, float]:
-    """alpha_0, alpha_tilde and center of the trained policy; other methods' is the LoRA alone."""
-    if method == "qadapter":
-        alpha = float(settings["alpha"])
-        return {"alpha_0": alpha, "alpha_tilde": alpha, "center": float(settings["center"])}
-    if method == "released":
-        return {name: float(settings[name]) for name in ("alpha_0", "alpha_tilde", "center")}
-    return {"alpha_0": 1.0, "alpha_tilde": 1.0, "center": 1.0}
+def composition(settings: Settings) -> dict[str, float]:
+    """alpha_0, alpha_tilde and center of the trained policy; the LoRA alone where a method has no
+    such settings."""
+    usual = {"alpha_0": settings.get("alpha", 1.0), "alpha_tilde": settings.get("alpha", 1.0)}
+    return {n: float(settings.get(n, v)) for n, v in {**usual, "center": 1.0}.items()}
 
 
 def new_model(base: str, settings: Settings, **values: float) -> QAdapterModel:
@@ -85,9 +66,10 @@ def train(
     replay: list[Row],
     on_step: Callable[[int], None] = lambda step: None,
     base_cache: str | None = None,
-) -> Trained:
-    """``rows`` are pairs (as text); ``replay`` prompts with the base's answers, tokenised.
+) -> tuple[dict[int, Weights], dict[str, Any]]:
+    """The LoRA's weights by step, and what it cost, with what the trainer logged.
 
+    ``rows`` are pairs (as text); ``replay`` prompts with the base's answers, tokenised.
     ``base_cache``: where Q-Adapter and DPO by its step keep and find what the base contributes.
     """
     watch = _Watch({*checkpoints, settings["steps"]}, on_step)
@@ -104,14 +86,17 @@ def train(
         seconds = time.perf_counter() - started
     # The first step also warms up.
     steps = watch.seconds[1:] or watch.seconds
-    log = [
-        {k: v for k, v in line.items() if isinstance(v, int | float)}
-        for line in trainer.state.log_history
-        if "loss" in line
-    ]
-    per_pair = statistics.median(steps) / settings["batch"]
-    threads = torch.get_num_threads()
-    return Trained(watch.weights, seconds, per_pair, peak.mebibytes, threads, log)
+    return watch.weights, {
+        "seconds": seconds,
+        "seconds_per_pair": statistics.median(steps) / settings["batch"],
+        "peak_mib": peak.mebibytes,
+        "threads": torch.get_num_threads(),
+        "log": [
+            {k: v for k, v in line.items() if isinstance(v, int | float)}
+            for line in trainer.state.log_history
+            if "loss" in line
+        ],
+    }
 
 
 class _Watch(TrainerCallback):
@@ -168,15 +153,14 @@ def _own(
     replay: list[Row],
     base_cache: str | None,
 ) -> QAdapterTrainer:
-    model = new_model(base, settings, **composition(method, settings))
+    model = new_model(base, settings, **composition(settings))
     arguments = {**_arguments(settings, folder), "drop_long_prompts": True}
     if method in ("sft", "replay"):
         return _SftTrainer(replay, model=model, args=QAdapterConfig(**arguments), **common)
     if method == "dpo_own":
         loss = {"reg_coef": 0.0, "bt_scale": settings["beta"], "length_norm": "none"}
     else:
-        names = ("gamma", "reg_coef", "bt_scale", "value_at", "length_norm")
-        loss = {name: settings[name] for name in names}
+        loss = {name: settings[name] for name in LOSS}
     if base_cache is not None and model.alpha_0 == model.center:
         arguments |= {"precompute_base": True, "base_cache_dir": base_cache}
     return QAdapterTrainer(model=model, args=QAdapterConfig(**arguments, **loss), **common)
@@ -208,12 +192,8 @@ class _SftTrainer(QAdapterTrainer):
 
 def _trl(method: str, settings: Settings, base: str, folder: str, common: dict[str, Any]) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        from trl import DPOConfig, DPOTrainer
-    except ImportError as error:
-        raise MissingMethodError(
-            f'{method} needs TRL: pip install "qadapter[trl]" ({error})'
-        ) from None
+    from trl import DPOConfig, DPOTrainer
+
     # Padded and with logits of every token, 4 pairs of 512 tokens took 17 GB. The same gradient.
     micro = min(settings["micro_batch"], 2 if settings["batch"] % 2 == 0 else 1)
     args = DPOConfig(

@@ -11,7 +11,7 @@ from benchmarks import recording
 from benchmarks import report as pages
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import data, decode_cost, report, score, study, summary, train
-from benchmarks.quality.settings import METHODS, QUICK, changed
+from benchmarks.quality.settings import METHODS, QUICK, Run, changed, digest
 from tests.tiny_models import make_base
 from tests.tiny_text import preference_rows
 
@@ -32,14 +32,14 @@ def base(tmp_path_factory, tiny_tokenizer):
 
 
 def trained(method, base, tokenizer, replay=(), rows=ROWS, **changes):
-    settings = {**SETTINGS, **METHODS[method], **changes}
+    settings = {**SETTINGS, **METHODS[method].settings, **changes}
     return train.train(method, settings, base, tokenizer, preference_rows(rows), [1], list(replay))
 
 
 def chosen_scores(base, tokenizer, rows):
     model = train.new_model(base, SETTINGS)
     made = score.score(model, tokenizer, rows, "chosen", [score.strength(1.0)])
-    return sum(s["base_logp"] for s in made), sum(s["tokens"] for s in made)
+    return made["base_logp"].sum(), made["tokens"].sum()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def tokenised(tiny_tokenizer):
 @pytest.mark.parametrize("method", [m for m in ALL if m != "qadapter"])
 def test_every_method_starts_at_the_same_lora(method, base, tiny_tokenizer, tokenised):
     start, other = (
-        trained(m, base, tiny_tokenizer, tokenised, learning_rate=0.0).weights[2]
+        trained(m, base, tiny_tokenizer, tokenised, learning_rate=0.0)[0][2]
         for m in ("qadapter", method)
     )
     assert start.keys() == other.keys() and start
@@ -64,31 +64,31 @@ def test_dpo_is_q_adapter_without_its_regulariser(base, tiny_tokenizer):
     common = {"steps": 4, "learning_rate": 1e-2}
     dpo = trained("dpo", base, tiny_tokenizer, beta=0.3, **common)
     own = trained("dpo_own", base, tiny_tokenizer, beta=0.3, **common)
-    losses = [[line["loss"] for line in made.log] for made in (dpo, own)]
+    losses = [[line["loss"] for line in cost["log"]] for _, cost in (dpo, own)]
     assert len(losses[0]) == 4 and losses[0][0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
     assert abs(losses[0][-1] - losses[0][0]) > 0.02
 
 
 def test_sft_lowers_the_likelihood_of_the_chosen_alone(base, tiny_tokenizer, tokenised):
-    made = trained("sft", base, tiny_tokenizer, batch=8, micro_batch=4, learning_rate=0.0)
+    _, made = trained("sft", base, tiny_tokenizer, batch=8, micro_batch=4, learning_rate=0.0)
     logp, tokens = chosen_scores(base, tiny_tokenizer, tokenised)
-    assert made.log[0]["loss"] == pytest.approx(-logp / tokens, abs=1e-3)
+    assert made["log"][0]["loss"] == pytest.approx(-logp / tokens, abs=1e-3)
 
 
 def test_replay_adds_the_base_s_answers(base, tiny_tokenizer, tokenised):
     arguments = {"rows": 4, "batch": 4, "micro_batch": 4, "learning_rate": 0.0, "steps": 1}
     replayed = tokenised[5:7]
-    made = trained("replay", base, tiny_tokenizer, replayed, **arguments)
+    _, made = trained("replay", base, tiny_tokenizer, replayed, **arguments)
     # Four chosen responses, and as many replayed ones in turns; a mean over all their tokens.
     own, twice = (chosen_scores(base, tiny_tokenizer, part) for part in (tokenised[:4], replayed))
     expected = -(own[0] + 2 * twice[0]) / (own[1] + 2 * twice[1])
-    assert made.log[0]["loss"] == pytest.approx(expected, abs=1e-3)
+    assert made["log"][0]["loss"] == pytest.approx(expected, abs=1e-3)
     assert abs(expected + own[0] / own[1]) > 1e-2
 
 
 def test_the_released_conventions_start_at_the_base_s_logits(base, tiny_tokenizer):
-    own, released = (trained(m, base, tiny_tokenizer).log[0]["loss"] for m in OURS[:2])
+    own, released = (trained(m, base, tiny_tokenizer)[1]["log"][0]["loss"] for m in OURS[:2])
     assert own == pytest.approx(0.6931, abs=1e-3) and abs(released - own) > 0.1
 
 
@@ -116,8 +116,8 @@ def call(base, files_of, tmp_path, monkeypatch, capsys):
     small += ["heldout=6", "prompts=3", "new_tokens=3", "unrelated=3", "questions=17"]
     small += ["strengths=0.5,1", "answered_strengths=0.5", "checkpoints=0.5"]
 
-    def run(*options, name="run"):
-        arguments = [name, "--model", base, "--output", tmp_path / "out"]
+    def run(*options):
+        arguments = ["--model", base, "--output", tmp_path / "out"]
         arguments += ["--data", files_of / "train.jsonl", "--heldout", files_of / "test.jsonl"]
         arguments += ["--unrelated", files_of / "other.jsonl", "--judges", "n-grams"]
         arguments += [part for change in small for part in ("--change", change)]
@@ -224,38 +224,74 @@ def test_noise_pictures_and_report(call, tmp_path, monkeypatch, capsys):
 
 
 def test_a_sweep_is_resumed_and_compares_variants(call, tmp_path, monkeypatch):
-    vary = ["--vary", "reg_coef=0,0.5", "--kl", "0.0001"]
-    status, printed, error = call(*vary, name="sweep")
+    vary = ["--vary", "reg_coef=0,0.5"]
+    status, printed, error = call(*vary)
     assert status == 0, error
     variants = {"qadapter", "qadapter-reg_coef=0", "qadapter-reg_coef=0.5"}
     named = {"as usual", "reg_coef 0", "reg_coef 0.5"}
-    assert {line.split("|")[1].strip() for line in printed.splitlines()[2:] if line} == named
+    assert named <= {line.split("|")[1].strip() for line in printed.splitlines() if "|" in line}
     record = json.loads((tmp_path / "out" / "sweep-qadapter.json").read_text())
     assert record["benchmark"] == "quality_sweep"
     rows = record["rows"]
-    table = report.sweep_table(record)
-    assert all(name in table for name in named)
     assert {row["variant"] for row in rows} == variants
     assert all("words" not in row["figures"] for row in rows)
     monkeypatch.setattr(study, "train", never)
-    assert call(*vary, name="sweep")[0] == 0
+    assert call(*vary)[0] == 0
     # The comparison takes the training over, and adds answers.
     assert call("--methods", "qadapter")[0] == 0
-    status, _, error = call("--vary", "reg_koef=1", name="sweep")
+    status, _, error = call("--vary", "reg_koef=1")
     assert status == 2 and "reg_koef" in error
+    status, _, error = call(*vary, "--methods", "sft", "dpo_own")
+    assert status == 2 and "expected one of --methods" in error
 
 
-def test_a_method_that_cannot_run_is_named(call, monkeypatch):
-    def missing(*args):
-        raise train.MissingMethodError("dpo needs TRL")
+def test_a_sweep_s_table_reads_off_at_equal_forgetting():
+    def row(value, label, strength):
+        figures = {"kl": 0.04 * strength**2, "gain": value * strength, "nll_change": 0.0}
+        figures = {name: [figure] * 3 for name, figure in {**figures, "accuracy": 0.7}.items()}
+        changes = {"reg_coef": value}
+        about = {"variant": f"qadapter-{value}", "method": "qadapter", "changes": changes}
+        return {**about, "noise": 0.0, "label": label, "seeds": [0], "figures": figures}
 
-    monkeypatch.setattr(train, "_trl", missing)
-    status, printed, _ = call("--methods", "dpo", "sft")
-    assert status == 0 and "dpo needs TRL" in printed
+    points = (("trained", 1.0), ("strength 2", 2.0), ("step 1", 9.0))
+    rows = [row(value, *point) for value in (1.0, 3.0) for point in points]
+    counts = dict.fromkeys(("heldout", "prompts", "unrelated", "questions"), 1)
+    machine = {"cpu": "a CPU", "threads": 1, "torch": torch.__version__, "date": "2026-01-01"}
+    record = {"benchmark": "quality_sweep", "method": "qadapter", "kls": [0.09, 9.0]}
+    record |= {"set": {"usual": QUICK.usual}, "counts": counts, "data": {"name": "tiny"}}
+    record |= {"environment": machine, "base": "tiny", "rows": rows}
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report.sweep_table(record).splitlines()
+        if line.startswith("|")
+    ]
+    at = cells[0].index("gain at KL 0.09")
+    record["kls"] = [0.09]
+    # Strength 1.5 has that KL, and none has the other.
+    assert [(line[0], line[at], line[at + 3]) for line in cells[2:]] == [
+        ("reg_coef 1.0", "1.500", ""),
+        ("reg_coef 3.0", "4.500", ""),
+    ]
+    first = next(line for line in report.sweep_table(record).splitlines() if "reg_coef" in line)
+    assert "reg_coef 3.0" in first  # the best gain at the middle KL
+
+
+def test_a_method_that_cannot_run_is_named(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    status, printed, error = call("--methods", "dpo", "ipo")
+    assert status == 0 and "- ipo: needs TRL" in printed, error
     # DPO is compared all the same where TRL is not there, by the package's own step.
-    for found, more in ((None, ["dpo_own-noise0-seed0"]), (object(), [])):
-        monkeypatch.setattr(command, "find_spec", lambda name, found=found: found)
-        assert call("--list", "--methods", "dpo")[1].split() == ["dpo-noise0-seed0", *more]
+    runs = tmp_path / "out" / "runs"
+    assert [path.name for path in runs.iterdir()] == ["dpo_own-noise0-seed0"]
+    # What was trained elsewhere is summed up here.
+    (runs / "dpo_own-noise0-seed0").rename(runs / "dpo-noise0-seed0")
+    for path in (runs / "dpo-noise0-seed0").glob("*.json"):
+        settings = Run("dpo").settings(changed(QUICK, {**SMALL, "micro_batch": 4}).usual)
+        record = json.loads(path.read_text())
+        record |= {"method": "dpo", "variant": "dpo", "settings_digest": digest(settings)}
+        path.write_text(json.dumps(record))
+    status, printed, error = call("--methods", "dpo", "--done")
+    assert status == 0 and "DPO (TRL)" in printed and "needs TRL" not in printed, error
 
 
 def test_decoding_is_timed_to_the_last_token(base, tmp_path, files_of, monkeypatch):
@@ -273,17 +309,18 @@ def test_decoding_is_timed_to_the_last_token(base, tmp_path, files_of, monkeypat
     pairs = data.load(str(files_of / "train.jsonl"), str(files_of / "test.jsonl"))
     chosen = changed(QUICK, {"prompts": 2, "new_tokens": 2, "questions": 5, "lora_r": 2})
     made = study.Study(chosen, pairs, tmp_path / "out", base, ("n-grams",))
-    before = made.model.generation_config.eos_token_id
+    before = made.model().generation_config.eos_token_id
     lengths.clear()
     record = decode_cost.decode_cost(made, rounds=1)
     assert [row["way"] for row in record["rows"]] == list(decode_cost.WAYS)
     assert record["rows"][0]["times_base"] == 1.0
     assert lengths and all(asked == tokens for asked, tokens in lengths)
-    assert made.model.generation_config.eos_token_id == before == 2
+    assert made.model().generation_config.eos_token_id == before == 2
 
 
 def test_an_untouched_policy_is_right_half_the_time():
-    assert summary.accuracy([0.0, 1.0, -1.0]) == [0.5, 1.0, 0.0]
+    point = {"pairs": {"gain": [0.0, 1.0, -1.0]}, "unrelated": {"kl": [], "nll_change": []}}
+    assert summary._metrics(point)["accuracy"] == [0.5, 1.0, 0.0]
 
 
 def test_costs_are_of_runs_that_pass_the_base():
