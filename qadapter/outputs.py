@@ -84,7 +84,8 @@ class BaseMoments(_Moments):
     def rows(self, index: Tensor | slice) -> "BaseMoments":
         """Those of some states."""
         kept = None if self.gradient_row is None else self.gradient_row[index]
-        return BaseMoments(*(field[index] for field in self), kept)
+        lse, mean_logit, mean_row, mean_bias = (field[index] for field in self)
+        return BaseMoments(lse, mean_logit, mean_row, mean_bias, kept)
 
 
 class Sample(NamedTuple):

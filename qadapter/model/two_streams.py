@@ -92,7 +92,7 @@ class TwoStreamForward(TrainerHooks):
             given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
             arguments = {name: value for name, value in given.items() if value is not None}
             if actions is None or use_logits or not self.selects_hidden_rows:
-                made_of = values.values_of_logits
+                made_of: Callable[..., Any] = values.values_of_logits
                 if anchors is not None and rows is not None:
                     rows = torch.cat((rows, anchors["rows"]))
                     made_of = values.anchored_values_of_logits
@@ -182,7 +182,11 @@ class TwoStreamForward(TrainerHooks):
         knows of the base there."""
         head = self.hf_model.get_output_embeddings()
         alpha = 1.0 / strength
-        composition = {"alpha_0": alpha, "alpha_tilde": alpha, "center": self.center}
+        composition: dict[str, Any] = {
+            **self.composition,
+            "alpha_0": alpha,
+            "alpha_tilde": alpha,
+        }
         actions = torch.full(q_hidden.shape[:1], -100, device=q_hidden.device)
         values = QF.linear_residual_values(
             of_base["hidden"], q_hidden, head.weight, actions, bias=head.bias, **composition

@@ -84,7 +84,8 @@ def _with_anchors(
     """One more group each, behind the pairs: ``anchors`` as in `PreferenceCollator`."""
     own = ("input_ids", "position_ids", *packed_attention.ARGUMENTS)
     pairs = {name: batch[name] for name in own if name in batch}
-    at, states = pairs["input_ids"].shape[1], []
+    at = pairs["input_ids"].shape[1]
+    states: list[int] = []
     for anchor in anchors:
         states.extend(range(at + anchor.first, at + len(anchor.ids)))
         at += len(anchor.ids)

@@ -119,7 +119,7 @@ class AnchoredTraining(Trainer):
             )
         assert isinstance(pairs, Dataset)
         column = [chosen.of_pair(index, share) for index in range(len(pairs))]
-        return pairs.add_column("anchors", column)  # type: ignore[call-arg]
+        return pairs.add_column("anchors", column)
 
     # Measuring.
 
@@ -187,7 +187,8 @@ class AnchoredTraining(Trainer):
         own.eval()
         parts = []
         for part in self._batches(chosen.held_out):
-            batch = on_device(self.data_collator([], [chosen.anchors[n] for n in part]), own.device)
+            collate: Any = self.data_collator
+            batch = on_device(collate([], [chosen.anchors[n] for n in part]), own.device)
             with self.compute_loss_context_manager():
                 q_hidden = own.anchor_hidden(batch)
             of_base = on_device(chosen.batch(part), own.device)

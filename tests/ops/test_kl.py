@@ -82,7 +82,7 @@ def test_is_the_sum_over_the_vocabulary(device, dtype, kind, composition):
         torch.testing.assert_close(gradient, gradient_exact, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("moved, low, high", [(3e-4, 1e-7, 1e-5), (3.0, 5.0, 50.0)])
+@pytest.mark.parametrize(("moved", "low", "high"), [(3e-4, 1e-7, 1e-5), (3.0, 5.0, 50.0)])
 def test_from_tiny_to_large(device, moved, low, high):
     base, q, weight = streams(device, torch.float32, moved, size=4.0)
     kl, _ = ours(base, q, weight, None, 1.0, DEFAULT)
