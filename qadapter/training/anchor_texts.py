@@ -238,8 +238,7 @@ class _Maker:
             )
 
     def take_prompts(self, prompts: Sequence[Any], count: int) -> None:
-        """The first ``count`` different ones, checked, the longest first: what does not fit shows
-        at once, and those of like length share a batch."""
+        """The first ``count`` different ones, checked: what does not fit shows at once."""
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"prompts: expected a list of one or more, got {prompts!r:.80}")
         seen: dict[str, tuple[Any, list[int]]] = {}
@@ -256,7 +255,7 @@ class _Maker:
             elif len(seen) < count:
                 self._fits(len(ids) + self.max_new_tokens, f"{place} and max_new_tokens")
                 seen[key] = checked, ids
-        self.prompts = sorted(seen.values(), key=lambda both: -len(both[1]))
+        self.prompts = list(seen.values())
 
     def block(
         self, start: int, size: int, rows: Sequence[dict[str, Any]], count: int
