@@ -101,7 +101,8 @@ def _summary(rows: list[dict[str, Any]], prompts: list[Any] | None, output: Path
     cut = sum(row["truncated"] for row in rows)
     parts = [f"{len(rows)} anchors in {output}", f"{cut} of them cut at --max-new-tokens"]
     if prompts is None:
-        parts.append(f"{rows[-1]['draw'] + 1 - len(rows)} draws were duplicates or empty")
+        parts.append(f"draws left out as duplicates or empty: {rows[-1]['draw'] + 1 - len(rows)}")
     elif len(prompts) > len(rows):
-        parts.append(f"{len(prompts) - len(rows)} prompts repeated, unanswered or beyond --count")
+        left = len(prompts) - len(rows)
+        parts.append(f"prompts left out as repeated, unanswered or beyond --count: {left}")
     return ", ".join(parts)

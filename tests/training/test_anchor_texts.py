@@ -129,8 +129,9 @@ def test_another_seed_is_another_set(model, expected):
     assert not {str(row["messages"]) for row in other} & {str(row["messages"]) for row in expected}
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("cut", [0, 9, 5000])
+@pytest.mark.parametrize(
+    ("calls", "cut"), [(0, 0), (1, 0), (2, 0), (2, 9), (3, 5000), (4, 9), (5, 0)]
+)
 def test_interrupted_it_goes_on_to_the_same(model, expected, tmp_path, monkeypatch, calls, cut):
     path = tmp_path / "anchors.jsonl"
     done, original = [], anchor_texts.answer
