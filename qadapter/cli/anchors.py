@@ -60,7 +60,7 @@ def anchors(options: argparse.Namespace) -> int:
             path=output,
             prompts=prompts,
         )
-    except KeyboardInterrupt:
+    except BaseException:
         if output.exists():
             print(f"what was made is in {output}; --resume goes on", file=sys.stderr)
         raise

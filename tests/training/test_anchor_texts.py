@@ -12,7 +12,8 @@ from qadapter import QAdapterModel
 from qadapter.text.answers import derived_seed
 from qadapter.text.messages import message_list
 from qadapter.training import anchor_texts
-from qadapter.training.anchor_texts import chat_turns, make_anchors, read_anchors
+from qadapter.training.anchor_files import append, read_anchors
+from qadapter.training.anchor_texts import chat_turns, make_anchors
 from tests.text.chat_tokenizer import make_tokenizer
 from tests.tiny_models import make_base, perturb
 from tests.tiny_text import word_tokenizer
@@ -315,7 +316,7 @@ def test_rows_load_as_conversations(expected, tmp_path):
     from datasets import load_dataset
 
     path = tmp_path / "anchors.jsonl"
-    anchor_texts._append(path, expected)
+    append(path, expected)
     loaded = load_dataset("json", data_files=[str(path)], split="train", cache_dir=str(tmp_path))
     for row, made in zip(loaded, expected, strict=True):
         assert message_list(row["messages"], "a row", "messages") == made["messages"]
@@ -332,7 +333,7 @@ def test_rows_load_as_conversations(expected, tmp_path):
 )
 def test_a_file_of_other_settings_is_refused(model, expected, tmp_path, options, message):
     path = tmp_path / "anchors.jsonl"
-    anchor_texts._append(path, expected)
+    append(path, expected)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=message):
         make_anchors(model, word_tokenizer(), 10, path=path, **{**SHORT, **options})
@@ -341,7 +342,7 @@ def test_a_file_of_other_settings_is_refused(model, expected, tmp_path, options,
 
 def test_a_file_of_another_base_is_refused(model, expected, tmp_path):
     path = tmp_path / "anchors.jsonl"
-    anchor_texts._append(path, expected)
+    append(path, expected)
     tokenizer = word_tokenizer()
     larger = make_model(make_base("llama", vocab=97))
     with pytest.raises(
@@ -377,7 +378,7 @@ def test_a_file_of_something_else_is_left_alone(model, tmp_path, content, messag
 
 def test_rows_out_of_order_are_refused(expected, tmp_path):
     path = tmp_path / "anchors.jsonl"
-    anchor_texts._append(path, [*expected[:2], expected[1]])
+    append(path, [*expected[:2], expected[1]])
     with pytest.raises(ValueError, match="twice or out of order"):
         read_anchors(path)
 
