@@ -163,9 +163,11 @@ def _blocks(
         have = sum(row["draw"] < start for row in rows)
         if len(rows) >= count:
             return
-        missing = limit - start if given else count - have
-        # A few more than are missing: some will be duplicates, and a batch for them alone is slow.
-        wanted = missing if given else missing + math.ceil(missing / 16)
+        wanted = limit - start if given else count - have
+        if have and not given:
+            # As many of them will be left out as were so far; small batches are slow.
+            wanted = math.ceil(wanted * start / have)
+        # Even shares, not full batches and a small one.
         size = math.ceil(wanted / math.ceil(wanted / batch_size))
         size = min(size, limit - start)
         if start + size > last + 1:
