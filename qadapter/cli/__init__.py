@@ -1,4 +1,5 @@
-"""The command line, one file per command: qadapter train | generate | chat | eval | demo | env."""
+"""The command line, one file per command:
+qadapter train | anchors | generate | chat | eval | demo | env."""
 
 from qadapter.cli.commands import main
 

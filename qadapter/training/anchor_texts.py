@@ -23,10 +23,10 @@ from qadapter.text.answers import Answer, answer, derived_seed
 from qadapter.text.messages import is_unfinished, message_list, render
 from qadapter.text.prompts import checked_seed, prompt_ids, prompt_row, prompt_text
 from qadapter.text.tokenization import eos_token_ids
+from qadapter.training.anchor_files import append, check_same, read_anchors
 
 BATCH_SIZE = 128
 TRIES = 4  # draws for each text that is wanted, at most
-SETTINGS = ("source", "seed", "max_new_tokens", "max_prompt_tokens", "dtype")
 MARKER = "qadapter-content-goes-here"
 
 
@@ -132,7 +132,7 @@ def make_anchors(
         for start, size in _blocks(rows, count, batch_size, prompts is not None):
             made = maker.block(start, size, rows, count)
             if made and path is not None:
-                _append(path, made)
+                append(path, made)
             rows += made
             bar.update(len(made))
     rows = rows[:count]
@@ -163,9 +163,11 @@ def _blocks(
         have = sum(row["draw"] < start for row in rows)
         if len(rows) >= count:
             return
-        missing = limit - start if given else count - have
-        # A few more than are missing: some will be duplicates, and a batch for them alone is slow.
-        wanted = missing if given else missing + math.ceil(missing / 16)
+        wanted = limit - start if given else count - have
+        if have and not given:
+            # As many of them will be left out as were so far; small batches are slow.
+            wanted = math.ceil(wanted * start / have)
+        # Even shares, not full batches and a small one.
         size = math.ceil(wanted / math.ceil(wanted / batch_size))
         size = min(size, limit - start)
         if start + size > last + 1:
@@ -238,8 +240,7 @@ class _Maker:
             )
 
     def take_prompts(self, prompts: Sequence[Any], count: int) -> None:
-        """The first ``count`` different ones, checked, the longest first: what does not fit shows
-        at once, and those of like length share a batch."""
+        """The first ``count`` different ones, checked: what does not fit shows at once."""
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"prompts: expected a list of one or more, got {prompts!r:.80}")
         seen: dict[str, tuple[Any, list[int]]] = {}
@@ -256,26 +257,22 @@ class _Maker:
             elif len(seen) < count:
                 self._fits(len(ids) + self.max_new_tokens, f"{place} and max_new_tokens")
                 seen[key] = checked, ids
-        self.prompts = sorted(seen.values(), key=lambda both: -len(both[1]))
+        self.prompts = list(seen.values())
 
     def block(
         self, start: int, size: int, rows: Sequence[dict[str, Any]], count: int
     ) -> list[dict[str, Any]]:
         """The rows of draws start to start + size, without those that ``rows`` has already."""
         draws = list(range(start, start + size))
+        there = {row["draw"]: row for row in rows}
         if self.prompts:
-            beginnings = [self.prompts[draw] for draw in draws]
-            contents = self._answers(draws, beginnings)
+            contents = self._answers(draws, [self.prompts[draw] for draw in draws])
         elif self.chats:
-            earlier = {_normal(r["messages"][0]["content"]) for r in rows if r["draw"] < start}
-            room = count - sum(row["draw"] < start for row in rows)
-            questions = self._questions(draws, earlier)
-            questions = dict(list(questions.items())[:room])
+            room = count - sum(draw < start for draw in there)
+            questions = dict(list(self._questions(draws, there).items())[:room])
             contents = self._answers(list(questions), list(questions.values()))
         else:
-            earlier = {_normal(row["text"]) for row in rows if row["draw"] < start}
-            contents = self._texts(draws, earlier)
-        there = {row["draw"] for row in rows}
+            contents = self._texts(draws, there)
         return [
             {**content, "draw": draw, **self.settings}
             for draw, content in contents.items()
@@ -301,16 +298,21 @@ class _Maker:
             max_new_tokens=self.max_prompt_tokens if part == 0 else self.max_new_tokens,
         )
 
-    def _questions(self, draws: Sequence[int], earlier: set[str]) -> dict[int, Any]:
-        """Draw to prompt: the messages and their ids, of questions that are new."""
+    def _questions(self, draws: Sequence[int], there: dict[int, Any]) -> dict[int, Any]:
+        """Draw to prompt: the messages and their ids, of questions that are new, or of rows that
+        are ``there`` and were of this batch."""
         assert self.turns is not None
+        earlier = {_normal(row["messages"][0]["content"]) for row in there.values()}
         made = self._sampled(draws, [self.first] * len(draws), self.turns.user_end, 0)
         questions: dict[int, Any] = {}
         for draw, one in zip(draws, made, strict=True):
-            text = _whole_characters(one).strip()
-            if self._is_new(text, earlier):
+            if draw in there:
+                messages = there[draw]["messages"][:1]
+            elif self._is_new(text := _whole_characters(one).strip(), earlier):
                 messages = [{"role": "user", "content": text}]
-                questions[draw] = messages, prompt_ids(self.tokenizer, messages)
+            else:
+                continue
+            questions[draw] = messages, prompt_ids(self.tokenizer, messages)
         return questions
 
     def _answers(self, draws: Sequence[int], prompts: Sequence[Any]) -> dict[int, dict[str, Any]]:
@@ -340,12 +342,13 @@ class _Maker:
             return {"messages": [*messages[:-1], {**last, "content": last["content"] + text}]}
         return {"messages": [*messages, {"role": "assistant", "content": text}]}
 
-    def _texts(self, draws: Sequence[int], earlier: set[str]) -> dict[int, dict[str, Any]]:
+    def _texts(self, draws: Sequence[int], there: dict[int, Any]) -> dict[int, dict[str, Any]]:
+        earlier = {_normal(row["text"]) for row in there.values()}
         made = self._sampled(draws, [self.first] * len(draws), None, 1)
         contents: dict[int, dict[str, Any]] = {}
         for draw, one in zip(draws, made, strict=True):
             text = _whole_characters(one)
-            if self._is_new(text, earlier):
+            if draw not in there and self._is_new(text, earlier):
                 contents[draw] = {"text": text, "truncated": one.finish_reason == "length"}
         return contents
 
@@ -386,68 +389,3 @@ def _judge(rows: Sequence[Any], count: int, maker: _Maker) -> None:
         f"anchors: the base gave {len(rows)} of {count} {what} in {draws} ({why} in this run)",
         stacklevel=3,
     )
-
-
-# The file.
-
-
-def read_anchors(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a file that `make_anchors` wrote, none if there is no file. A last line that was cut
-    short is cut off, in the file too. ValueError for a line that is no such row."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
-        needed = ("draw", "base", *SETTINGS)
-        missing = [name for name in needed if not isinstance(row, dict) or name not in row]
-        if missing or not ("messages" in row or "text" in row):
-            raise ValueError(
-                f"{path}, line {number}: no anchor made by qadapter: without "
-                f"{', '.join(missing) or 'messages or text'}"
-            )
-        rows.append(row)
-    draws = [row["draw"] for row in rows]
-    if draws != sorted(set(draws)):
-        raise ValueError(f"{path}: rows twice or out of order, by their numbers of draws")
-    # Only now: a file that is something else is left alone.
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return rows
-
-
-def check_same(row: dict[str, Any], settings: dict[str, Any], place: str) -> None:
-    """ValueError that names what is other in a row than in ``settings``."""
-    then, now = row["base"], settings["base"]
-    if then != now:
-        for name in ("model_type", "hidden_size", "vocab_size", "quantisation"):
-            if then.get(name) != now[name]:
-                raise ValueError(
-                    f"{place}: made by another base: {name} {then.get(name)!r} there, "
-                    f"{now[name]!r} here"
-                )
-        if row["dtype"] == settings["dtype"]:
-            raise ValueError(f"{place}: made by another base: same shape, other weights")
-    changed = [
-        f"{name} ({row[name]!r} there, {settings[name]!r} now)"
-        for name in SETTINGS
-        if row[name] != settings[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{place}: made with other settings: {', '.join(changed)}; take those, or another file"
-        )
-
-
-def _append(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with Path(path).open("a", encoding="utf-8", newline="\n") as file:
-        file.write(lines)
