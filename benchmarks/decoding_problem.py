@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, StoppingCriteria
 import qadapter
 from benchmarks import harness
 from benchmarks.bases import SHAPES, lora_config, sharing_copy
-from benchmarks.peers import naive_decode
-from benchmarks.peers.hf_sampling import warpers
+from benchmarks.peers import decoding as naive_decode
+from benchmarks.peers.sampling import warpers
 from qadapter import QAdapterModel
 from qadapter.model.checkpoint import resolve_model
 from qadapter.text.data import load_preference_data
@@ -25,9 +25,8 @@ MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
 }
-LORAS = ("all", "upper")
-WAYS = ("base", "lora", "naive", "two streams", "one stream", "two adapters")
-OURS = WAYS[3:]
+OURS = ("two streams", "one stream", "two adapters")
+WAYS = ("base", "lora", "naive", *OURS)
 STRENGTH = 0.5
 QUESTIONS = 4  # in a prompt, for about 64 tokens
 
@@ -81,21 +80,18 @@ def prompts(model: Any, name: str, batch: int) -> tuple[Tensor, Tensor]:
 
 
 class Competitors:
-    """The models of one LoRA, and the ways to decode from them."""
+    """The models of one LoRA (on "all" layers or the "upper" half), and the ways to decode."""
 
-    def __init__(self, base: Any, which: str, cache: str, chosen: list[str]) -> None:
-        self.base, self.cache, self.chosen = base, cache, chosen
+    def __init__(self, base: Any, which: str, cache: str) -> None:
+        self.base, self.cache = base, cache
         layers = base.config.num_hidden_layers
         self.layers = list(range(layers // 2, layers)) if which == "upper" else None
         self.peft = get_peft_model(sharing_copy(base), lora_config(self.layers)).eval()
         random_lora(self.peft, 0)
-        self.ours = self._two_streams(0)
-        self.blend: QAdapterModel | None = None
-        if "two adapters" in chosen:
-            self.blend = self._two_streams(0)
-            with tempfile.TemporaryDirectory() as folder:
-                self._two_streams(1).save_pretrained(folder)
-                self.blend.load_adapter(folder, "second")
+        self.ours, self.blend = self._two_streams(0), self._two_streams(0)
+        with tempfile.TemporaryDirectory() as folder:
+            self._two_streams(1).save_pretrained(folder)
+            self.blend.load_adapter(folder, "second")
 
     def _two_streams(self, seed: int) -> QAdapterModel:
         base, config = sharing_copy(self.base), lora_config(self.layers)
@@ -130,15 +126,12 @@ class Competitors:
                 self.peft, ids, mask, new=new, warpers=chain, clock=clock, **by_hand
             )
 
-        ways: dict[str, Way] = {
+        halves = dict.fromkeys(self.blend.adapter_names, 0.5)
+        return {
             "base": theirs(self.base),
             "lora": theirs(self.peft),
             "naive": naive,
             "two streams": ours(self.ours, strength=STRENGTH),
             "one stream": ours(self.ours, strength=1.0),
+            "two adapters": ours(self.blend, strength=STRENGTH, adapters=halves),
         }
-        if self.blend is not None:
-            names = list(self.blend.adapter_names)
-            blend = {"strength": STRENGTH, "adapters": dict.fromkeys(names, 0.5)}
-            ways["two adapters"] = ours(self.blend, **blend)
-        return {name: way for name, way in ways.items() if name in self.chosen}
