@@ -267,18 +267,19 @@ def timing(median, best, half=0.0):
     ],
 )
 def test_what_counts_as_slower(ms, verdict):
-    time, _ = compare.differences(result(), result(ms=ms))
-    assert (time.kind, time.verdict) == ("time", verdict)
+    assert verdicts(result(), result(ms=ms))["time"] == verdict
+
+
+def verdicts(old, new):
+    found = compare.differences(old, new)
+    return dict(zip(found["kind"], found["verdict"], strict=True))
 
 
 def test_memory_and_instructions_are_compared():
-    _, memory = compare.differences(result(), result(peak_mib=120.0))
-    assert (memory.kind, memory.verdict) == ("memory", "slower")
+    assert verdicts(result(), result(peak_mib=120.0)) == {"time": "same", "memory": "slower"}
     old, new = result(instructions=1000), result(instructions=1015)
-    counts = [d for d in compare.differences(old, new) if d.kind == "instructions"]
-    assert [d.verdict for d in counts] == ["slower"]
-    counts = [d for d in compare.differences(old, old) if d.kind == "instructions"]
-    assert [d.verdict for d in counts] == ["same"]
+    assert verdicts(old, new)["instructions"] == "slower"
+    assert verdicts(old, old)["instructions"] == "same"
 
 
 def test_the_command_prints_its_noise_and_fails_on_what_is_slower(tmp_path, capsys):
