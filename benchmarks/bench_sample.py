@@ -153,7 +153,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
         "sample",
         options,
         CASE,
-        compositions=STREAMS,
+        streams=STREAMS,
         filters=FILTERS,
         cannot={name: peer.cannot for name, peer in PEERS.items()},
     )

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import bench, harness, recording, training_problem
 from benchmarks.peers.training import CANNOT
 from benchmarks.tables import Row
-from benchmarks.training_problem import PARTS, WAYS, Setup, make_batch
+from benchmarks.training_problem import WAYS, Setup, make_batch
 
 OPTIONS: bench.Options = {
     "model": ("smollm2", "smollm2", "tiny"),
@@ -60,22 +60,11 @@ def measure(setup: Setup, pairs: list[Any], options: argparse.Namespace) -> dict
 
 
 def show(row: Row) -> str:
-    timing, peak = row["ours ms"], row["ours peak MiB"]
-    ways = [
-        {
-            "who": way,
-            "ms": row[f"{way} ms"],
-            **bench.against(row[f"{way} ms"], timing),
-            "peak_mib": row[f"{way} peak MiB"],
-            "peak_of_ours": row[f"{way} peak MiB"] / peak if peak else None,
-        }
-        for way in WAYS
-        if f"{way} ms" in row
-    ]
+    names = [way for way in WAYS if f"{way} ms" in row]
+    ways = [{"who": w, "ms": row[f"{w} ms"], "peak_mib": row[f"{w} peak MiB"]} for w in names]
     sizes = ", ".join(f"{row[k]} {k}" for k in ("tokens", "padded", "packed", "response rows"))
-    parts = [f"{name} {row['parts'][name].median:.1f}" for name in (*PARTS, "step")]
-    rest = f"rest {row['parts']['rest']:.1f}"
-    return f"{sizes}\n{recording.show(ways)}\nparts of ours, ms: {', '.join(parts)}, {rest}"
+    parts = [f"{name} {getattr(ms, 'median', ms):.1f}" for name, ms in row["parts"].items()]
+    return f"{sizes}\n{recording.show(ways)}\nparts of ours, ms: {', '.join(parts)}"
 
 
 def run(options: argparse.Namespace) -> recording.Recording:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, StoppingCriteria
+from transformers import AutoTokenizer, DynamicCache, LogitsProcessorList, StoppingCriteria
 
 import qadapter
 from benchmarks import harness
 from benchmarks.bases import SHAPES, lora_config, sharing_copy
-from benchmarks.peers import decoding as naive_decode
 from benchmarks.peers.sampling import warpers
 from qadapter import QAdapterModel
 from qadapter.model.checkpoint import resolve_model
@@ -79,6 +78,44 @@ def prompts(model: Any, name: str, batch: int) -> tuple[Tensor, Tensor]:
     return encoded["input_ids"], encoded["attention_mask"]
 
 
+@torch.no_grad()
+def naive(
+    peft_model: Any,
+    input_ids: Tensor,
+    mask: Tensor,
+    new: int,
+    chain: LogitsProcessorList | None,
+    clock: Clock,
+) -> Tensor:
+    """Combined-logits decoding at `STRENGTH` as it is written without this package.
+
+    Two forwards per token with PEFT's `disable_adapter()` around one of them, a cache for each, a
+    log-softmax of the base, the sum, transformers' processors, softmax, multinomial. int64
+    [B, T + new] from left-padded prompts; greedy (argmax) without a ``chain``.
+    """
+    alpha = 1 / STRENGTH
+    q_cache, base_cache = DynamicCache(), DynamicCache()
+    step_ids, positions = input_ids, (mask.cumsum(-1) - 1).clamp(min=0)
+    for _ in range(new):
+        inputs = {"input_ids": step_ids, "attention_mask": mask, "position_ids": positions}
+        inputs |= {"use_cache": True, "logits_to_keep": 1}
+        z_q = peft_model(**inputs, past_key_values=q_cache).logits[:, -1].float()
+        with peft_model.disable_adapter():
+            z_b = peft_model(**inputs, past_key_values=base_cache).logits[:, -1].float()
+        q_values = z_q - z_b
+        scores = (q_values + alpha * torch.log_softmax(z_b, -1)) / alpha
+        if chain is None:
+            step_ids = scores.argmax(-1, keepdim=True)
+        else:
+            probs = torch.softmax(chain(input_ids, scores), -1)
+            step_ids = torch.multinomial(probs, num_samples=1)
+        input_ids = torch.cat([input_ids, step_ids], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        positions = positions[:, -1:] + 1
+        clock(input_ids, None)
+    return input_ids
+
+
 class Competitors:
     """The models of one LoRA (on "all" layers or the "upper" half), and the ways to decode."""
 
@@ -104,7 +141,6 @@ class Competitors:
         arguments: dict[str, Any] = {"do_sample": bool(filters), **filters}
         if self.cache == "static":
             arguments["cache_implementation"] = "static"
-        by_hand = {"alpha_0": 1 / STRENGTH, "alpha_tilde": 1 / STRENGTH, "center": 1.0}
 
         def theirs(model: Any) -> Way:
             return lambda new, clock: model.generate(
@@ -120,17 +156,12 @@ class Competitors:
                 ids, mask, max_new_tokens=new, stopping_criteria=[clock], **blend, **arguments
             )
 
-        def naive(new: int, clock: Clock) -> Tensor:
-            chain = warpers(**filters) if filters else None
-            return naive_decode.generate(
-                self.peft, ids, mask, new=new, warpers=chain, clock=clock, **by_hand
-            )
-
+        chain = warpers(**filters) if filters else None
         halves = dict.fromkeys(self.blend.adapter_names, 0.5)
         return {
             "base": theirs(self.base),
             "lora": theirs(self.peft),
-            "naive": naive,
+            "naive": lambda new, clock: naive(self.peft, ids, mask, new, chain, clock),
             "two streams": ours(self.ours, strength=STRENGTH),
             "one stream": ours(self.ours, strength=1.0),
             "two adapters": ours(self.blend, strength=STRENGTH, adapters=halves),

@@ -120,7 +120,9 @@ FACTS = ("model", "dtype", "pairs", "data", "max_length", "new_tokens", "strengt
 
 def about(record: Record) -> str:
     """The line above a table: where, when and on what all of it was measured."""
-    found = {name: record[name] for name in FACTS if name in record} | record.get("shape", {})
+    first = record["rows"][0]  # its model is that of all
+    known = {**record, **({"model": first["model"]} if "model" in first else {})}
+    found = {name: known[name] for name in FACTS if name in known} | record.get("shape", {})
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items())
     installed = record.get("versions", {}).items()
     versions = ", ".join(f"{name} {version}" for name, version in installed)
