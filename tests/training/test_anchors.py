@@ -234,9 +234,23 @@ def test_bad_input(tmp_path, tiny_tokenizer):
     with pytest.raises(ValueError, match="at least 2"):
         trainer(tmp_path, tiny_tokenizer, anchors=anchor_rows(1), anchor_coef=1.0).anchors  # noqa: B018
     rows = anchor_rows(3)
-    rows[1]["messages"] = rows[1]["messages"][:1]
-    with pytest.raises(ValueError, match="anchor 1"):
+    rows[1] = {"question": "why"}
+    with pytest.raises(ValueError, match="anchor 1: expected one of the fields text, messages"):
         trainer(tmp_path, tiny_tokenizer, anchors=rows, anchor_coef=1.0).anchors  # noqa: B018
+
+
+def test_prompts_are_answered_by_the_base_and_nothing_given_is_made_by_it(tmp_path, tiny_tokenizer):
+    rows = anchor_rows(3)
+    asked = {"messages": rows[0]["messages"][:1]}
+    common = {"anchor_coef": 1.0, "anchor_tokens": 5}
+    run = trainer(tmp_path / "a", tiny_tokenizer, anchors=[asked, *rows[1:]], **common)
+    prompt = tiny_tokenizer.apply_chat_template(asked["messages"], add_generation_prompt=True)
+    made = [a for a in run.anchors.anchors if list(a.ids[: a.first + 1]) == prompt["input_ids"]]
+    assert len(made) == 1 and 1 <= made[0].states <= 6
+    assert len(run.anchors.anchors) == 3
+    own = trainer(tmp_path / "b", tiny_tokenizer, anchor_count=7, **common)
+    assert len(own.anchors.anchors) == 7
+    assert len((tmp_path / "b" / "out" / "anchors.jsonl").read_text().splitlines()) == 7
 
 
 def test_a_stream_of_pairs(tmp_path, tiny_tokenizer):
