@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_text import word_tokenizer
+from tests.training.test_anchors import anchor_rows
 from tests.training.tiny_trainer import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def train(folder, processes):
-    """The adapter after two updates of four pairs, which differ in length."""
+def train(folder, processes, anchored):
+    """The adapter after two updates of four pairs, which differ in length, as do their anchors."""
+    more = {"anchors": anchor_rows(), "anchor_coef": 2.0} if anchored else {}
     run = trainer(
         folder,
         word_tokenizer(),
@@ -28,6 +30,7 @@ def train(folder, processes):
         train_sampling_strategy="sequential",
         per_device_train_batch_size=4 // processes,
         reg_coef=0.5,
+        **more,
     )
     run.train()
     return torch.cat(
@@ -36,10 +39,11 @@ def train(folder, processes):
 
 
 @pytest.mark.slow
-def test_two_processes_are_as_one(tmp_path):
+@pytest.mark.parametrize("anchored", [False, True])
+def test_two_processes_are_as_one(tmp_path, anchored):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, "-m", "tests.training.test_processes", str(tmp_path)],
+        [*command, "-m", "tests.training.test_processes", str(tmp_path), str(int(anchored))],
         env=dict(os.environ, OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
@@ -48,11 +52,11 @@ def test_two_processes_are_as_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     two = load_file(tmp_path / "adapter.safetensors")["adapter"]
-    torch.testing.assert_close(two, train(tmp_path / "one", 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(two, train(tmp_path / "one", 1, anchored), rtol=0, atol=1e-6)
 
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    made = train(where / "two", int(os.environ["WORLD_SIZE"]))
+    made = train(where / "two", int(os.environ["WORLD_SIZE"]), sys.argv[2] == "1")
     if os.environ["RANK"] == "0":
         save_file({"adapter": made}, where / "adapter.safetensors")
