@@ -50,7 +50,7 @@ def anchor_texts(
     made, long = [], 0
     for index, row in enumerate(rows):
         if base is not None and row.get("base") is not None:
-            check_same_base(row["base"], base, f"anchor {index}", "this model")
+            _check_base(row["base"], base, index)
         options: dict[str, Any] = {"max_length": max_length, "eos_token_ids": eos_token_ids}
         try:
             made.append(tokenize_anchor(row, tokenizer, **options, index=index))
@@ -63,6 +63,18 @@ def anchor_texts(
             f"anchors: expected at least 2 (one is held out of training), got {len(made)}"
         )
     return made
+
+
+def _check_base(then: dict[str, Any], now: dict[str, Any], index: int) -> None:
+    if then == now:
+        return
+    try:
+        check_same_base(then, now, "that made it", "this one")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"anchor {index}: made by another base ({error}): make new ones (qadapter anchors), or "
+            "leave out the field `base` to take them as any other text"
+        ) from None
 
 
 class AnchorSet:

@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ class QAdapterTrainer(AnchoredTraining):
                 "precompute_base: expected a model whose logits are one plain head on the last "
                 "hidden state, and use_logits=False; got "
                 + ("use_logits=True" if args.use_logits else type(model.hf_model).__name__)
+            )
+        takes = ("anchors",) if data_collator is None else signature(data_collator).parameters
+        if args.anchored and "anchors" not in takes:
+            raise ValueError(
+                "data_collator: with anchors, expected one that takes (features, anchors), as "
+                f"PackedPreferenceCollator does, got {type(data_collator).__name__}"
             )
         if data_collator is None:
             data_collator = collator(model, args, processing_class)

@@ -67,6 +67,23 @@ def test_resume_and_adapter_as_start(files):
     assert train(files, "--model", str(files / "out"), "--output", str(files / "out2")) == 0
 
 
+def test_a_budget_with_anchors_of_ones_own_and_with_the_bases(files, capsys):
+    rows = [{"prompt": r["prompt"], "completion": r["rejected"]} for r in preference_rows(9)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (files / "kept.jsonl").write_text(lines)
+    given = ["--kl-budget", "0.05", "--anchor-data", str(files / "kept.jsonl")]
+    assert train(files, *given) == 0
+    saved = json.loads((files / "out" / "qadapter_config.json").read_text())
+    assert saved["kl_budget"] == 0.05 and saved["recommended_strength"] > 0
+    assert not (files / "out" / "anchors.jsonl").exists()
+    assert f"recommended strength {saved['recommended_strength']:.3g}" in capsys.readouterr().out
+
+    own = ["--output", str(files / "own"), "--anchor-count", "6", "--anchor-tokens", "5"]
+    assert train(files, "--anchor-coef", "2", *own) == 0
+    assert len((files / "own" / "anchors.jsonl").read_text().splitlines()) == 6
+    assert "recommended_strength" not in (files / "own" / "qadapter_config.json").read_text()
+
+
 def test_the_released_preset(files):
     assert train(files, "--preset", "released", "--gamma", "0.9") == 0
     saved = json.loads((files / "out" / "qadapter_config.json").read_text())

@@ -8,9 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from qadapter import QAdapterConfig, QAdapterModel, reference
+from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer, reference
 from qadapter.training import strength
-from qadapter.training.anchors import AnchorControl, AnchorSet
+from qadapter.training.anchors import AnchorControl, AnchorSet, anchor_texts
 from tests.tiny_models import make_model
 from tests.tiny_text import WORDS
 from tests.training.tiny_trainer import trainer
@@ -233,6 +233,20 @@ def test_bad_input(tmp_path, tiny_tokenizer):
         trainer(tmp_path, tiny_tokenizer, anchors=anchor_rows())
     with pytest.raises(ValueError, match="at least 2"):
         trainer(tmp_path, tiny_tokenizer, anchors=anchor_rows(1), anchor_coef=1.0).anchors  # noqa: B018
+    with pytest.raises(ValueError, match="data_collator: with anchors"):
+        QAdapterTrainer(
+            make_model(),
+            QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, kl_budget=0.1, report_to="none"),
+            processing_class=tiny_tokenizer,
+            data_collator=lambda features: features,
+        )
+    run = trainer(tmp_path / "c", tiny_tokenizer, anchor_coef=1.0, anchor_count=4, anchor_tokens=4)
+    own = [dict(row) for row in run._anchor_rows()]
+    moved = {**own[2], "base": {**own[2]["base"], "vocab_size": 5}}
+    mixed = trainer(tmp_path / "d", tiny_tokenizer, anchor_coef=1.0, anchors=[own[0], own[1]])
+    assert len(mixed.anchors.anchors) == 2
+    with pytest.raises(ValueError, match=r"anchor 0: made by another base .*vocab_size"):
+        anchor_texts([moved], tiny_tokenizer, max_length=64, eos_token_ids=[2], base=own[0]["base"])
     rows = anchor_rows(3)
     rows[1] = {"question": "why"}
     with pytest.raises(ValueError, match="anchor 1: expected one of the fields text, messages"):
