@@ -57,6 +57,8 @@ def base_moments(
     chunking = checks.chunk(chunk_size, None)
     checks.tensor("base_hidden", base_hidden, 2, checks.LOGIT_DTYPES)
     checks.tensor("weight", weight, 2, checks.LOGIT_DTYPES)
+    if bias is not None:
+        checks.tensor("bias", bias, 1, checks.LOGIT_DTYPES)
     hidden, head, bias = (
         None if given is None else given.detach()
         for given in (*linear.autocast(base_hidden, weight), bias)
