@@ -3,7 +3,7 @@
     python -m benchmarks cpu-quick [--only logits linear] [--resume] [--output DIR]
     python -m benchmarks report                        tables and plots of README and docs
     python -m benchmarks compare OLD.json NEW.json     what got slower
-    python -m benchmarks instructions                  of the C++ kernels, by valgrind or perf
+    python -m benchmarks instructions                  of the C++ kernels, by valgrind
     python -m benchmarks quality [--set quick|full]    preference against forgetting, by method
 
 A set measures the ceilings of the machine first, then one benchmark after the other, each into a
@@ -20,42 +20,42 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, recording
+from benchmarks import bench, harness, recording
 from benchmarks.sets import SETS, Step
 
-
-def ceilings_text(peaks: harness.Ceilings) -> str:
-    products = ", ".join(f"{name} {v:.3f} TFLOP/s" for name, v in peaks.gemm_tflop_s.items())
-    return (
-        f"ceilings of this run: read {peaks.read_gb_s:.1f} GB/s, copy {peaks.copy_gb_s:.1f} GB/s "
-        f"(read and written), matrix products: {products}"
-    )
+COMMANDS = {"report": "report", "compare": "compare", "quality": "quality.__main__"}
 
 
-def machine_text(device: str) -> str:
+def about_text(device: str, peaks: harness.Ceilings) -> str:
+    """The machine, what runs on it, and what it reaches at best."""
     found = recording.environment(device)
     what = f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB"
     if device == "cuda":
         what += f", {found['gpu']}, CUDA {found['cuda']}"
     versions = ", ".join(f"{name} {v}" for name, v in recording.versions().items())
+    products = ", ".join(f"{name} {v:.3f} TFLOP/s" for name, v in peaks.gemm_tflop_s.items())
     return (
         f"{what}, {found['threads']} threads, load {found['load']:.1f}\n"
         f"Python {found['python']}, torch {found['torch']}, {versions}\n"
-        f"backends: {', '.join(found['backends'])}"
+        f"backends: {', '.join(found['backends'])}\n"
+        f"ceilings of this run: read {peaks.read_gb_s:.1f} GB/s, copy {peaks.copy_gb_s:.1f} GB/s "
+        f"(read and written), matrix products: {products}"
     )
 
 
-PREFERENCES = ("benchmarks.bench_train_step", "benchmarks.bench_loss_curve")
-
-
-def arguments_of(step: Step, path: Path, options: argparse.Namespace) -> list[str]:
+def run_step(step: Step, path: Path, title: str, options: argparse.Namespace) -> None:
+    module = importlib.import_module(step.module)
     arguments = ["--quick"] if options.tiny else list(step.arguments)
-    if options.tiny and step.name == "train_step_shuffled":
-        arguments += ["--shuffle", "0"]
-    if options.data is not None and step.module in PREFERENCES:
+    if options.data is not None and "data" in module.OPTIONS:
         arguments += ["--data", options.data]
+    if options.resume:
+        arguments.append("--resume")
     arguments += ["--device", options.device, "--threads", str(options.threads)]
-    return [*arguments, "--json", str(path), *(["--resume"] if options.resume else [])]
+    parsed = bench.parse(module, [*arguments, "--json", str(path)])
+    parsed.ceilings, parsed.position = options.ceilings, title
+    recorded = module.run(parsed)
+    for who, what in recorded.more.get("cannot", {}).items():
+        print(f"{who}: {what}")
 
 
 def run_set(name: str, options: argparse.Namespace) -> int:
@@ -71,35 +71,23 @@ def run_set(name: str, options: argparse.Namespace) -> int:
     if options.tiny and options.output is None:
         raise SystemExit("--tiny: say where its results go with --output; they measure nothing")
     steps = [s for s in chosen.steps if options.only is None or s.name in options.only]
-    print(f"{name}: {chosen.about}\n{machine_text(options.device)}", flush=True)
     started = time.perf_counter()
-    sizes = (16, 64) if options.tiny else harness.CEILING_SIZES[options.device]
-    peaks = harness.ceilings(options.device, *sizes)
-    print(ceilings_text(peaks), flush=True)
+    sizes = harness.CEILING_SIZES["quick" if options.tiny else options.device]
+    options.ceilings = harness.ceilings(options.device, *sizes)
+    print(f"{name}: {chosen.about}\n{about_text(options.device, options.ceilings)}", flush=True)
     failed: list[str] = []
     for number, step in enumerate(steps, start=1):
         path = Path(folder) / f"{step.name}-{options.device}.json"
-        module = importlib.import_module(step.module)
-        parsed = module.parse(arguments_of(step, path, options))
-        parsed.ceilings, parsed.position = peaks, f"[{number}/{len(steps)}] "
         print(f"\n== {step.name} ({step.module}) -> {path}", flush=True)
         try:
-            recorded = module.run(parsed)
+            run_step(step, path, f"[{number}/{len(steps)}] ", options)
         except Exception as error:  # the others are worth having all the same
             failed.append(f"{step.name}: {type(error).__name__}: {error}")
             print(failed[-1], file=sys.stderr)
-            continue
-        for who, what in recorded.more.get("cannot", {}).items():
-            print(f"{who}: {what}")
-        minutes = (time.perf_counter() - started) / 60
-        print(f"{minutes:.1f} minutes so far", flush=True)
+        print(f"{(time.perf_counter() - started) / 60:.1f} minutes so far", flush=True)
     if failed:
         print("\nnot measured:\n" + "\n".join(failed), file=sys.stderr)
     return 1 if failed else 0
-
-
-def step_names() -> list[str]:
-    return list(dict.fromkeys(step.name for chosen in SETS.values() for step in chosen.steps))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -110,7 +98,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     sets = ", ".join(f"{name} ({chosen.about})" for name, chosen in SETS.items())
     parser.add_argument("set", choices=SETS, metavar="SET", help=f"{sets}")
-    parser.add_argument("--only", nargs="+", choices=step_names(), metavar="NAME")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="steps of the set")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the JSON files go")
     parser.add_argument(
@@ -132,15 +120,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {
-        "report": "report",
-        "compare": "compare",
-        "instructions": "bench_instructions",
-        "quality": "quality.__main__",
-    }
-    if arguments and arguments[0] in commands:
-        module = importlib.import_module(f"benchmarks.{commands[arguments[0]]}")
+    command = arguments[0] if arguments else ""
+    if command in COMMANDS:
+        module = importlib.import_module(f"benchmarks.{COMMANDS[command]}")
         return module.main(arguments[1:]) or 0
+    if command == "instructions":
+        bench.main(importlib.import_module("benchmarks.bench_instructions"), arguments[1:])
+        return 0
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is measured is on this machine
     options = parse(arguments)
     return run_set(options.set, options)

@@ -1,7 +1,7 @@
-"""What the benchmarks share: options, cases, competitors that fail, what is printed.
+"""What the benchmarks share: options, cases, competitors that fail, the clock.
 
-A benchmark is a module with ``parse``, which gives options from a command line, and ``run``, which
-measures its cases and records them (`recording.Recording`).
+A benchmark is a module with ``OPTIONS``, and ``run``, which measures its cases and records them
+(`recording.Recording`). Its docstring says what the options mean.
 """
 
 import argparse
@@ -15,59 +15,56 @@ import torch
 
 import qadapter
 from benchmarks import harness
-from benchmarks.recording import Recording, plain
-from benchmarks.tables import Row, frame, table
+from benchmarks.tables import Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Defaults = dict[str, dict[str, Any]]  # cpu, cuda, quick -> option -> value
+PLACES = ("cpu", "cuda", "quick")
+# Option -> default, or a tuple of the defaults on a CPU, on a GPU, and of a quick run. A type in
+# the place of a default: there is none.
+Options = dict[str, Any]
 
 
-def parser(name: str, about: str, **more: Any) -> argparse.ArgumentParser:
-    """With what all benchmarks take; ``about`` may be a module's docstring."""
-    made = argparse.ArgumentParser(description=about.splitlines()[0], **more)
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    made.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads())
-    made.add_argument("--append", action="store_true", help="keep the results of other cases")
-    made.add_argument("--resume", action="store_true", help="only the cases that are missing")
-    made.add_argument("--json", help=f"default: benchmarks/results/{name}-<device>.json")
-    return made
+def timing(rounds: int, seconds: float) -> Options:
+    """How often, for how long (past the least number) and by which clock a case is timed."""
+    often: Options = {"rounds": (rounds, rounds, 1), "least": (3, 3, 1)}
+    return {**often, "seconds": seconds, "clock": "wall"}
 
 
-def peer_options(parser: argparse.ArgumentParser, peers: Collection[str]) -> None:
-    """Against whom, and which of our backends."""
-    parser.add_argument("--peers", nargs="*", choices=peers, default=list(peers))
-    parser.add_argument("--backend", help="of ours; default: what is picked by itself")
+def _default(value: Any, place: str) -> Any:
+    return value[PLACES.index(place)] if isinstance(value, tuple) else value
 
 
-def timing_options(parser: argparse.ArgumentParser, rounds: int, seconds: float) -> None:
-    """How often, for how long and by which clock the functions of a case are timed."""
-    parser.add_argument("--rounds", type=int, default=rounds, help="samples at most")
-    parser.add_argument("--least", type=int, default=3, help="samples at least")
-    parser.add_argument("--seconds", type=float, default=seconds, help="per case, past --least")
-    parser.add_argument("--clock", choices=harness.CLOCKS, default="wall")
+def parse(module: Any, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a benchmark, and those that all have.
 
-
-def parse(
-    parser: argparse.ArgumentParser,
-    arguments: Sequence[str] | None,
-    defaults: Defaults,
-    ours: str | None = None,
-) -> argparse.Namespace:
-    """Options that were not given are those of the device, or the tiny ones of a quick run.
-
-    With ``ours``, it is among the peers even where it was not asked for: others are compared to it.
-    Quick runs say what they see and keep it only where they are told to.
+    ``CHOICES`` of a module has what an option may be, where that is not anything. Quick runs say
+    what they see and keep it only where they are told to.
     """
+    parser = argparse.ArgumentParser(
+        description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=PLACES[:2], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--append", action="store_true", help="keep the results of other cases")
+    parser.add_argument("--resume", action="store_true", help="only the cases that are missing")
+    parser.add_argument("--json", help="default: benchmarks/results/<name>-<device>.json")
+    choices = {"clock": harness.CLOCKS, **getattr(module, "CHOICES", {})}
+    for name, value in module.OPTIONS.items():
+        first = _default(value, "cpu")
+        flag, of = f"--{name.replace('_', '-')}", type(first) if type(first) is not type else first
+        if of is bool:
+            parser.add_argument(flag, action="store_true", default=None)
+        elif of is list:
+            kind = type(first[0]) if first else str
+            parser.add_argument(flag, nargs="*", type=kind, choices=choices.get(name))
+        else:
+            parser.add_argument(flag, type=of, choices=choices.get(name))
     options = parser.parse_args(arguments)
-    which = "quick" if options.quick else options.device
-    for name, value in defaults.get(which, {}).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    if options.quick and hasattr(options, "least"):
-        options.rounds = options.least = 1
-    if ours is not None and ours not in options.peers:
-        options.peers = [ours, *options.peers]
+    for name, value in module.OPTIONS.items():
+        default = _default(value, "quick" if options.quick else options.device)
+        if getattr(options, name) is None and not isinstance(default, type):
+            setattr(options, name, default)
     if options.quick and options.json is None:
         options.json = os.devnull
     options.ceilings = None
@@ -76,15 +73,14 @@ def parse(
     return options
 
 
-def main(
-    parse: Callable[[], argparse.Namespace], run: Callable[[argparse.Namespace], Recording]
-) -> None:
-    options = parse()
+def main(module: Any, arguments: Sequence[str] | None = None) -> None:
+    """A benchmark on its own: ``python -m benchmarks.bench_<name>``."""
+    options = parse(module, arguments)
     torch.set_num_threads(options.threads)
-    run(options)
+    module.run(options)
 
 
-def grid(**values: Iterable[Any]) -> list[dict[str, Any]]:
+def grid(**values: Iterable[Any]) -> list[Row]:
     """A case for each choice of one value per name; the last varies fastest."""
     choices = itertools.product(*values.values())
     return [dict(zip(values, choice, strict=True)) for choice in choices]
@@ -121,8 +117,8 @@ def first_runs(
 def timed(
     functions: dict[str, Callable[[], Any]], options: argparse.Namespace, size: int, **more: Any
 ) -> dict[str, harness.Timing]:
-    """In turns, as `timing_options` have it. Inputs of ``size`` bytes that would stay in the cache
-    are driven out of it before every call."""
+    """In turns, as `timing` has it. Inputs of ``size`` bytes that would stay in the cache are
+    driven out of it before every call."""
     names = ("device", "rounds", "seconds", "least", "clock")
     more = {"cold": size < harness.COLD * harness.cache_bytes(), **more}
     return harness.interleaved(functions, **{n: getattr(options, n) for n in names}, **more)
@@ -135,14 +131,3 @@ def against(timing: harness.Timing, own: harness.Timing, who: str = "ours") -> R
         f"times_{who}": timing.median / own.median,
         f"times_{who}_best": timing.best / own.best,
     }
-
-
-def show(rows: list[Row]) -> str:
-    """A line for each figure, a column for each competitor; and who is missing."""
-    found = frame(plain(rows))
-    lines = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
-    if not found.empty:
-        figures = found.set_index("who").select_dtypes("number").T.rename_axis("").reset_index()
-        columns = [("", ""), *((who, who, "{:,.4g}") for who in found["who"])]
-        lines.insert(0, table(figures, columns))
-    return "\n".join(lines)

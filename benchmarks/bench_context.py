@@ -11,21 +11,23 @@ loaded model. A length whose peak would not fit into this machine is not tried: 
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import bench, harness, recording, training_problem
-from benchmarks.training_problem import CANNOT, WAYS, Setup, make_batch
+from benchmarks.peers.training import CANNOT
+from benchmarks.training_problem import WAYS, Setup, make_batch
 
-CPU = {"model": "smollm2", "budgets": [512, 1024, 2048], "resolution": 32, "longest": 4096}
-DEFAULTS: bench.Defaults = {
-    "cpu": CPU,
-    "cuda": {**CPU, "budgets": [8192, 16384, 32768, 65536], "longest": 65536},
-    "quick": {"model": "tiny", "budgets": [4], "resolution": 32, "longest": 128},
+OPTIONS: bench.Options = {
+    "model": ("smollm2", "smollm2", "tiny"),
+    "budgets": ([512, 1024, 2048], [8192, 16384, 32768, 65536], [4]),  # MiB
+    "resolution": 32,  # tokens of a response
+    "longest": (4096, 65536, 128),  # tokens of a response, tried at most
 }
-
 CASE = ("who", "budget_mib")
 SAFETY = 0.8  # of the free memory
 GROWTH = 4.0  # a step of twice the length takes at most this many times the memory
@@ -61,41 +63,30 @@ def longest(
     }
 
 
-class Peaks:
-    """Peaks of one way in MiB, each length measured once."""
-
-    def __init__(self, setup: Setup, who: str) -> None:
-        self.setup, self.who = setup, who
-        self.known: dict[int, float | None] = {}
-
-    def __call__(self, length: int) -> float | None:
-        if length not in self.known:
-            self.known[length] = self._measure(length) if self._may(length) else None
-        return self.known[length]
-
-    def _may(self, length: int) -> bool:
-        shorter = {n: p for n, p in self.known.items() if n < length and p is not None}
-        if not shorter:
-            return True
+def peak(setup: Setup, who: str, known: dict[int, float], length: int) -> float | None:
+    """MiB of a step, measured once; None where it cannot be tried, as memory is short."""
+    if length in known:
+        return known[length]
+    if shorter := [n for n in known if n < length]:
         nearest = max(shorter)
-        expected = shorter[nearest] * GROWTH ** (length / nearest / 2)
-        return expected * 2**20 < SAFETY * harness.free_memory(self.setup.device)
-
-    def _measure(self, length: int) -> float:
-        pair = training_problem.random_pair(self.setup, length)
-        step = make_batch(self.setup, [pair], (self.who,)).ways[self.who]
-        self.setup.model.zero_grad(set_to_none=True)
-        gc.collect()
-        try:
-            with harness.peak_memory(self.setup.device) as memory:
-                step()
-        except torch.cuda.OutOfMemoryError:
-            return float("inf")
-        return memory.mebibytes
+        expected = known[nearest] * GROWTH ** (length / nearest / 2)
+        if expected * 2**20 >= SAFETY * harness.free_memory(setup.device):
+            return None
+    pair = training_problem.random_pair(setup, length)
+    step = make_batch(setup, [pair], (who,)).ways[who]
+    setup.model.zero_grad(set_to_none=True)
+    gc.collect()
+    try:
+        with harness.peak_memory(setup.device) as memory:
+            step()
+        known[length] = memory.mebibytes
+    except torch.cuda.OutOfMemoryError:
+        known[length] = float("inf")
+    return known[length]
 
 
 def run(options: argparse.Namespace) -> recording.Recording:
-    setup = training_problem.load(options.model, options.device, WAYS[3] in options.ways)
+    setup = training_problem.load(options.model, options.device)
     recorded = recording.Recording(
         "context",
         options,
@@ -105,14 +96,15 @@ def run(options: argparse.Namespace) -> recording.Recording:
         cannot=CANNOT,
         missing=setup.missing,
     )
-    ways = [way for way in options.ways if way not in setup.missing]
-    peaks = {way: Peaks(setup, way) for way in ways}
+    ways = [way for way in WAYS if way not in setup.missing]
+    known: dict[str, dict[int, float]] = {way: {} for way in ways}
     for way in ways:  # what is set up in a first step is no part of any peak
         make_batch(setup, [training_problem.random_pair(setup, 8)], (way,)).ways[way]()
     for case in recorded.todo(bench.grid(who=ways, budget_mib=options.budgets)):
-        peak = peaks[case["who"]]
-        row = longest(peak, case["budget_mib"], options.resolution, options.longest)
-        row["peaks"] = {str(n): p for n, p in sorted(peak.known.items()) if p is not None}
+        who, peaks = case["who"], known[case["who"]]
+        measure = partial(peak, setup, who, peaks)
+        row = longest(measure, case["budget_mib"], options.resolution, options.longest)
+        row["peaks"] = {str(length): mib for length, mib in sorted(peaks.items())}
         recorded.put(case, [row], show(row))
     return recorded
 
@@ -124,15 +116,5 @@ def show(row: dict[str, Any]) -> str:
     return f"{sign}{row['length']} tokens a response ({row['peak_mib']:.0f} MiB)"
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = bench.parser("context", __doc__)
-    parser.add_argument("--model", help="smollm2, a folder or a Hub id, or tiny (random weights)")
-    parser.add_argument("--budgets", type=int, nargs="+", metavar="MiB")
-    parser.add_argument("--resolution", type=int, help="tokens of a response")
-    parser.add_argument("--longest", type=int, help="tokens of a response, tried at most")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    return bench.parse(parser, arguments, DEFAULTS)
-
-
 if __name__ == "__main__":
-    bench.main(parse, run)
+    bench.main(sys.modules[__name__])

@@ -25,6 +25,7 @@ import argparse
 import gc
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,16 +36,21 @@ from transformers import DynamicCache
 
 from benchmarks import bench, harness, recording
 from benchmarks import decoding_problem as decoding
-from benchmarks.bases import SHAPES, load_base
+from benchmarks.bases import load_base
 from benchmarks.decoding_problem import Clock, Competitors, Way
 from benchmarks.tables import Row
 from qadapter import functional as QF
 
-DEFAULTS: bench.Defaults = {
-    "cpu": {"model": "smollm2", "batch_sizes": [1, 8], "new_tokens": 128, "rounds": 3},
-    "cuda": {"model": "llama-8b", "batch_sizes": [1, 8], "new_tokens": 128, "rounds": 5},
-    "quick": {"model": "tiny", "batch_sizes": [1, 2], "new_tokens": 8, "rounds": 1},
+OPTIONS: bench.Options = {
+    "model": ("smollm2", "llama-8b", "tiny"),  # or a folder, or a Hub id
+    "batch_sizes": ([1, 8], [1, 8], [1, 2]),
+    "new_tokens": (128, 128, 8),  # at least 2
+    "mode": ["sampled", "greedy"],
+    "lora": ["all", "upper"],
+    "cache": ("dynamic", "static", "dynamic"),
+    "rounds": (3, 5, 1),
 }
+CHOICES = {"mode": decoding.MODES, "lora": ("all", "upper"), "cache": ("dynamic", "static")}
 CASE = ("model", "batch", "mode", "lora")
 CANNOT = {
     "base": "is the base alone: it knows nothing of the preference",
@@ -108,9 +114,9 @@ def run_case(
 
 @torch.no_grad()
 def parts(
-    competitors: Competitors, mask: Tensor, mode: str, options: argparse.Namespace
+    competitors: Competitors, mask: Tensor, mode: str, token_ms: float, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Milliseconds of the pieces of one decoding step, see the top of this file."""
+    """Milliseconds of the pieces of one decoding step, of ``token_ms`` in all, see the top."""
     model, base = competitors.ours, competitors.base
     batch, vocab, device = len(mask), base.config.vocab_size, base.device
     streams, trunk = model.streams((None, model.adapter_names[0])), base.base_model
@@ -146,27 +152,18 @@ def parts(
         "sampler": lambda: QF.sample(None, logits, seed=seed, position=seed, **filters),
         "base forward": base_alone,
     }
+    settings = {"device": options.device, "rounds": 21, "seconds": 3.0, "warmup": 1, "least": 3}
     with streams.installed():
-        return dict(
-            harness.interleaved(
-                functions, device=options.device, rounds=21, seconds=3.0, warmup=1, least=3
-            )
-        )
+        times = harness.interleaved(functions, **settings)
+    known = sum(times[name].median for name in ("forward", "head", "sampler"))
+    return {**times, "two streams": token_ms, "rest": token_ms - known}
 
 
-def with_rest(pieces: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    total = next(row["ms"].median for row in rows if row["who"] == "two streams")
-    known = sum(pieces[name].median for name in ("forward", "head", "sampler"))
-    return {**pieces, "two streams": total, "rest": total - known}
-
-
-def ways_of(case: Row, options: argparse.Namespace) -> list[str]:
+def ways_of(case: Row, options: argparse.Namespace) -> tuple[str, ...]:
     """All ways take part in the first LoRA and mode, fewer where only one of the two differs, none
-    where both do; with ``--full`` all do everywhere."""
+    where both do."""
     first = (case["lora"] == options.lora[0]) + (case["mode"] == options.mode[0])
-    if first == 2 or options.full:
-        return options.ways
-    return [way for way in options.ways if way in LESS] if first else []
+    return ((), LESS, decoding.WAYS)[first]
 
 
 def run(options: argparse.Namespace) -> recording.Recording:
@@ -189,48 +186,22 @@ def run(options: argparse.Namespace) -> recording.Recording:
     for case in recorded.todo([case for case in cases if ways_of(case, options)]):
         chosen, which, mode = ways_of(case, options), case["lora"], case["mode"]
         if which not in made:
-            made = {which: Competitors(base, which, options.cache, options.ways)}
+            made = {which: Competitors(base, which, options.cache)}
         ids, mask = decoding.prompts(base, options.model, case["batch"])
         ways = made[which].ways(ids, mask, mode)
-        ways = {name: way for name, way in ways.items() if name in chosen}
-        rounds = options.rounds if chosen == options.ways else max(1, options.rounds - 1)
-        rows = run_case(ways, ids, rounds, options)
-        text = bench.show(rows)
-        pieces = recorded.more.get("parts", [])
-        if "two streams" in chosen:
-            taken = with_rest(parts(made[which], mask, mode, options), rows)
-            pieces = [p for p in pieces if any(p[name] != case[name] for name in CASE)]
-            pieces.append({**case, **taken})
-            text = f"{text}\n{show_parts(taken)}"
-        recorded.more["parts"] = pieces
+        rounds = options.rounds if chosen == decoding.WAYS else max(1, options.rounds - 1)
+        rows = run_case({name: ways[name] for name in chosen}, ids, rounds, options)
+        token_ms = next(row["ms"].median for row in rows if row["who"] == "two streams")
+        pieces = parts(made[which], mask, mode, token_ms, options)
+        others = recorded.more.get("parts", [])
+        others = [part for part in others if any(part[name] != case[name] for name in CASE)]
+        recorded.more["parts"] = [*others, {**case, **pieces}]
         lengths = {"rounds": rounds, "prompt_tokens": mask.sum(1).tolist()}
+        cells = (f"{name} {getattr(ms, 'median', ms):.2f}" for name, ms in pieces.items())
+        text = f"{recording.show(rows)}\nparts, ms: {', '.join(cells)}"
         recorded.put(case, [{**lengths, **row} for row in rows], text)
     return recorded
 
 
-def show_parts(pieces: dict[str, Any]) -> str:
-    cells = {name: t if isinstance(t, float) else t.median for name, t in pieces.items()}
-    return "parts, ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in cells.items())
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = bench.parser("decode", __doc__)
-    parser.add_argument("--model", help=f"smollm2, a folder or a Hub id, or {', '.join(SHAPES)}")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B")
-    parser.add_argument("--new-tokens", type=int, help="at least 2")
-    parser.add_argument("--mode", nargs="+", choices=decoding.MODES, default=["sampled", "greedy"])
-    parser.add_argument("--lora", nargs="+", choices=decoding.LORAS, default=list(decoding.LORAS))
-    parser.add_argument("--full", action="store_true", help="every way in every case")
-    parser.add_argument("--ways", nargs="+", choices=decoding.WAYS, default=list(decoding.WAYS))
-    parser.add_argument("--cache", choices=("dynamic", "static"), help="static on a GPU")
-    parser.add_argument("--rounds", type=int)
-    options = bench.parse(parser, arguments, DEFAULTS)
-    if options.new_tokens < 2:
-        parser.error(f"--new-tokens: expected at least 2, got {options.new_tokens}")
-    if options.cache is None:
-        options.cache = "static" if options.device == "cuda" else "dynamic"
-    return options
-
-
 if __name__ == "__main__":
-    bench.main(parse, run)
+    bench.main(sys.modules[__name__])

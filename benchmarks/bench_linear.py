@@ -3,9 +3,10 @@
     python -m benchmarks.bench_linear [--device cpu|cuda] [--quick] [--json PATH]
 
 One case is a dtype, a size of hidden state and vocabulary, and a mode (`linear_problem.MODES`). In
-a case all competitors take turns in one process, forward and backward of the same loss. Beside them
-runs the yardstick, "products": the two or three matrix products of this mode and nothing else, bare
-torch.mm of all rows at once into memory that is there already (on a GPU with float32 logits).
+a case all competitors take turns in one process, forward and backward of the same loss, on --n rows
+of 2 * --pairs sequences. Beside them runs the yardstick, "products": the two or three matrix
+products of this mode and nothing else, bare torch.mm of all rows at once into memory that is there
+already (on a GPU with float32 logits).
 GFLOP/s counts 2 N D V for each of those products, whatever a competitor does beyond them; "of
 ceiling" is that over the GEMM ceiling of the run. Memory is what a step adds at its peak, the
 gradient of the hidden states included.
@@ -19,6 +20,7 @@ pip install --no-deps liger-kernel cut-cross-entropy trl quack-kernels
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,37 +28,27 @@ import torch
 
 from benchmarks import bench, harness, linear_problem, recording
 from benchmarks.bench import DTYPES
-from benchmarks.linear_problem import MODES, Peer, Problem, Truth
-from benchmarks.peers import cce, eager, liger, ours, quack, torch_lce, trl_chunked
+from benchmarks.linear_problem import MODES, Problem, Truth
+from benchmarks.peers import Peer
+from benchmarks.peers.linear import CANNOT, OURS, PEERS
 from benchmarks.tables import Row
 from qadapter.ops import backends
 
-SIZES = [(576, 49152), (576, 128256), (2048, 49152), (2048, 128256)]
-DEFAULTS: bench.Defaults = {
-    "cpu": {"n": 1024, "pairs": 4, "size": SIZES, "dtype": ["fp32", "bf16"]},
-    "cuda": {"n": 8192, "pairs": 8, "size": [*SIZES, (4096, 128256)], "dtype": ["bf16"]},
-    "quick": {"n": 64, "pairs": 2, "size": [(64, 1000), (96, 2051)], "dtype": ["fp32", "bf16"]},
+SIZES = ["576x49152", "576x128256", "2048x49152", "2048x128256"]
+OPTIONS: bench.Options = {
+    "n": (1024, 8192, 64),
+    "pairs": (4, 8, 2),
+    "size": (SIZES, [*SIZES, "4096x128256"], ["64x1000", "96x2051"]),
+    "dtype": (["fp32", "bf16"], ["bf16"], ["fp32", "bf16"]),
+    "mode": list(MODES),
+    "peers": list(PEERS),
+    "backend": str,
+    **bench.timing(rounds=11, seconds=40.0),
 }
-SETTLE_MS = 500.0  # a function that takes longer is not run once untimed before every sample
-
-OURS = ours.LINEAR
-PEERS = {
-    peer.name: peer
-    for peer in (
-        OURS,
-        eager.LINEAR,
-        eager.COMPILED_LINEAR,
-        liger.LINEAR,
-        torch_lce.LINEAR,
-        trl_chunked.LINEAR,
-        cce.LINEAR,
-        cce.EXACT,
-        quack.LINEAR,
-    )
-}
-CANNOT = {peer.name: peer.cannot for peer in PEERS.values() if peer.cannot}
-YARDSTICK = "products"
+CHOICES = {"dtype": DTYPES, "mode": MODES, "peers": PEERS}
 CASE = ("dtype", "d", "v", "mode")
+YARDSTICK = "products"
+SETTLE_MS = 500.0  # a function that takes longer is not run once untimed before every sample
 
 
 def bare_products(problem: Problem) -> Callable[[], Any]:
@@ -90,12 +82,10 @@ def step(peer: Peer, problem: Problem) -> Callable[[], Any]:
 
 def accuracy(peer: Peer, problem: Problem, truth: Truth) -> dict[str, Any]:
     """Errors of the gradient that a step has just left, and of the values."""
+    assert problem.q_hidden.grad is not None
     with torch.no_grad():
-        values = peer.values(problem) if peer.values else None
-        rewards = peer.rewards(problem) if peer.rewards else None
-    if values is not None:
-        rewards = values[0] - values[1]
-    return linear_problem.errors(truth, problem.q_hidden.grad, rewards, values)
+        values = peer.values(problem) if peer.values else ()
+    return linear_problem.errors(truth, problem.q_hidden.grad, *values)
 
 
 def _clear(problem: Problem) -> None:
@@ -105,18 +95,11 @@ def _clear(problem: Problem) -> None:
         torch.cuda.empty_cache()
 
 
-def peak(function: Callable[[], Any], problem: Problem, device: str) -> float:
-    """Peak memory of a step, the gradient that it leaves included."""
-    _clear(problem)
-    with harness.peak_memory(device) as memory:
-        function()
-    return memory.mebibytes
-
-
 def run_case(
     names: list[str], problem: Problem, truth: Truth | None, options: argparse.Namespace
 ) -> list[Row]:
     torch._dynamo.reset()
+    names = list(dict.fromkeys([OURS.name, *names]))  # others are compared to it
     steps = {name: step(PEERS[name], problem) for name in names}
 
     def first(name: str) -> Row:
@@ -130,21 +113,22 @@ def run_case(
         names, first, ours=(OURS.name,), reason=lambda name: PEERS[name].reason(problem)
     )
     for name, row in known.items():
-        row["peak_mib"] = peak(steps[name], problem, options.device)
+        _clear(problem)
+        with harness.peak_memory(options.device) as memory:  # with the gradient that is left
+            steps[name]()
+        row["peak_mib"] = memory.mebibytes
     functions = {**{name: steps[name] for name in known}, YARDSTICK: bare_products(problem)}
     times = bench.timed(functions, options, problem.weight.nbytes, warmup=0, settle_ms=SETTLE_MS)
     dtype = str(problem.weight.dtype).removeprefix("torch.")
     ceiling = recording.ceilings(options).gemm_tflop_s.get(dtype)
     n, d, v = *problem.q_hidden.shape, problem.weight.shape[0]
-    products = problem.mode.products
     rows = []
     for name, timing in times.items():
-        gflop_s = 2 * n * d * v * products / timing.median / 1e6
+        gflop_s = 2 * n * d * v * problem.mode.products / timing.median / 1e6
         rows.append(
             {
                 "who": name,
                 "ms": timing,
-                "products": products if name == YARDSTICK else PEERS[name].products(problem),
                 "gflop_s": gflop_s,
                 **({"share_of_ceiling": gflop_s / 1e3 / ceiling} if ceiling else {}),
                 **bench.against(timing, times[YARDSTICK], "products"),
@@ -173,50 +157,29 @@ def run(options: argparse.Namespace) -> recording.Recording:
             cannot=CANNOT,
         )
         recording.ceilings(options)
+        sizes = [tuple(map(int, size.split("x"))) for size in options.size]
         cases = [
-            {"dtype": c["dtype"], "d": c["size"][0], "v": c["size"][1], "mode": c["mode"]}
-            for c in bench.grid(dtype=options.dtype, size=options.size, mode=options.mode)
+            {"dtype": dtype, "d": d, "v": v, "mode": mode}
+            for dtype in options.dtype
+            for d, v in sizes
+            for mode in options.mode
         ]
         solved: dict[tuple[Any, ...], Truth] = {}
         for case in recorded.todo(cases):
-            mode = MODES[case["mode"]]
+            dtype, d, v, mode = case["dtype"], case["d"], case["v"], MODES[case["mode"]]
             problem = linear_problem.make_problem(
-                options.n, case["d"], case["v"], DTYPES[case["dtype"]], options.device, mode,
-                options.pairs,
-            )  # fmt: skip
+                options.n, d, v, DTYPES[dtype], options.device, mode, options.pairs
+            )
             # The modes of one size share what their compositions have in common.
-            key = (case["dtype"], case["d"], case["v"], mode.alpha_0, mode.alpha_tilde, mode.center)
+            key = (dtype, d, v, *mode.composition.values())
             solved = {k: truth for k, truth in solved.items() if k[:3] == key[:3]}
             if key not in solved:
                 solved[key] = linear_problem.solve(problem)
             problem = linear_problem.with_cache(problem, solved[key])
-            rows = run_case(options.peers, problem, solved[key], options)
-            recorded.put(case, rows, bench.show(rows))
+            recorded.put(case, run_case(options.peers, problem, solved[key], options))
             del problem
     return recorded
 
 
-def _size(text: str) -> tuple[int, int]:
-    d, v = text.split("x")
-    return int(d), int(v)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of this benchmark and of its scaling."""
-    parser.add_argument("--n", type=int, help="rows, a multiple of 2 * pairs")
-    parser.add_argument("--pairs", type=int)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    bench.peer_options(parser, PEERS)
-    bench.timing_options(parser, rounds=11, seconds=40.0)
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = bench.parser("linear", __doc__)
-    parser.add_argument("--size", nargs="+", type=_size, metavar="DxV")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
-    add_options(parser)
-    return bench.parse(parser, arguments, DEFAULTS, OURS.name)
-
-
 if __name__ == "__main__":
-    bench.main(parse, run)
+    bench.main(sys.modules[__name__])

@@ -8,10 +8,11 @@ reads would take at the best read bandwidth seen, plus the writes at half the co
 the median time. Inputs that would stay in the cache are driven out of it before every call.
 
 Errors are against float64 from the same inputs: of the forward the largest of any value, of all
-others the worst row's of the gradient, relative.
+others the worst row's of the gradient, relative. --alphas are alpha_0, alpha_tilde and center.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,27 +20,37 @@ import torch
 
 from benchmarks import bench, harness, logits_problem, recording
 from benchmarks.bench import DTYPES
-from benchmarks.logits_problem import Peer, Problem, Truth
-from benchmarks.peers import eager, ours, quack, trl_chunked
+from benchmarks.logits_problem import Problem, Truth
+from benchmarks.peers import Peer
+from benchmarks.peers.logits import OURS, PEERS
 from benchmarks.tables import Row
 
-DEFAULTS = {
-    "cpu": {"n": 256, "v": 128256, "pairs": 4},
-    "cuda": {"n": 4096, "v": 128256, "pairs": 8},
-    "quick": {"n": 16, "v": 1001, "pairs": 2},
-}
-OURS = ours.LOGITS
-PEERS = {
-    peer.name: peer
-    for peer in (OURS, eager.COMPILED_LOGITS, eager.LOGITS, trl_chunked.LOGITS, quack.LOGITS)
-}
 OPS = ("forward", "backward", "forward+backward", "loss+backward")
+OPTIONS: bench.Options = {
+    "n": (256, 4096, 16),
+    "v": (128256, 128256, 1001),
+    "pairs": (4, 8, 2),
+    "alphas": [1.0, 1.0, 1.0],
+    "dtype": ["fp32", "bf16"],
+    "op": list(OPS),
+    "peers": list(PEERS),
+    "backend": str,
+    **bench.timing(rounds=15, seconds=60.0),
+}
+CHOICES = {"dtype": DTYPES, "op": OPS, "peers": PEERS}
 CASE = ("dtype", "op")
 
 
-def function_of(op: str, peer: Peer, problem: Problem) -> Callable[[], Any]:
-    leaf = problem.q
+def functions_of(
+    op: str, peer: Peer, problem: Problem
+) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """What to time, and what to do before it, which is not timed."""
     graph: list[tuple[torch.Tensor, ...]] = []
+
+    def prepare() -> None:
+        problem.q.grad = None
+        if op == "backward":
+            graph[:] = [outputs()]
 
     def outputs() -> tuple[torch.Tensor, ...]:
         q_a, value, _, logp = peer.values(problem)
@@ -49,23 +60,18 @@ def function_of(op: str, peer: Peer, problem: Problem) -> Callable[[], Any]:
         with torch.no_grad():
             return peer.values(problem)
 
-    def prepare() -> None:
-        graph[:] = [outputs()]
-        leaf.grad = None
-
     def backward() -> None:
         torch.autograd.backward(graph.pop(), tuple(problem.grads))
 
     def both() -> None:
-        leaf.grad = None
+        problem.q.grad = None
         torch.autograd.backward(outputs(), tuple(problem.grads))
 
     def loss() -> None:
-        leaf.grad = None
+        problem.q.grad = None
         peer.loss(problem).backward()
 
-    functions = (forward, harness.Prepared(prepare, backward), both, loss)
-    return dict(zip(OPS, functions, strict=True))[op]
+    return dict(zip(OPS, (forward, backward, both, loss), strict=True))[op], prepare
 
 
 def traffic(op: str, tensor_bytes: int, m: float) -> tuple[int, int]:
@@ -78,44 +84,42 @@ def traffic(op: str, tensor_bytes: int, m: float) -> tuple[int, int]:
     return 2 * tensor_bytes + back[0], back[1]
 
 
-def first_run(op: str, function: Callable[[], Any], problem: Problem, truth: Truth) -> Row:
-    """Errors and memory."""
-    harness.prepare(function)
-    result = function()
+def errors(op: str, result: Any, problem: Problem, truth: Truth) -> dict[str, float]:
+    """Of the values that a function gave, or of the gradient that it left."""
     if op == "forward":
-        error = logits_problem.value_errors(truth, result)
-    else:
-        assert problem.q.grad is not None
-        right = truth.of_loss if op == "loss+backward" else truth.grad
-        error = {"gradient": logits_problem.gradient_error(problem.q.grad, right)}
-    problem.q.grad = result = None
-    harness.prepare(function)
-    with harness.peak_memory(problem.q.device.type) as peak:
-        result = function()
-    problem.q.grad = result = None
-    return {"error": error, "peak_mib": peak.mebibytes}
+        return logits_problem.value_errors(truth, result)
+    assert problem.q.grad is not None
+    right = truth.of_loss if op == "loss+backward" else truth.grad
+    return {"gradient": logits_problem.gradient_error(problem.q.grad, right)}
 
 
-def run_case(
-    op: str,
-    problem: Problem,
-    truth: Truth,
-    peaks: harness.Ceilings,
-    options: argparse.Namespace,
-) -> list[Row]:
-    functions = {name: function_of(op, PEERS[name], problem) for name in options.peers}
+def run_case(op: str, problem: Problem, truth: Truth, options: argparse.Namespace) -> list[Row]:
+    names = list(dict.fromkeys([OURS.name, *options.peers]))  # others are compared to it
+    made = {name: functions_of(op, PEERS[name], problem) for name in names}
+
+    def first(name: str) -> Row:
+        function, before = made[name]
+        before()
+        error = errors(op, function(), problem, truth)
+        problem.q.grad = None
+        before()
+        with harness.peak_memory(options.device) as peak:
+            function()
+        problem.q.grad = None
+        return {"error": error, "peak_mib": peak.mebibytes}
+
     known, missing = bench.first_runs(
-        options.peers,
-        lambda name: first_run(op, functions[name], problem, truth),
-        ours=(OURS.name,),
-        reason=lambda name: PEERS[name].reason(problem),
+        names, first, ours=(OURS.name,), reason=lambda name: PEERS[name].reason(problem)
     )
     reads = {f"read {k}": f for k, f in harness.read_function(problem.base).items()}
     size = problem.base.nbytes
-    times = bench.timed({**{who: functions[who] for who in known}, **reads}, options, 2 * size)
+    functions = {name: made[name][0] for name in known}
+    before = {name: made[name][1] for name in known} if op == "backward" else {}
+    times = bench.timed({**functions, **reads}, options, 2 * size, before=before)
     read_gb_s = size / min(times[k].best for k in reads) / 1e6
     read, written = traffic(op, size, problem.m)
-    floor = (read / read_gb_s + written / (peaks.copy_gb_s / 2)) / 1e6
+    copy_gb_s = recording.ceilings(options).copy_gb_s
+    floor = (read / read_gb_s + written / (copy_gb_s / 2)) / 1e6
     rows = [
         {
             "who": who,
@@ -132,15 +136,15 @@ def run_case(
 
 
 def run(options: argparse.Namespace) -> recording.Recording:
-    alphas = (options.alpha_0, options.alpha_tilde, options.center)
+    n, v, alphas, pairs = options.n, options.v, options.alphas, options.pairs
     recorded = recording.Recording(
         "logits",
         options,
         CASE,
-        shape={"n": options.n, "v": options.v, "alphas": alphas, "pairs": options.pairs},
+        shape={"n": n, "v": v, "alphas": alphas, "pairs": pairs},
         cannot={peer.name: peer.cannot for peer in PEERS.values() if peer.cannot},
     )
-    peaks = recording.ceilings(options)
+    recording.ceilings(options)
     made: dict[str, tuple[Problem, Truth]] = {}
     with bench.backend(options.backend):
         for case in recorded.todo(bench.grid(dtype=options.dtype, op=options.op)):
@@ -148,28 +152,12 @@ def run(options: argparse.Namespace) -> recording.Recording:
             if dtype not in made:
                 made.clear()
                 problem = logits_problem.make_problem(
-                    options.n, options.v, DTYPES[dtype], options.device, alphas, options.pairs
+                    n, v, DTYPES[dtype], options.device, alphas, pairs
                 )
                 made[dtype] = problem, logits_problem.solve(problem)
-            rows = run_case(op, *made[dtype], peaks, options)
-            recorded.put(case, rows, bench.show(rows))
+            recorded.put(case, run_case(op, *made[dtype], options))
     return recorded
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = bench.parser("logits", __doc__)
-    parser.add_argument("--n", type=int, help="rows, a multiple of 2 * pairs")
-    parser.add_argument("--v", type=int, help="vocabulary")
-    parser.add_argument("--pairs", type=int)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--alpha-0", type=float, default=1.0)
-    parser.add_argument("--alpha-tilde", type=float, default=1.0)
-    parser.add_argument("--center", type=float, default=1.0)
-    bench.peer_options(parser, PEERS)
-    bench.timing_options(parser, rounds=15, seconds=60.0)
-    return bench.parse(parser, arguments, DEFAULTS, OURS.name)
-
-
 if __name__ == "__main__":
-    bench.main(parse, run)
+    bench.main(sys.modules[__name__])

@@ -6,6 +6,7 @@ Same model, seed and order of pairs; packed and without logits against padded wi
 """
 
 import argparse
+import sys
 import tempfile
 
 import torch
@@ -15,26 +16,36 @@ from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
 from qadapter.model.checkpoint import resolve_model
 from qadapter.text.data import load_preference_data
 
+OPTIONS: bench.Options = {
+    "model": "smollm2",
+    "data": training_problem.DEMO,
+    "steps": (50, 50, 1),
+    "pairs": 2,  # in an update
+    "max_length": 512,
+    "dtype": (["float32", "bfloat16"], ["float32", "bfloat16"], ["float32"]),  # of the base
+}
 WAYS = {"default": {}, "logits": {"packing": False, "use_logits": True}}
 
 
-def curve(options: argparse.Namespace, folder: str, settings: dict[str, bool]) -> list[float]:
+def curve(options: argparse.Namespace, dtype: str, settings: dict[str, bool]) -> list[float]:
+    """The losses of all updates."""
     torch.manual_seed(0)
-    model = QAdapterModel.from_pretrained(resolve_model(options.model), dtype=options.base_dtype)
-    config = QAdapterConfig(
-        output_dir=folder,
-        max_steps=options.steps,
-        per_device_train_batch_size=options.pairs,
-        max_length=options.max_length,
-        drop_long_prompts=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        seed=0,
-        **settings,
-    )
-    trainer = QAdapterTrainer(model, config, train_dataset=load_preference_data(options.data))
-    trainer.train()
+    model = QAdapterModel.from_pretrained(resolve_model(options.model), dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        config = QAdapterConfig(
+            output_dir=folder,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.pairs,
+            max_length=options.max_length,
+            drop_long_prompts=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            seed=0,
+            **settings,
+        )
+        trainer = QAdapterTrainer(model, config, train_dataset=load_preference_data(options.data))
+        trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
@@ -43,9 +54,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
     # One file holds the runs of several dtypes.
     runs = recorded.more.setdefault("runs", {})
     for case in recorded.todo(bench.grid(dtype=options.dtype)):
-        with tempfile.TemporaryDirectory() as folder:
-            options.base_dtype = case["dtype"]
-            found = {way: curve(options, folder, settings) for way, settings in WAYS.items()}
+        found = {way: curve(options, case["dtype"], settings) for way, settings in WAYS.items()}
         pairs = zip(found["default"], found["logits"], strict=True)
         largest = max(abs(a - b) / b for a, b in pairs)
         runs[case["dtype"]] = {"pairs": options.pairs, **found}
@@ -54,19 +63,5 @@ def run(options: argparse.Namespace) -> recording.Recording:
     return recorded
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = bench.parser("loss_curves", __doc__)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--data", default=training_problem.DEMO)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--pairs", type=int, default=2, help="in an update")
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="of the base")
-    options = bench.parse(parser, arguments, {})
-    if options.quick:
-        options.steps, options.dtype = min(options.steps, 1), options.dtype[:1]
-    return options
-
-
 if __name__ == "__main__":
-    bench.main(parse, run)
+    bench.main(sys.modules[__name__])

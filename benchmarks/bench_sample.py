@@ -10,15 +10,15 @@ from the logits of the streams: composing them counts.
 
 GB/s counts one read of the logits; "of read" is the time that this read takes at the best that a
 plain reading loop reaches on the same tensors, in the same turns, over the median time. Tensors
-that would fit in the cache are driven out of it before every call; the loop's are, too. With
---warm they may stay there, as those of a decoding loop do.
+that would fit in the cache are driven out of it before every call; the loop's are, too.
 
 The torch backend is left out where B * V is large, and compilation to a few cases, as both take
-long: --backends and --compile-all. Logits whose nucleus is most of the vocabulary: --logits flat.
+long. Logits whose nucleus is most of the vocabulary: --logits flat.
 """
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,20 +28,29 @@ from torch import Tensor
 import qadapter
 from benchmarks import bench, harness, recording, sampling_problem
 from benchmarks.bench import DTYPES
-from benchmarks.peers.eager_sampling import EAGER
-from benchmarks.peers.flashinfer_sampling import FLASHINFER
-from benchmarks.peers.hf_sampling import COMPILED, HF
+from benchmarks.peers.sampling import COMPILED, PEERS
 from benchmarks.sampling_problem import FILTERS, LOGITS, STREAMS, Problem, Sampler
 from benchmarks.tables import Row
 from qadapter import functional as QF
 from qadapter.ops import backends
 
-DEFAULTS: bench.Defaults = {
-    "cpu": {"batch_sizes": [8, 64], "vocab": [49152, 128256], "dtype": ["bf16", "fp32"]},
-    "cuda": {"batch_sizes": [64], "vocab": [128256], "dtype": ["bf16"]},
-    "quick": {"batch_sizes": [3], "vocab": [1000], "dtype": ["bf16", "fp32"]},
+OPTIONS: bench.Options = {
+    "batch_sizes": ([8, 64], [64], [3]),
+    "vocab": ([49152, 128256], [128256], [1000]),
+    "dtype": (["bf16", "fp32"], ["bf16"], ["bf16", "fp32"]),
+    "streams": list(STREAMS),
+    "logits": ["peaked"],
+    "filters": list(FILTERS),
+    "peers": list(PEERS),
+    **bench.timing(rounds=25, seconds=1.0),
 }
-PEERS = {peer.name: peer for peer in (EAGER, HF, COMPILED, FLASHINFER)}
+CHOICES = {
+    "dtype": DTYPES,
+    "streams": STREAMS,
+    "logits": LOGITS,
+    "filters": FILTERS,
+    "peers": PEERS,
+}
 CASE = ("dtype", "b", "v", "streams", "logits")
 SETTLE_MS = 50.0  # a function that takes longer is not run once untimed before every sample
 TORCH_ELEMENTS = 8 * 128256  # logits up to which the torch backend runs too
@@ -61,22 +70,20 @@ def ours(backend: str) -> Sampler:
     return Sampler(f"qadapter {backend}", prepare)
 
 
-def our_backends(problem: Problem, chosen: list[str] | None) -> list[str]:
+def our_backends(problem: Problem) -> list[str]:
     """The one that is taken by itself first: the others' times are given as multiples of its."""
     device, own = problem.q.device.type, backends.serving(problem.q)
     names = [b.name for b in qadapter.backends() if b.available and device in b.devices]
-    names.sort(key=lambda name: name != own)
-    if chosen:
-        return [name for name in names if name in chosen]
     large = problem.q.numel() > TORCH_ELEMENTS
-    return [n for n in names if n != "torch" or not large] or ["torch"]
+    return [own, *(name for name in names if name != own and not (name == "torch" and large))]
 
 
-def takes_part(peer: Sampler, case: dict[str, Any], filters: str, everything: bool) -> bool:
-    if peer is not COMPILED or everything:
-        return True
+def samplers_of(problem: Problem, case: Row, filters: str, peers: list[str]) -> list[Sampler]:
+    """Ours, and the peers; compilers in a few cases only."""
     headline = (case["streams"], case["logits"]) == ("two", "peaked")
-    return headline and filters in COMPILED_FILTERS
+    compiled = headline and filters in COMPILED_FILTERS
+    theirs = [PEERS[name] for name in peers if PEERS[name] is not COMPILED or compiled]
+    return [*map(ours, our_backends(problem)), *theirs]
 
 
 def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -95,8 +102,7 @@ def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
 def run_filters(
     problem: Problem, samplers: list[Sampler], options: argparse.Namespace
 ) -> list[Row]:
-    if COMPILED in samplers:
-        torch._dynamo.reset()
+    torch._dynamo.reset()
     by_name = {sampler.name: sampler for sampler in samplers}
     mine = [name for name in by_name if name.startswith("qadapter")]
     functions: dict[str, Callable[[], Any]] = {}
@@ -115,13 +121,14 @@ def run_filters(
     )
     for name in mine:  # same seeds, so the same tokens
         known[name]["same_tokens"] = (drawn[name] == drawn[mine[0]]).double().mean().item()
-    if options.device == "cuda" and not options.eager:
+    if options.device == "cuda":
         for name, function in functions.items():
             functions[name] = graphed(function)
             known[name]["graph"] = functions[name] is not function
     reads = {f"read {k}": f for k, f in harness.read_function(problem.q).items()}
-    settings = {"warmup": 1, "settle_ms": SETTLE_MS, **({"cold": False} if options.warm else {})}
-    times = bench.timed({**functions, **reads}, options, problem.q.nbytes, **settings)
+    times = bench.timed(
+        {**functions, **reads}, options, problem.q.nbytes, warmup=1, settle_ms=SETTLE_MS
+    )
     tensors = 1 if problem.base is None else 2
     read_ms = tensors * min(times[name].best for name in reads)
     size = tensors * problem.q.nbytes
@@ -146,7 +153,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
         "sample",
         options,
         CASE,
-        compositions=STREAMS,
+        streams=STREAMS,
         filters=FILTERS,
         cannot={name: peer.cannot for name, peer in PEERS.items()},
     )
@@ -166,34 +173,15 @@ def run(options: argparse.Namespace) -> recording.Recording:
             problem = sampling_problem.make_problem(
                 b, v, DTYPES[dtype], options.device, streams, logits, filters
             )
-            samplers = [ours(backend) for backend in our_backends(problem, options.backends)]
-            chosen = [PEERS[name] for name in options.peers]
-            samplers += [p for p in chosen if takes_part(p, case, filters, options.compile_all)]
+            samplers = samplers_of(problem, case, filters, options.peers)
             rows = run_filters(problem, samplers, options)
             done += [{"filters": filters, **row} for row in rows]
-            shown.append(f"{filters}\n{bench.show(rows)}")
+            shown.append(f"{filters}\n{recording.show(rows)}")
             del problem
             gc.collect()
         recorded.put(case, done, "\n".join(shown))
     return recorded
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = bench.parser("sample", __doc__)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="B")
-    parser.add_argument("--vocab", type=int, nargs="+", metavar="V")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=list(STREAMS))
-    parser.add_argument("--logits", nargs="+", choices=LOGITS, default=["peaked"])
-    parser.add_argument("--filters", nargs="+", choices=FILTERS, default=list(FILTERS))
-    parser.add_argument("--backends", nargs="+", help="of ours; default: all that run here")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--compile-all", action="store_true", help="compile in every case")
-    parser.add_argument("--eager", action="store_true", help="on a GPU: no CUDA graphs")
-    parser.add_argument("--warm", action="store_true", help="leave inputs in the cache")
-    bench.timing_options(parser, rounds=25, seconds=1.0)
-    return bench.parse(parser, arguments, DEFAULTS)
-
-
 if __name__ == "__main__":
-    bench.main(parse, run)
+    bench.main(sys.modules[__name__])

@@ -15,23 +15,31 @@ without padding: what is left to gain there is the head alone.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import bench, harness, recording, training_problem
+from benchmarks.peers.training import CANNOT
 from benchmarks.tables import Row
-from benchmarks.training_problem import CANNOT, PARTS, WAYS, Setup, make_batch
+from benchmarks.training_problem import WAYS, Setup, make_batch
 
-DEFAULTS: bench.Defaults = {
-    "cpu": {"model": "smollm2"},
-    "cuda": {"model": "smollm2"},
-    "quick": {"model": "tiny"},
+OPTIONS: bench.Options = {
+    "model": ("smollm2", "smollm2", "tiny"),
+    "data": training_problem.DEMO,
+    "shuffle": int,
+    "pairs": 4,
+    "batches": 3,
+    "max_length": 512,
+    "rounds": (3, 3, 1),
+    "scaling": (False, False, True),  # the tiny model has no tokenizer, so no text
+    "lengths": ([128, 256, 512, 1024, 2048], [128, 256, 512, 1024, 2048], [128]),
 }
 
 
 def measure(setup: Setup, pairs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
     device, model = options.device, setup.model
-    batch = make_batch(setup, pairs, tuple(options.ways))
+    batch = make_batch(setup, pairs)
     peaks = {}
     for name, way in batch.ways.items():
         way()
@@ -43,34 +51,20 @@ def measure(setup: Setup, pairs: list[Any], options: argparse.Namespace) -> dict
         batch.ways, device=device, rounds=options.rounds, warmup=0, least=options.rounds
     )
     model.zero_grad(set_to_none=True)
-    pieces = {} if options.no_parts else {"parts": training_problem.parts(setup, batch, 3)}
     return {
         **batch.sizes(),
         **{f"{name} ms": timing for name, timing in timings.items()},
         **{f"{name} peak MiB": peak for name, peak in peaks.items()},
-        **pieces,
+        "parts": training_problem.parts(setup, batch, 3),
     }
 
 
 def show(row: Row) -> str:
-    timing, peak = row["ours ms"], row["ours peak MiB"]
-    ways = [
-        {
-            "who": way,
-            "ms": row[f"{way} ms"],
-            **bench.against(row[f"{way} ms"], timing),
-            "peak_mib": row[f"{way} peak MiB"],
-            "peak_of_ours": row[f"{way} peak MiB"] / peak if peak else None,
-        }
-        for way in WAYS
-        if f"{way} ms" in row
-    ]
+    names = [way for way in WAYS if f"{way} ms" in row]
+    ways = [{"who": w, "ms": row[f"{w} ms"], "peak_mib": row[f"{w} peak MiB"]} for w in names]
     sizes = ", ".join(f"{row[k]} {k}" for k in ("tokens", "padded", "packed", "response rows"))
-    text = f"{sizes}\n{bench.show(ways)}"
-    if "parts" in row:
-        parts = [f"{name} {row['parts'][name].median:.1f}" for name in (*PARTS, "step")]
-        text += f"\nparts of ours, ms: {', '.join(parts)}, rest {row['parts']['rest']:.1f}"
-    return text
+    parts = [f"{name} {getattr(ms, 'median', ms):.1f}" for name, ms in row["parts"].items()]
+    return f"{sizes}\n{recording.show(ways)}\nparts of ours, ms: {', '.join(parts)}"
 
 
 def run(options: argparse.Namespace) -> recording.Recording:
@@ -79,7 +73,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
         name, case = "train_step_scaling", "length"
     elif options.shuffle is not None:
         name = "train_step_shuffled"
-    setup = training_problem.load(options.model, options.device, WAYS[3] in options.ways)
+    setup = training_problem.load(options.model, options.device)
     more: dict[str, Any] = {"model": options.model, "cannot": CANNOT, "missing": setup.missing}
     if not options.scaling:
         more |= {"pairs": options.pairs, "max_length": options.max_length}
@@ -99,30 +93,5 @@ def run(options: argparse.Namespace) -> recording.Recording:
     return recorded
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = bench.parser("train_step[_scaling]", __doc__)
-    parser.add_argument("--model", help="smollm2, a folder or a Hub id, or tiny (random weights)")
-    parser.add_argument(
-        "--data",
-        default=training_problem.DEMO,
-        help="preference pairs, a file or a Hub id; default the demo's, which are short",
-    )
-    parser.add_argument("--shuffle", type=int, help="seed; default, the order of the file")
-    parser.add_argument("--scaling", action="store_true", help="against the length of responses")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--no-parts", action="store_true")
-    parser.add_argument("--pairs", type=int, default=4, help="pairs in a micro-batch")
-    parser.add_argument("--batches", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-length", type=int, default=512)
-    options = bench.parse(parser, arguments, DEFAULTS)
-    if options.quick:  # random weights have no tokenizer, so no text
-        options.scaling, options.rounds, options.lengths = True, 1, options.lengths[:1]
-    if "ours" not in options.ways:
-        options.ways.insert(0, "ours")
-    return options
-
-
 if __name__ == "__main__":
-    bench.main(parse, run)
+    bench.main(sys.modules[__name__])

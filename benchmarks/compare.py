@@ -14,15 +14,14 @@ The exit status is 1 if anything got slower, took more instructions or more memo
 
 import argparse
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.recording import MACHINE
-from benchmarks.tables import Column, Record, Row, table
+from benchmarks.tables import Column, Record, Row, frame, table, there
 from qadapter import files
 
 IDENTITY = (
@@ -33,56 +32,37 @@ IDENTITY = (
 SETTINGS = ("shape", "pairs", "max_length", "new_tokens", "cache", "clock", "shuffle", "backend")
 TIMES = 2.0  # noises
 WORDS = {
-    "time": {"slower": "SLOWER", "faster": "FASTER"},
-    "instructions": {"slower": "MORE INSTRUCTIONS", "faster": "FEWER INSTRUCTIONS"},
-    "memory": {"slower": "MORE MEMORY", "faster": "LESS MEMORY"},
+    "time": ("SLOWER", "FASTER"),
+    "instructions": ("MORE INSTRUCTIONS", "FEWER INSTRUCTIONS"),
+    "memory": ("MORE MEMORY", "LESS MEMORY"),
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    kind: str  # time, instructions, memory
-    value: float
-    best: float
-    noise: float = 0.0
+def _figure(row: Row, name: str) -> Row | None:
+    """The time, the count or the peak in a column of a flat row; None if it has none of them."""
+    if name.endswith(" median") and f"{name.removesuffix(' median')} best" in row:
+        time = name.removesuffix(" median")
+        median, p20, p80 = (row[f"{time} {part}"] for part in ("median", "p20", "p80"))
+        noise = (p80 - p20) / 2 / median
+        return {"kind": "time", "value": median, "best": row[f"{time} best"], "noise": noise}
+    if name == "instructions" or name == "peak_mib" or name.endswith("peak MiB"):
+        kind = "instructions" if name == "instructions" else "memory"
+        return {"kind": kind, "value": row[name], "best": row[name], "noise": 0.0}
+    return None
 
 
-@dataclass(frozen=True)
-class Difference:
-    what: str
-    kind: str
-    old: float
-    new: float
-    noise: float
-    allowed: float
-    verdict: str  # slower, faster, same
-
-
-def _found(value: Row, path: str) -> Iterator[tuple[str, Measured]]:
-    """Times, counts and peaks anywhere in a row."""
-    for name, part in value.items():
-        where = f"{path} {name}".strip()
-        if isinstance(part, dict) and {"median", "p20", "p80", "best"} <= part.keys():
-            noise = (part["p80"] - part["p20"]) / 2 / part["median"]
-            yield where, Measured("time", part["median"], part["best"], noise)
-        elif isinstance(part, dict) and name != "error":
-            yield from _found(part, where)
-        elif name == "instructions":
-            yield where, Measured("instructions", part, part)
-        elif name == "peak_mib" or name.endswith("peak MiB"):
-            yield where, Measured("memory", part, part)
-
-
-def measured(record: Record) -> dict[str, Measured]:
-    """Everything that can be compared, by what it is of."""
-    found: dict[str, Measured] = {}
-    for row in [*record["rows"], *record.get("parts", [])]:
-        if record["benchmark"] == "context" or "missing" in row:
-            continue
-        label = " ".join(f"{name}={row[name]}" for name in IDENTITY if name in row)
-        for path, value in _found(row, ""):
-            found[f"{record['benchmark']} {label} {path}"] = value
-    return found
+def measured(record: Record) -> pd.DataFrame:
+    """Everything that can be compared, a row each: what it is of, kind, value, best and noise."""
+    found: dict[str, Row] = {}
+    rows = [*record["rows"], *record.get("parts", [])] if record["benchmark"] != "context" else []
+    for row in frame(rows).to_dict("records"):
+        own = {name: value for name, value in row.items() if there(value)}
+        label = " ".join(f"{name}={own[name]}" for name in IDENTITY if name in own)
+        for name in own:
+            if figure := _figure(own, name):
+                what = f"{record['benchmark']} {label} {name.removesuffix(' median')}"
+                found[what] = {"what": what, **figure}
+    return pd.DataFrame(found.values(), columns=["what", "kind", "value", "best", "noise"])
 
 
 def same_conditions(old: Record, new: Record) -> list[str]:
@@ -94,33 +74,29 @@ def same_conditions(old: Record, new: Record) -> list[str]:
     return [f"{name}: {a} and {b}" for name, a, b in pairs if a != b]
 
 
-def judge(
-    what: str, old: Measured, new: Measured, least: float = 0.05, least_counts: float = 0.01
-) -> Difference:
-    noise = math.hypot(old.noise, new.noise)
-    allowed = least_counts if old.kind == "instructions" else max(least, TIMES * noise)
-    of_best = max(least, least_counts) if old.kind == "time" else least_counts
-
-    def worse(one: Measured, other: Measured) -> bool:
-        if old.kind == "memory" and other.value <= one.value + 1:
-            return False
-        return other.value > one.value * (1 + allowed) and other.best > one.best * (1 + of_best)
-
-    verdict = "slower" if worse(old, new) else "faster" if worse(new, old) else "same"
-    return Difference(what, old.kind, old.value, new.value, noise, allowed, verdict)
-
-
 def differences(
     old: Record, new: Record, least: float = 0.05, least_counts: float = 0.01
-) -> list[Difference]:
+) -> pd.DataFrame:
+    """A row for everything that both have, with what is allowed and the ``verdict``: slower, faster
+    or same."""
     if changed := same_conditions(old, new):
         raise ValueError(f"these results cannot be compared: {'; '.join(changed)}")
-    before, after = measured(old), measured(new)
-    return [
-        judge(what, before[what], after[what], least, least_counts)
-        for what in before
-        if what in after
-    ]
+    found = measured(old).merge(measured(new), on=["what", "kind"], suffixes=(" old", " new"))
+    time, memory = found["kind"] == "time", found["kind"] == "memory"
+    noise = np.hypot(found["noise old"], found["noise new"])
+    allowed = np.where(
+        found["kind"] == "instructions", least_counts, np.maximum(least, TIMES * noise)
+    )
+    of_best = np.where(time, max(least, least_counts), least_counts)
+
+    def worse(one: str, other: str) -> Any:
+        grown = found[f"value {other}"] > found[f"value {one}"] * (1 + allowed)
+        best = found[f"best {other}"] > found[f"best {one}"] * (1 + of_best)
+        seen = ~memory | (found[f"value {other}"] > found[f"value {one}"] + 1)
+        return grown & best & seen
+
+    verdict = np.select([worse("old", "new"), worse("new", "old")], ["slower", "faster"], "same")
+    return found.assign(noise=noise, allowed=allowed, verdict=verdict)
 
 
 def _pairs(old: Path, new: Path) -> list[tuple[Path, Path]]:
@@ -142,34 +118,40 @@ def _value(name: str) -> Any:
     return lambda row: f"{row[name]:,.3f}" if row["kind"] == "time" else f"{row[name]:,.0f}"
 
 
+def _word(row: Row) -> str:
+    more, less = WORDS[row["kind"]]
+    return {"slower": more, "faster": less, "same": ""}[row["verdict"]]
+
+
 COLUMNS: list[Column] = [
     ("", "what"),
-    ("old", _value("old")),
-    ("new", _value("new")),
-    ("new / old", lambda row: row["new"] / row["old"] if row["old"] else math.inf, "{:.3f}"),
+    ("old", _value("value old")),
+    ("new", _value("value new")),
+    ("new / old", lambda row: row["value new"] / (row["value old"] or math.nan), "{:.3f}"),
     ("noise", "noise", "{:.1%}"),
     ("allowed", "allowed", "{:.1%}"),
-    ("", lambda row: WORDS[row["kind"]].get(row["verdict"])),
+    ("", _word),
 ]
 
 
-def report(old: Record, new: Record, found: list[Difference], options: argparse.Namespace) -> None:
+def report(old: Record, new: Record, found: pd.DataFrame, options: argparse.Namespace) -> None:
     """Prints the noise, what changed (or everything), and how much is worse."""
     then, now = (record["environment"]["torch"] for record in (old, new))
     if then != now:
         print(f"  note: torch {then} then, {now} now")
-    if noises := sorted(d.noise for d in found if d.kind == "time"):
+    noise = found.loc[found["kind"] == "time", "noise"]
+    if not noise.empty:
         print(
-            f"  noise of a ratio of times: median {noises[len(noises) // 2]:.1%}, largest "
-            f"{noises[-1]:.1%}; allowed is {TIMES:g} times a ratio's own, at least "
-            f"{options.least:.0%}"
+            f"  noise of a ratio of times: median {noise.median():.1%}, largest {noise.max():.1%}; "
+            f"allowed is {TIMES:g} times a ratio's own, at least {options.least:.0%}"
         )
-    if any(d.kind == "instructions" for d in found):
+    if (found["kind"] == "instructions").any():
         print(f"  instruction counts: {options.least_counts:.1%} allowed")
-    if shown := [d for d in found if options.all or d.verdict != "same"]:
-        print(table(pd.DataFrame(shown), COLUMNS))
-    verdicts = [d.verdict for d in found]
-    print(f"  {verdicts.count('slower')} worse, {verdicts.count('faster')} better")
+    shown = found if options.all else found[found["verdict"] != "same"]
+    if not shown.empty:
+        print(table(shown, COLUMNS))
+    worse, better = ((found["verdict"] == verdict).sum() for verdict in ("slower", "faster"))
+    print(f"  {worse} worse, {better} better")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -191,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = differences(old, new, options.least, options.least_counts)
             print(f"{old['benchmark']}: {paths[0]} and {paths[1]}, {len(found)} in common")
             report(old, new, found, options)
-            worse = worse or any(d.verdict == "slower" for d in found)
+            worse = worse or bool((found["verdict"] == "slower").any())
     except ValueError as error:
         raise SystemExit(f"compare: {error}") from None
     return int(worse)

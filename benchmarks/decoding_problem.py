@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, StoppingCriteria
+from transformers import AutoTokenizer, DynamicCache, LogitsProcessorList, StoppingCriteria
 
 import qadapter
 from benchmarks import harness
 from benchmarks.bases import SHAPES, lora_config, sharing_copy
-from benchmarks.peers import naive_decode
-from benchmarks.peers.hf_sampling import warpers
+from benchmarks.peers.sampling import warpers
 from qadapter import QAdapterModel
 from qadapter.model.checkpoint import resolve_model
 from qadapter.text.data import load_preference_data
@@ -25,9 +24,8 @@ MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
 }
-LORAS = ("all", "upper")
-WAYS = ("base", "lora", "naive", "two streams", "one stream", "two adapters")
-OURS = WAYS[3:]
+OURS = ("two streams", "one stream", "two adapters")
+WAYS = ("base", "lora", "naive", *OURS)
 STRENGTH = 0.5
 QUESTIONS = 4  # in a prompt, for about 64 tokens
 
@@ -80,22 +78,57 @@ def prompts(model: Any, name: str, batch: int) -> tuple[Tensor, Tensor]:
     return encoded["input_ids"], encoded["attention_mask"]
 
 
-class Competitors:
-    """The models of one LoRA, and the ways to decode from them."""
+@torch.no_grad()
+def naive(
+    peft_model: Any,
+    input_ids: Tensor,
+    mask: Tensor,
+    new: int,
+    chain: LogitsProcessorList | None,
+    clock: Clock,
+) -> Tensor:
+    """Combined-logits decoding at `STRENGTH` as it is written without this package.
 
-    def __init__(self, base: Any, which: str, cache: str, chosen: list[str]) -> None:
-        self.base, self.cache, self.chosen = base, cache, chosen
+    Two forwards per token with PEFT's `disable_adapter()` around one of them, a cache for each, a
+    log-softmax of the base, the sum, transformers' processors, softmax, multinomial. int64
+    [B, T + new] from left-padded prompts; greedy (argmax) without a ``chain``.
+    """
+    alpha = 1 / STRENGTH
+    q_cache, base_cache = DynamicCache(), DynamicCache()
+    step_ids, positions = input_ids, (mask.cumsum(-1) - 1).clamp(min=0)
+    for _ in range(new):
+        inputs = {"input_ids": step_ids, "attention_mask": mask, "position_ids": positions}
+        inputs |= {"use_cache": True, "logits_to_keep": 1}
+        z_q = peft_model(**inputs, past_key_values=q_cache).logits[:, -1].float()
+        with peft_model.disable_adapter():
+            z_b = peft_model(**inputs, past_key_values=base_cache).logits[:, -1].float()
+        q_values = z_q - z_b
+        scores = (q_values + alpha * torch.log_softmax(z_b, -1)) / alpha
+        if chain is None:
+            step_ids = scores.argmax(-1, keepdim=True)
+        else:
+            probs = torch.softmax(chain(input_ids, scores), -1)
+            step_ids = torch.multinomial(probs, num_samples=1)
+        input_ids = torch.cat([input_ids, step_ids], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        positions = positions[:, -1:] + 1
+        clock(input_ids, None)
+    return input_ids
+
+
+class Competitors:
+    """The models of one LoRA (on "all" layers or the "upper" half), and the ways to decode."""
+
+    def __init__(self, base: Any, which: str, cache: str) -> None:
+        self.base, self.cache = base, cache
         layers = base.config.num_hidden_layers
         self.layers = list(range(layers // 2, layers)) if which == "upper" else None
         self.peft = get_peft_model(sharing_copy(base), lora_config(self.layers)).eval()
         random_lora(self.peft, 0)
-        self.ours = self._two_streams(0)
-        self.blend: QAdapterModel | None = None
-        if "two adapters" in chosen:
-            self.blend = self._two_streams(0)
-            with tempfile.TemporaryDirectory() as folder:
-                self._two_streams(1).save_pretrained(folder)
-                self.blend.load_adapter(folder, "second")
+        self.ours, self.blend = self._two_streams(0), self._two_streams(0)
+        with tempfile.TemporaryDirectory() as folder:
+            self._two_streams(1).save_pretrained(folder)
+            self.blend.load_adapter(folder, "second")
 
     def _two_streams(self, seed: int) -> QAdapterModel:
         base, config = sharing_copy(self.base), lora_config(self.layers)
@@ -108,7 +141,6 @@ class Competitors:
         arguments: dict[str, Any] = {"do_sample": bool(filters), **filters}
         if self.cache == "static":
             arguments["cache_implementation"] = "static"
-        by_hand = {"alpha_0": 1 / STRENGTH, "alpha_tilde": 1 / STRENGTH, "center": 1.0}
 
         def theirs(model: Any) -> Way:
             return lambda new, clock: model.generate(
@@ -124,21 +156,13 @@ class Competitors:
                 ids, mask, max_new_tokens=new, stopping_criteria=[clock], **blend, **arguments
             )
 
-        def naive(new: int, clock: Clock) -> Tensor:
-            chain = warpers(**filters) if filters else None
-            return naive_decode.generate(
-                self.peft, ids, mask, new=new, warpers=chain, clock=clock, **by_hand
-            )
-
-        ways: dict[str, Way] = {
+        chain = warpers(**filters) if filters else None
+        halves = dict.fromkeys(self.blend.adapter_names, 0.5)
+        return {
             "base": theirs(self.base),
             "lora": theirs(self.peft),
-            "naive": naive,
+            "naive": lambda new, clock: naive(self.peft, ids, mask, new, chain, clock),
             "two streams": ours(self.ours, strength=STRENGTH),
             "one stream": ours(self.ours, strength=1.0),
+            "two adapters": ours(self.blend, strength=STRENGTH, adapters=halves),
         }
-        if self.blend is not None:
-            names = list(self.blend.adapter_names)
-            blend = {"strength": STRENGTH, "adapters": dict.fromkeys(names, 0.5)}
-            ways["two adapters"] = ours(self.blend, **blend)
-        return {name: way for name, way in ways.items() if name in self.chosen}

@@ -9,19 +9,20 @@ import contextlib
 import ctypes
 import functools
 import gc
-import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
-CEILING_SIZES = {"cpu": (512, 1024), "cuda": (2048, 4096)}  # MiB to read, side of the products
+# MiB to read, side of the products
+CEILING_SIZES = {"cpu": (512, 1024), "cuda": (2048, 4096), "quick": (16, 64)}
 COLD = 4  # caches to read between calls, so that no input is left in one
 
 
@@ -41,30 +42,8 @@ class Timing:
 
     @staticmethod
     def of(samples: list[float]) -> "Timing":
-        ordered = sorted(samples)
-        last = len(ordered) - 1
-        return Timing(
-            statistics.median(ordered),
-            ordered[round(0.2 * last)],
-            ordered[round(0.8 * last)],
-            ordered[0],
-        )
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A function with something to do before every call that is not to be timed."""
-
-    before: Callable[[], Any]
-    function: Callable[[], Any]
-
-    def __call__(self) -> Any:
-        return self.function()
-
-
-def prepare(function: Callable[[], Any]) -> None:
-    if isinstance(function, Prepared):
-        function.before()
+        found = np.quantile(samples, (0.5, 0.2, 0.8, 0), method="nearest")
+        return Timing(statistics.median(samples), *found[1:].tolist())
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -93,6 +72,7 @@ def _time_once(
 def interleaved(
     functions: dict[str, Callable[[], Any]],
     *,
+    before: Mapping[str, Callable[[], Any]] | None = None,
     device: str = "cpu",
     rounds: int = 15,
     seconds: float = 60.0,
@@ -106,16 +86,24 @@ def interleaved(
 
     In each turn a function runs twice and the second run counts, as in a loop that repeats it. One
     that took longer than ``settle_ms`` the time before runs once: what the first run would put in
-    order is no matter then.
+    order is no matter then. ``before`` has what must be done ahead of every call of a function and
+    is not timed.
     ``clock="cpu"`` counts the processor time of this process. With one thread that tells what the
     work costs however busy the machine is; with more it also counts threads that spin in a barrier.
     ``cold`` reads other memory before every timed call, `COLD` times the cache, so that inputs come
     from memory as they would if they were rotated through that many copies. On a GPU that is always
     done.
     """
-    for function in functions.values():
+
+    first = before or {}
+
+    def prepare(name: str) -> None:
+        if name in first:
+            first[name]()
+
+    for name, function in functions.items():
         for _ in range(warmup):
-            prepare(function)
+            prepare(name)
             function()
     synchronize(device)
     scratch = None
@@ -132,9 +120,9 @@ def interleaved(
                 # Once untimed: what ran before has left its own memory behind, and the first
                 # touch of pages that the system took back would be charged to this function.
                 if not samples[name] or samples[name][-1] < settle_ms:
-                    prepare(function)
+                    prepare(name)
                     function()
-                prepare(function)
+                prepare(name)
                 samples[name].append(_time_once(function, device, CLOCKS[clock], scratch))
             if i + 1 >= least and time.perf_counter() - started > seconds:
                 break
@@ -166,9 +154,8 @@ def read_function(tensor: Tensor) -> dict[str, Callable[[], Any]]:
 def ceilings(device: str, megabytes: int = 512, gemm: int = 1024, clock: str = "wall") -> Ceilings:
     source = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
-    functions: dict[str, Callable[[], Any]] = read_function(source)
-    reads = list(functions)
-    functions["copy"] = lambda: target.copy_(source)
+    reads = read_function(source)
+    functions = {**reads, "copy": lambda: target.copy_(source)}
     flops = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(gemm, 2 * gemm, dtype=dtype, device=device)
@@ -187,54 +174,20 @@ def ceilings(device: str, megabytes: int = 512, gemm: int = 1024, clock: str = "
     )
 
 
-def _size(text: str) -> int:
-    """Bytes of what Linux writes as 32768K."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
-
-
 @functools.cache
 def cache_bytes() -> int:
     """Of this machine's largest CPU cache; 32 MiB where that is not to be found out."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((_size(path.read_text().strip()) for path in sizes), default=32 << 20)
-
-
-def _kernel_bytes(path: str, field: str) -> int:
-    """What Linux says in a line like "VmRSS:  32768 kB"."""
-    for line in Path(path).read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"{path} has no {field}")
-
-
-def _resident(field: str) -> int:
-    return _kernel_bytes("/proc/self/status", field)
-
-
-def total_memory() -> int:
-    """Bytes of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    texts = [path.read_text().strip() for path in sizes]  # such as 32768K
+    return max((int(text[:-1]) * units[text[-1]] for text in texts), default=32 << 20)
 
 
 def free_memory(device: str) -> int:
     """Bytes that can still be had."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return _kernel_bytes("/proc/meminfo", "MemAvailable")
-
-
-def _return_free_memory() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_high_water_mark() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+    return psutil.virtual_memory().available
 
 
 @dataclass
@@ -242,11 +195,17 @@ class Peak:
     mebibytes: float = 0.0
 
 
+def _resident(field: str) -> int:
+    """Bytes, of a line of Linux like "VmHWM:  32768 kB"."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
 @contextlib.contextmanager
-def peak_memory(device: str, interval: float = 0.001) -> Iterator[Peak]:
+def peak_memory(device: str) -> Iterator[Peak]:
     """Memory above the level at entry: torch's own count on a GPU, the resident size on a CPU.
 
-    The resident size is the kernel's high-water mark, or sampled where that cannot be reset.
+    The resident size is the kernel's high-water mark; where that cannot be reset it is NaN.
     """
     peak = Peak()
     gc.collect()
@@ -258,24 +217,14 @@ def peak_memory(device: str, interval: float = 0.001) -> Iterator[Peak]:
         torch.cuda.synchronize()
         peak.mebibytes = (torch.cuda.max_memory_allocated() - before) / 2**20
         return
-    _return_free_memory()
-    before, highest, done = _resident("VmRSS"), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(interval):
-            highest = max(highest, _resident("VmRSS"))
-
-    thread = None
-    if not _reset_high_water_mark():
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only: return what is free
+        ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
     try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        peak.mebibytes = float("nan")
         yield peak
-    finally:
-        if thread is not None:
-            done.set()
-            thread.join()
-        else:
-            highest = _resident("VmHWM")
-        peak.mebibytes = max(0, highest - before) / 2**20
+        return
+    yield peak
+    peak.mebibytes = max(0, _resident("VmHWM") - before) / 2**20

@@ -1,9 +1,9 @@
 """Runs C++ kernels on fixed inputs, one thread, for a tool that counts instructions around it.
 
-python -m benchmarks.instruction_driver [--case "residual_fwd fp32"] [--repeat 2]
+python -m benchmarks.instruction_driver "residual_fwd fp32" ...
 """
 
-import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 import qadapter
 from qadapter import functional as QF
-from qadapter.ops import cpp, few_rows
+from qadapter.ops import few_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 N, V, D = 32, 16384, 256  # of the logits; the head's vocabulary is a quarter of V
@@ -69,47 +69,33 @@ def preference_fwd(_: torch.dtype) -> Callable[[], Any]:
     return lambda: QF.preference_loss(values, actions, ends)
 
 
-KERNELS = (residual_fwd, residual_bwd, linear_fwd, rows_linear, lora_add_, sample)
-CASES: dict[str, tuple[Callable[[torch.dtype], Callable[[], Any]], str]] = {
-    **{f"{k.__name__} {name}": (k, name) for k in KERNELS for name in DTYPES},
-    "preference_fwd fp32": (preference_fwd, "fp32"),
+# Kernel -> what a count is given per: how many, and of what
+ELEMENTS: dict[Callable[[torch.dtype], Callable[[], Any]], tuple[int, str]] = {
+    residual_fwd: (N * V, "column"),
+    residual_bwd: (N * V, "column"),
+    linear_fwd: (2 * N * D * (V // 4), "multiplication"),
+    rows_linear: (4 * D * (V // 4), "multiplication"),
+    lora_add_: (2 * 4 * 8 * 4 * D, "multiplication"),
+    sample: (N * V, "column"),
+    preference_fwd: (128 * PAIRS, "row"),  # of float32, whatever the dtype
+}
+CASES = {
+    f"{kernel.__name__} {dtype}": (kernel, dtype)
+    for kernel in ELEMENTS
+    for dtype in (["fp32"] if kernel is preference_fwd else DTYPES)
 }
 
 
-def elements(case: str) -> tuple[int, str]:
-    """What a count is given per."""
-    head = {"linear_fwd": 2 * N * D * (V // 4), "rows_linear": 4 * D * (V // 4)}
-    kernel = case.split()[0]
-    if kernel in head:
-        return head[kernel], "multiplication"
-    if kernel == "lora_add_":
-        return 2 * 4 * 8 * 4 * D, "multiplication"
-    if kernel == "preference_fwd":
-        return 128 * PAIRS, "row"
-    return N * V, "column"
-
-
-def run(cases: list[str], repeat: int) -> None:
+def run(cases: list[str], repeat: int = 2) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    for case in cases:
-        kernel, dtype = CASES[case]
-        function = kernel(DTYPES[dtype])
-        for _ in range(repeat):
-            function()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--repeat", type=int, default=2)
-    options = parser.parse_args()
-    if not cpp.available()[0]:
-        raise SystemExit(cpp.available()[1])
     with qadapter.use_backend("cpp"):
-        run(options.case, options.repeat)
-    print(f"capability {cpp.capability()}", flush=True)
+        for case in cases:
+            kernel, dtype = CASES[case]
+            function = kernel(DTYPES[dtype])
+            for _ in range(repeat):
+                function()
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.argv[1:])

@@ -11,7 +11,6 @@ r = alpha_tilde * policy_logp - alpha_0 * base_logp in general. It is also the h
 gradient: coef_p = -coef_a in every row, so that where p_a is close to 1 nearly everything cancels.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,54 +72,10 @@ class Problem:
         return {name: getattr(self, name) for name in names} | self.mode.composition
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A way to compute the loss.
-
-    ``rewards`` gives r of every token (None where only the loss comes out); ``values`` gives
-    (q, value), for those that have them apart. ``reason`` says why a problem cannot be run,
-    ``cannot`` what the peer cannot do at all, or is made to do beside its work.
-    """
-
-    name: str
-    loss: Callable[[Problem], Tensor]
-    rewards: Callable[[Problem], Tensor] | None = None
-    values: Callable[[Problem], tuple[Tensor, Tensor]] | None = None
-    reason: Callable[[Problem], str] = lambda _: ""
-    products: Callable[[Problem], int] = lambda problem: problem.mode.products
-    cannot: str = ""
-
-
 def pair_loss(rewards: Tensor, pairs: int) -> Tensor:
     """The loss above, for 2 * pairs sequences of one length, the chosen ones first."""
     means = rewards.view(2 * pairs, -1).mean(1)
     return torch.nn.functional.softplus(BT_SCALE * (means[pairs:] - means[:pairs])).mean()
-
-
-def mixed_hidden(problem: Problem) -> Tensor:
-    """What the merged product is taken of: one rounding to the dtype of the head."""
-    q, base, m = problem.q_hidden, problem.base_hidden, problem.mode.m
-    return q if m == 0 else (q.float() + m * base.float()).to(q.dtype)
-
-
-def peer_of_logps(name: str, logps: Callable[[Problem, Tensor], Tensor], **more: Any) -> Peer:
-    """Of who offers log pi(a) of every row from hidden states, and so no value. alpha_tilde is 1.
-
-    What is known of the base is used; else its hidden states take a call of their own.
-    """
-
-    def rewards(problem: Problem) -> Tensor:
-        assert problem.mode.alpha_tilde == 1.0
-        base = problem.base_logp
-        if base is None:
-            with torch.no_grad():
-                base = logps(problem, problem.base_hidden)
-        return logps(problem, mixed_hidden(problem)) - problem.mode.alpha_0 * base
-
-    def loss(problem: Problem) -> Tensor:
-        return pair_loss(rewards(problem), problem.pairs)
-
-    return Peer(name, loss, rewards, **more)
 
 
 def make_problem(
@@ -154,8 +109,7 @@ def make_problem(
     base.addcmul_(push[:, None], of_action)
     q = base + normal(n, d).mul_(0.1)
     size = 1.0 / (1.0 + mode.m)  # the policy's logits are z_q + m z_b
-    lengths = torch.full((2 * pairs,), n // (2 * pairs), dtype=torch.int32, device=device)
-    start = torch.zeros(1, dtype=torch.int32, device=device)
+    ends = torch.arange(2 * pairs + 1, dtype=torch.int32, device=device)
     return Problem(
         mode=mode,
         pairs=pairs,
@@ -163,7 +117,7 @@ def make_problem(
         q_hidden=(size * q).to(dtype).requires_grad_(),
         weight=weight,
         actions=actions,
-        cu_seqlens=torch.cat([start, lengths.cumsum(0, dtype=torch.int32)]),
+        cu_seqlens=ends * (n // (2 * pairs)),
     )
 
 
@@ -171,16 +125,12 @@ def make_problem(
 class Truth:
     """Float64, from the same (rounded) inputs, without any merging."""
 
-    q: Tensor
+    rewards: Tensor
     value: Tensor
     base_lse: Tensor
     base_logp: Tensor
     p_action: Tensor
     grad: Tensor
-
-    @property
-    def rewards(self) -> Tensor:
-        return self.q - self.value
 
 
 def solve(problem: Problem, step: int = 128) -> Truth:
@@ -190,19 +140,16 @@ def solve(problem: Problem, step: int = 128) -> Truth:
     for start in range(0, len(problem.q_hidden), step):
         rows = slice(start, start + step)
         hidden = problem.q_hidden.detach()[rows].double().requires_grad_()
-        values = reference.linear_residual_values(
-            problem.base_hidden[rows].double(),
-            hidden,
-            weight,
-            problem.actions[rows],
-            **problem.mode.composition,
+        base, actions = problem.base_hidden[rows].double(), problem.actions[rows]
+        v = reference.linear_residual_values(
+            base, hidden, weight, actions, **problem.mode.composition
         )
-        (grad,) = torch.autograd.grad((values.q - values.value).sum(), hidden)
-        found = (values.q, values.value, values.base_lse, values.base_logp)
-        p_action = values.policy_logp.detach().exp()
-        columns.append((*(column.detach() for column in found), p_action, grad))
+        reward = v.q - v.value
+        (grad,) = torch.autograd.grad(reward.sum(), hidden)
+        found = (reward, v.value, v.base_lse, v.base_logp, v.policy_logp.exp(), grad)
+        columns.append(tuple(column.detach() for column in found))
     truth = Truth(*(torch.cat(column) for column in zip(*columns, strict=True)))
-    rewards = truth.rewards.requires_grad_()
+    rewards = truth.rewards.clone().requires_grad_()
     (of_loss,) = torch.autograd.grad(pair_loss(rewards, problem.pairs), rewards)
     return replace(truth, grad=truth.grad * of_loss[:, None])
 
@@ -218,32 +165,21 @@ def _spread(errors: Tensor) -> dict[str, float]:
 
 
 def errors(
-    truth: Truth,
-    grad: Tensor | None,
-    rewards: Tensor | None,
-    values: tuple[Tensor, Tensor] | None,
+    truth: Truth, grad: Tensor, rewards: Tensor | None = None, value: Tensor | None = None
 ) -> dict[str, Any]:
     """Of dh, relative per row, by bands of p_a; of r and value, per token and on sums of tokens."""
-    report: dict[str, Any] = {}
-    if grad is not None:
-        relative = (grad.double() - truth.grad).norm(dim=-1) / truth.grad.norm(dim=-1)
-        report["dh"] = {}
-        for name, (low, high) in BANDS.items():
-            band = relative[(truth.p_action >= low) & (truth.p_action < high)]
-            if band.numel() > 0:
-                report["dh"][name] = {
-                    "rows": band.numel(),
-                    "median": band.median().item(),
-                    "max": band.max().item(),
-                }
-    columns = {} if rewards is None else {"reward": (rewards, truth.rewards)}
-    if values is not None:
-        columns["value"] = (values[1], truth.value)
-    for name, (ours, right) in columns.items():
-        error = ours.detach().double() - right
-        window = min(SUM_TOKENS, error.numel())
-        # every run of so many tokens, so that a few rows give more than one or two sums
-        sums = error.cumsum(0)
-        sums = torch.cat([sums[window - 1 : window], sums[window:] - sums[:-window]])
-        report[name] = {**_spread(error), f"sum of {window}": _spread(sums)}
+    relative = (grad.double() - truth.grad).norm(dim=-1) / truth.grad.norm(dim=-1)
+    report: dict[str, Any] = {"dh": {}}
+    for name, (low, high) in BANDS.items():
+        band = relative[(truth.p_action >= low) & (truth.p_action < high)]
+        if rows := band.numel():
+            found = {"median": band.median().item(), "max": band.max().item()}
+            report["dh"][name] = {"rows": rows, **found}
+    for name, ours, right in (("reward", rewards, truth.rewards), ("value", value, truth.value)):
+        if ours is not None:
+            error = ours.detach().double() - right
+            window = min(SUM_TOKENS, error.numel())
+            # every run of so many tokens, so that a few rows give more than one or two sums
+            sums = error.unfold(0, window, 1).sum(1)
+            report[name] = {**_spread(error), f"sum of {window}": _spread(sums)}
     return report

@@ -1,8 +1,7 @@
 """What the logits benchmark computes: inputs, the float64 truth, errors against it."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ class Problem:
     base: Tensor  # [N, V]
     q: Tensor  # the leaf whose gradient is wanted
     actions: Tensor
-    alphas: tuple[float, float, float]  # alpha_0, alpha_tilde, center
+    alphas: Sequence[float]  # alpha_0, alpha_tilde, center
     pairs: int
     grads: Tensor  # [3, N], of q, value and policy_logp
 
@@ -39,28 +38,8 @@ class Problem:
         return places * step
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A way to compute the values, and the loss, from logits.
-
-    ``reason`` says why a problem cannot be run, ``cannot`` what the peer cannot do at all or is
-    made to do beside its work.
-    """
-
-    name: str
-    values: Callable[[Problem], Values]
-    loss: Callable[[Problem], Tensor]
-    reason: Callable[[Problem], str] = lambda _: ""
-    cannot: str = ""
-
-
 def make_problem(
-    n: int,
-    v: int,
-    dtype: torch.dtype,
-    device: str,
-    alphas: tuple[float, float, float],
-    pairs: int,
+    n: int, v: int, dtype: torch.dtype, device: str, alphas: Sequence[float], pairs: int
 ) -> Problem:
     generator = torch.Generator(device=device).manual_seed(0)
     base = torch.randn(n, v, device=device, generator=generator).mul_(3)
@@ -73,27 +52,6 @@ def make_problem(
         pairs=pairs,
         grads=torch.randn(3, n, device=device, generator=generator),
     )
-
-
-def values_from_logps(problem: Problem, logps: Callable[[Tensor, Tensor], Tensor]) -> Values:
-    """For whoever has log pi(a) of a tensor of logits and nothing else.
-
-    The log-sum-exp is z[a] - log pi(a); an x that is not z_q itself has to be made first.
-    """
-    alpha_0, alpha_tilde, center = problem.alphas
-    index = problem.actions[:, None]
-    with torch.no_grad():
-        base_logp = logps(problem.base, problem.actions).float()
-        base_action = problem.base.gather(1, index)[:, 0].float()
-        base_lse = base_action - base_logp
-    q_action = problem.q.gather(1, index)[:, 0].float()
-    x, x_action = problem.q, q_action
-    if problem.m != 0 or alpha_tilde != 1:
-        x = ((problem.q.float() + problem.m * problem.base.float()) / alpha_tilde).to(x.dtype)
-        x_action = x.gather(1, index)[:, 0].float()
-    policy_logp = logps(x, problem.actions).float()
-    value = alpha_tilde * (x_action - policy_logp) - alpha_0 * base_lse
-    return q_action - center * base_action, value, base_logp, policy_logp
 
 
 def preference_loss(
@@ -109,19 +67,6 @@ def preference_loss(
     return bt + reg_coef * r.square().mean()
 
 
-def peer_of_logps(name: str, logps: Callable[[Tensor, Tensor], Tensor], **more: Any) -> Peer:
-    """Of who has log pi(a) of a tensor of logits and actions; the rest is plain PyTorch."""
-
-    def values(problem: Problem) -> Values:
-        return values_from_logps(problem, logps)
-
-    def loss(problem: Problem) -> Tensor:
-        q, value, _, _ = values(problem)
-        return preference_loss(q, value, problem.pairs, **LOSS)
-
-    return Peer(name, values, loss, **more)
-
-
 @dataclass(frozen=True)
 class Truth:
     """Float64 from the same (rounded) inputs. ``grad`` and ``of_loss`` are gradients of q."""
@@ -134,37 +79,31 @@ class Truth:
 
 def solve(problem: Problem, step: int = 32) -> Truth:
     """The specification in float64, in chunks of rows; the loss couples them by two floats."""
-    n = problem.q.shape[0]
-    columns: dict[str, list[Tensor]] = {"q": [], "value": [], "policy_logp": []}
 
-    def chunk(rows: slice) -> tuple[Tensor, Any]:
+    def chunk(rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
         leaf = problem.q.detach()[rows].double().requires_grad_()
-        base = problem.base[rows].double()
-        return leaf, reference.residual_values(base, leaf, problem.actions[rows], **problem.names)
+        base, actions = problem.base[rows].double(), problem.actions[rows]
+        values = reference.residual_values(base, leaf, actions, **problem.names)
+        return leaf, (values.q, values.value, values.policy_logp)
 
-    parts = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    parts = [slice(i, i + step) for i in range(0, problem.q.shape[0], step)]
     with torch.no_grad():
-        for rows in parts:
-            values = chunk(rows)[1]
-            for name, column in columns.items():
-                column.append(getattr(values, name))
-    q, value, policy_logp = (torch.cat(column) for column in columns.values())
+        found = zip(*(chunk(rows)[1] for rows in parts), strict=True)
+        q, value, policy_logp = map(torch.cat, found)
     nothing = torch.zeros_like(q)
     of_values = ResidualValues(
         q.requires_grad_(), value.requires_grad_(), nothing, nothing, nothing
     )
     loss = reference.preference_loss(of_values, problem.actions, problem.cu_seqlens, **LOSS).loss
-    loss_q, loss_value = torch.autograd.grad(loss, (q, value))
+    of_loss = torch.autograd.grad(loss, (q, value))
     wanted = problem.grads.double()
-    grads, of_loss = [], []
+    grads = []
     for rows in parts:
-        leaf, values = chunk(rows)
-        outputs = (values.q, values.value, values.policy_logp)
+        leaf, outputs = chunk(rows)
         both = torch.autograd.grad(outputs, leaf, list(wanted[:, rows]), retain_graph=True)
-        grads.append(both[0].float())
-        from_loss = (loss_q[rows], loss_value[rows])
-        of_loss.append(torch.autograd.grad(outputs[:2], leaf, from_loss)[0].float())
-    return Truth(value.detach(), policy_logp, torch.cat(grads), torch.cat(of_loss))
+        both += torch.autograd.grad(outputs[:2], leaf, [column[rows] for column in of_loss])
+        grads.append([grad.float() for grad in both])
+    return Truth(value.detach(), policy_logp, *map(torch.cat, zip(*grads, strict=True)))
 
 
 def value_errors(truth: Truth, values: Values) -> dict[str, float]:
@@ -179,7 +118,7 @@ def value_errors(truth: Truth, values: Values) -> dict[str, float]:
 def gradient_error(grad: Tensor, right: Tensor, step: int = 32) -> float:
     """The worst row's, relative."""
     worst = 0.0
-    for i in range(0, len(grad), step):
-        ours, exact = grad[i : i + step].double(), right[i : i + step].double()
-        worst = max(worst, ((ours - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item())
+    for ours, exact in zip(grad.split(step), right.split(step), strict=True):
+        error = (ours.double() - exact.double()).norm(dim=-1) / exact.double().norm(dim=-1)
+        worst = max(worst, error.max().item())
     return worst

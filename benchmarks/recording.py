@@ -12,15 +12,18 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
+import qadapter
 from benchmarks import harness
+from benchmarks.tables import Row, frame, table
 from qadapter import files
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,16 +59,14 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    import qadapter
-
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "cache_mib": harness.cache_bytes() >> 20,
-        "memory_gib": harness.total_memory() >> 30,
+        "memory_gib": psutil.virtual_memory().total >> 30,
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -77,37 +78,28 @@ def environment(device: str) -> dict[str, Any]:
     return report
 
 
-def results_path(name: str, device: str, path: str | None) -> Path:
-    return Path(path) if path else RESULTS / f"{name}-{device}.json"
-
-
-def _of_dataclass(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    raise TypeError(f"cannot write a {type(value).__name__} to JSON")
-
-
 def plain(value: Any) -> Any:
     """As it will be read from the file."""
-    return json.loads(json.dumps(value, default=_of_dataclass))
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """A whole file or none; nothing for os.devnull."""
-    if path == Path(os.devnull):
-        return
-    text = json.dumps(record, indent=1, default=_of_dataclass) + "\n"
-    with files.replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    return json.loads(json.dumps(value, default=asdict))
 
 
 def ceilings(options: argparse.Namespace) -> harness.Ceilings:
     """The suite's, or measured now."""
     if options.ceilings is None:
-        sizes = (16, 64) if options.quick else harness.CEILING_SIZES[options.device]
-        clock = getattr(options, "clock", "wall")
-        options.ceilings = harness.ceilings(options.device, *sizes, clock)
+        sizes = harness.CEILING_SIZES["quick" if options.quick else options.device]
+        options.ceilings = harness.ceilings(options.device, *sizes, options.clock)
     return options.ceilings
+
+
+def show(rows: list[Row]) -> str:
+    """A line for each figure, a column for each competitor; and who is missing."""
+    found = frame(plain(rows))
+    lines = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
+    if not found.empty:
+        figures = found.set_index("who").select_dtypes("number").T.rename_axis("").reset_index()
+        columns = [("", ""), *((who, who, "{:,.4g}") for who in found["who"])]
+        lines.insert(0, table(figures, columns))
+    return "\n".join(lines)
 
 
 class Recording:
@@ -117,76 +109,71 @@ class Recording:
         self, name: str, options: argparse.Namespace, case: tuple[str, ...], **more: Any
     ) -> None:
         self.name, self.case, self.options = name, case, options
-        self.path = results_path(name, options.device, options.json)
+        self.path = Path(options.json or RESULTS / f"{name}-{options.device}.json")
         self.more: dict[str, Any] = {"clock": getattr(options, "clock", "wall"), **more}
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.minutes = 0.0
         if (options.append or options.resume) and self.path.is_file():
             earlier = files.read_json(self.path)
             self._check(earlier)
-            self.rows = earlier["rows"]
-            self.minutes = earlier.get("minutes", 0.0)
-            self.more = {**self._kept(earlier), **self.more}
-
-    def _kept(self, earlier: dict[str, Any]) -> dict[str, Any]:
-        own = ("benchmark", "environment", "versions", "ceilings", "cannot", "minutes", "rows")
-        return {name: value for name, value in earlier.items() if name not in own}
+            self.rows = earlier.pop("rows")
+            self.minutes = earlier.pop("minutes", 0.0)
+            self.more = {**earlier, **self.more}  # `write` has the other fields anew
 
     def _check(self, earlier: dict[str, Any]) -> None:
         then, now = earlier["environment"], environment(self.options.device)
-        changed = [
-            f"{name} ({then.get(name)} then, {now.get(name)} now)"
-            for name in MACHINE
-            if then.get(name) != now.get(name)
-        ]
-        changed += [
-            f"{name} ({earlier[name]} then, {value} now)"
-            for name, value in plain(self.more).items()
-            if name in earlier and earlier[name] != value
-        ]
+        pairs = [(name, then.get(name), now.get(name)) for name in MACHINE]
+        settings = plain({name: what for name, what in self.more.items() if name != "cannot"})
+        pairs += [(name, earlier[name], what) for name, what in settings.items() if name in earlier]
+        changed = [f"{name} ({a} then, {b} now)" for name, a, b in pairs if a != b]
         if changed:
             raise ValueError(
                 f"{self.path} was measured in other conditions: {', '.join(changed)}. "
                 "Start over without --resume and --append, or write elsewhere with --json"
             )
 
-    def has(self, case: dict[str, Any]) -> bool:
-        return any(self._is_of(row, case) for row in self.rows)
-
-    def _is_of(self, row: dict[str, Any], case: dict[str, Any]) -> bool:
+    def _is_of(self, row: Row, case: Row) -> bool:
         return all(row.get(name) == case[name] for name in self.case)
 
-    def todo(self, cases: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The cases to be measured, under a progress bar; with ``--resume`` those not yet there."""
-        left = [c for c in cases if not (self.options.resume and self.has(c))]
+    def left(self, cases: Iterable[Row]) -> list[Row]:
+        """The cases to be measured: with ``--resume`` those that are not yet there."""
+        done = self.rows if self.options.resume else []
+        return [case for case in cases if not any(self._is_of(row, case) for row in done)]
+
+    def todo(self, cases: Iterable[Row]) -> Iterator[Row]:
+        """Those that are left, under a progress bar."""
         gc.collect()
         gc.freeze()  # what is imported is no garbage, and takes most of a collection to find so
         name = f"{getattr(self.options, 'position', '')}{self.name}"
-        with tqdm(left, desc=name, unit="case", dynamic_ncols=True) as bar:
+        before = self.minutes
+        with tqdm(self.left(cases), desc=name, unit="case", dynamic_ncols=True) as bar:
             for case in bar:
                 bar.set_postfix_str(" ".join(str(case[name]) for name in self.case))
                 yield case
-                self.minutes = self.minutes + bar.format_dict["elapsed"] / 60 - self._counted
-                self._counted = bar.format_dict["elapsed"] / 60
+                self.minutes = before + bar.format_dict["elapsed"] / 60
                 self.write()
 
-    _counted = 0.0  # minutes of this run that are in `minutes` already
-
-    def put(self, case: dict[str, Any], rows: list[dict[str, Any]], table: str) -> None:
-        """Takes the rows of a case in the place of earlier ones, and shows the table."""
+    def put(self, case: Row, rows: list[Row], text: str = "") -> None:
+        """Takes the rows of a case in the place of earlier ones; shows the text, or the rows."""
         self.rows = [row for row in self.rows if not self._is_of(row, case)]
         self.rows += [{**case, **row} for row in rows]
         self.write()
         title = ", ".join(f"{name} {case[name]}" for name in self.case)
-        tqdm.write(f"\n{title}\n{table}")
+        tqdm.write(f"\n{title}\n{text or show(rows)}")
 
     def write(self) -> None:
+        """A whole file or none; nothing for os.devnull."""
+        if self.path == Path(os.devnull):
+            return
         record: dict[str, Any] = {
             "benchmark": self.name,
+            **self.more,
             "environment": environment(self.options.device),
             "versions": versions(),
-            **self.more,
         }
         if self.options.ceilings is not None:
             record["ceilings"] = self.options.ceilings
-        write(self.path, {**record, "minutes": self.minutes, "rows": self.rows})
+        record |= {"minutes": self.minutes, "rows": self.rows}
+        text = json.dumps(record, indent=1, default=asdict) + "\n"
+        with files.replacing_file(self.path) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -8,56 +8,26 @@ A table goes between ``<!-- table:NAME -->`` and ``<!-- /table -->``, wherever t
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from benchmarks import (
-    report_decoding,
-    report_losses,
-    report_speed,
-    report_suite,
-    report_training,
-)
+from benchmarks import report_overall
 from benchmarks.quality import report as report_quality
-from benchmarks.tables import Record, replace
+from benchmarks.report_tables import TABLES as OWN
+from benchmarks.tables import Record, about, replace
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 # marker -> (results, table)
-TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
-    "logits": ("logits", report_losses.logits),
-    "train_step": ("train_step", report_training.train_step),
-    "train_step_shuffled": ("train_step_shuffled", report_training.train_step_shuffled),
-    "train_step_scaling": ("train_step_scaling", report_training.train_step_scaling),
-    "linear": ("linear", report_losses.linear),
-    "linear_full": ("linear", report_losses.linear_full),
-    "linear_memory": ("linear", report_losses.linear_memory),
-    "linear_accuracy": ("linear", report_losses.linear_accuracy),
-    "linear_accuracy_full": ("linear", partial(report_losses.linear_accuracy, full=True)),
-    "decode": ("decode", report_decoding.decode),
-    "decode_full": ("decode", report_decoding.decode_full),
-    "decode_parts": ("decode", report_decoding.decode_parts),
-    "sample": ("sample", report_decoding.sample),
-    "sample_full": ("sample", report_decoding.sample_full),
-    "logits_all": ("logits", report_suite.everything),
-    "linear_all": ("linear", report_suite.everything),
-    "sample_all": ("sample", report_suite.everything),
-    "decode_all": ("decode", report_suite.everything),
-    "scaling": ("linear_scaling", report_losses.scaling),
-    "context": ("context", report_training.context),
-    "step_parts": ("train_step", report_training.step_parts),
-    "instructions": ("instructions", report_suite.instructions),
-    **report_quality.TABLES,
-}
+TABLES = {**OWN, **report_quality.TABLES}
 # marker -> table of all results together
 OVERALL: dict[str, Callable[[list[Record]], str]] = {
-    "machines": report_suite.machines,
-    "cannot": report_suite.cannot,
-    "wins": report_suite.wins,
-    "wins_short": report_suite.wins_short,
-    "gpu": report_suite.gpu,
-    "speed": report_speed.speed,
+    "machines": report_overall.machines,
+    "cannot": report_overall.cannot,
+    "wins": report_overall.wins,
+    "wins_short": report_overall.wins_short,
+    "gpu": report_overall.gpu,
+    "speed": report_overall.speed,
     "quality_short": report_quality.short,
 }
 NOTHING = "Not measured yet."
@@ -75,7 +45,8 @@ def content(name: str) -> str:
         return OVERALL[name](records()) or NOTHING
     results, make = TABLES[name]
     found = [record for record in records(results) if record["benchmark"] == results]
-    return "\n\n".join(make(record) for record in found) or NOTHING
+    made = (f"{about(record)}\n\n" * (name in OWN) + make(record) for record in found)
+    return "\n\n".join(made) or NOTHING
 
 
 def rewritten(text: str) -> str:

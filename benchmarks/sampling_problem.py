@@ -10,30 +10,11 @@ from torch import Tensor
 HEAD = 40  # tokens that stand out of a peaked row
 
 
-@dataclass(frozen=True)
-class Composition:
-    """scale * (q + base_weight * base); with one tensor there is no base."""
-
-    alpha_0: float
-    alpha_tilde: float
-    center: float
-    has_base: bool
-
-    @property
-    def scale(self) -> float:
-        return 1 / self.alpha_tilde
-
-    @property
-    def base_weight(self) -> float:
-        return self.alpha_0 - self.center
-
-
 STREAMS = {
     # alpha_tilde keeps the blend about as peaked as each of its streams
-    "two": Composition(alpha_0=0.5, alpha_tilde=1.5, center=0.0, has_base=True),
-    "one": Composition(alpha_0=1.0, alpha_tilde=1.0, center=1.0, has_base=False),
+    "two": {"alpha_0": 0.5, "alpha_tilde": 1.5, "center": 0.0},
+    "one": {"alpha_0": 1.0, "alpha_tilde": 1.0, "center": 1.0},  # the base cancels
 }
-
 FILTERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "top-k": {"top_k": 50},
@@ -45,29 +26,37 @@ FILTERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """base [B, V] or None, q [B, V], seeds and positions int64 [B]."""
+    """base [B, V] or None, q [B, V], seeds and positions int64 [B].
+
+    What is drawn from is scale * (q + base_weight * base), filtered.
+    """
 
     base: Tensor | None
     q: Tensor
-    composition: Composition
+    composition: dict[str, float]
     filters: dict[str, Any]
     seed: Tensor
     position: Tensor
 
     @property
+    def scale(self) -> float:
+        return 1 / self.composition["alpha_tilde"]
+
+    @property
+    def base_weight(self) -> float:
+        return self.composition["alpha_0"] - self.composition["center"]
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """Of `QF.sample`, the logits apart."""
-        names = ("alpha_0", "alpha_tilde", "center")
-        composition = {name: getattr(self.composition, name) for name in names}
-        return {**composition, **self.filters, "seed": self.seed, "position": self.position}
+        return {**self.composition, **self.filters, "seed": self.seed, "position": self.position}
 
     def composed(self) -> Tensor:
         """float32 [B, V], as cheap as plain PyTorch has it."""
-        c = self.composition
         x = self.q.float()
         if self.base is not None:
-            x = torch.add(x, self.base.float(), alpha=c.base_weight)
-        return x if c.scale == 1 else x * c.scale
+            x = torch.add(x, self.base.float(), alpha=self.base_weight)
+        return x if self.scale == 1 else x * self.scale
 
 
 @dataclass(frozen=True)
@@ -116,11 +105,10 @@ def make_problem(
     generator = torch.Generator(device=device).manual_seed(0)
     base = LOGITS[logits](batch, vocab, generator, device)
     q = base + torch.randn(batch, vocab, device=device, generator=generator).mul_(0.3)
-    composition = STREAMS[streams]
     return Problem(
-        base=base.to(dtype) if composition.has_base else None,
+        base=base.to(dtype) if streams == "two" else None,
         q=q.to(dtype),
-        composition=composition,
+        composition=STREAMS[streams],
         filters=FILTERS[filters],
         seed=torch.arange(batch, device=device),
         position=torch.full((batch,), 7, device=device),

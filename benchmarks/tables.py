@@ -115,6 +115,20 @@ def conditions(record: Record, threads: bool = True) -> str:
     return f"{what}, torch {machine['torch']}, {machine['date'][:10]}"
 
 
+FACTS = ("model", "dtype", "pairs", "data", "max_length", "new_tokens", "strength", "resolution")
+
+
+def about(record: Record) -> str:
+    """The line above a table: where, when and on what all of it was measured."""
+    first = record["rows"][0]  # its model is that of all
+    known = {**record, **({"model": first["model"]} if "model" in first else {})}
+    found = {name: known[name] for name in FACTS if name in known} | record.get("shape", {})
+    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items())
+    installed = record.get("versions", {}).items()
+    versions = ", ".join(f"{name} {version}" for name, version in installed)
+    return "; ".join(filter(None, [conditions(record), versions, facts])) + "."
+
+
 def left_out(rows: list[Row], detail: str) -> str:
     """Who is missing, where if not everywhere, and why, as a list; "" if nobody is."""
     everywhere = {row[detail] for row in rows}

@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks import bench_linear
+from benchmarks.bench_linear import DTYPES, accuracy, step
 from benchmarks.linear_problem import MODES, make_problem, solve, with_cache
+from benchmarks.peers.linear import OURS
 
 LIMITS = {"fp32": 1e-4, "bf16": 1e-2}  # the median row where p < 0.9
 
@@ -12,10 +13,10 @@ LIMITS = {"fp32": 1e-4, "bf16": 1e-2}  # the median row where p < 0.9
 @pytest.mark.parametrize("mode", MODES)
 def test_linear(timed, size, device, mode, dtype):
     n, d, v = size((256, 576, 16384), (32, 64, 1001))
-    kind = bench_linear.DTYPES[dtype]
+    kind = DTYPES[dtype]
     problem = make_problem(n, d, v, kind, device, MODES[mode], 2)
     truth = solve(problem)
     problem = with_cache(problem, truth)
-    timed(bench_linear.step(bench_linear.OURS, problem))
-    error = bench_linear.accuracy(bench_linear.OURS, problem, truth)
+    timed(step(OURS, problem))
+    error = accuracy(OURS, problem, truth)
     assert error["dh"]["<0.9"]["median"] < LIMITS[dtype]

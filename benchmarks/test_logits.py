@@ -2,24 +2,23 @@
 
 import pytest
 
-from benchmarks import bench_logits
+from benchmarks.bench_logits import DTYPES, OPS, functions_of
 from benchmarks.logits_problem import gradient_error, make_problem, solve, value_errors
+from benchmarks.peers.logits import OURS
 
 LIMITS = {"fp32": 1e-4, "bf16": 1e-2}  # of the gradient: bfloat16 rounds it
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("op", bench_logits.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_logits(timed, size, device, op, dtype):
     n, v = size((128, 49152), (8, 1001))
     alphas = (1.0, 1.0, 1.0)
-    problem = make_problem(n, v, bench_logits.DTYPES[dtype], device, alphas, 2)
-    function = bench_logits.function_of(op, bench_logits.OURS, problem)
-    before = getattr(function, "before", None)
+    problem = make_problem(n, v, DTYPES[dtype], device, alphas, 2)
+    function, before = functions_of(op, OURS, problem)
 
     def once():
-        if before is not None:
-            before()
+        before()
         return function()
 
     result = timed(once)  # "backward" has its forward in it here

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.bench_sample import DTYPES
-from benchmarks.peers.hf_sampling import probabilities
+from benchmarks.peers.sampling import probabilities
 from benchmarks.sampling_problem import FILTERS, make_problem
 from qadapter import functional as QF
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import qadapter
 from benchmarks import harness
 from benchmarks.bases import SHAPES, load_base, lora_config
-from benchmarks.peers import released, trl_dpo
+from benchmarks.peers.training import released, trl_dpo, trl_reason, trl_trainer
 from qadapter import QAdapterModel
 from qadapter import functional as QF
 from qadapter.model import packed_attention
@@ -24,27 +24,21 @@ from qadapter.text.packing import PackedPreferenceCollator
 from qadapter.text.tokenization import eos_token_ids, pad_token_id
 
 DEMO = str(Path(qadapter.__file__).parent / "demo_data" / "train.jsonl")
-WAYS = ("ours", "cached", "released", trl_dpo.NAME)
-CANNOT = {
-    "released": "keeps float32 logits of every position of the padded batch, prompts included; has "
-    "V at the wrong position and divides by the padded length",
-    trl_dpo.NAME: trl_dpo.CANNOT,
-}
+WAYS = ("ours", "cached", "released", "TRL DPO")
 
 
 @dataclass
 class Setup:
-    """A model in training mode; ``dpo`` is None where ``missing`` says why."""
+    """A model in training mode; ``dpo`` is TRL's trainer, or None where ``missing`` says why."""
 
     model: QAdapterModel
     tokenizer: Any  # None for a model of random weights
     device: str
-    pad: int
-    dpo: trl_dpo.Trainer | None
+    dpo: Any
     missing: dict[str, str]
 
 
-def load(name: str, device: str, dpo: bool = True) -> Setup:
+def load(name: str, device: str) -> Setup:
     tokenizer = None
     if name in SHAPES:
         base = load_base(name, device, torch.float32)
@@ -56,13 +50,10 @@ def load(name: str, device: str, dpo: bool = True) -> Setup:
     model.train()
     if (reason := packed_attention.enable(model.hf_model)) is not None:
         raise SystemExit(f"{name} cannot be packed: {reason}")
-    reason = "left out" if not dpo else trl_dpo.reason()
-    if not reason and tokenizer is None:
-        reason = "its trainer needs a tokenizer, and random weights have none"
-    trainer = None if reason else trl_dpo.Trainer(model.peft_model, tokenizer, device)
+    reason = trl_reason(tokenizer)
+    trainer = None if reason else trl_trainer(model.peft_model, tokenizer, device)
     model.train()
-    pad = 0 if tokenizer is None else pad_token_id(tokenizer)
-    return Setup(model, tokenizer, device, pad, trainer, {trl_dpo.NAME: reason} if reason else {})
+    return Setup(model, tokenizer, device, trainer, {"TRL DPO": reason} if reason else {})
 
 
 def real_pairs(setup: Setup, options: Any) -> list[Any]:
@@ -86,10 +77,6 @@ def random_pair(setup: Setup, length: int, prompt: int = 16) -> dict[str, Any]:
         "chosen_ids": ids[prompt : prompt + length],
         "rejected_ids": ids[prompt + length :],
     }
-
-
-def _to(device: str, batch: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def our_step(model: QAdapterModel, batch: dict[str, Any]) -> Tensor:
@@ -118,18 +105,24 @@ class Batch:
 
 
 def make_batch(setup: Setup, pairs: list[Any], chosen: tuple[str, ...] = WAYS) -> Batch:
-    model, device = setup.model, setup.device
-    padded = _to(device, PreferenceCollator(setup.pad)(pairs))
-    packed = _to(device, PackedPreferenceCollator()(pairs))
+    model = setup.model
+
+    def placed(batch: dict[str, Any]) -> dict[str, Any]:
+        tensors = {k: v.to(setup.device) for k, v in batch.items() if isinstance(v, Tensor)}
+        return {**batch, **tensors}
+
+    pad = pad_token_id(setup.tokenizer) if setup.tokenizer is not None else 0
+    padded = placed(PreferenceCollator(pad)(pairs))
+    packed = placed(PackedPreferenceCollator()(pairs))
     ways: dict[str, Callable[[], Any]] = {"ours": lambda: our_step(model, packed)}
     if "cached" in chosen:
         statistics = model.base_statistics(packed)
         cached = {**packed, **{k: statistics[k] for k in ("base_lse", "base_logp")}}
         ways["cached"] = lambda: our_step(model, cached)
-    labels = released.labels_of(padded)
-    ways["released"] = lambda: released.step(model, padded, labels)
-    if setup.dpo is not None and trl_dpo.NAME in chosen:
-        ways[trl_dpo.NAME] = setup.dpo.step(pairs)
+    if "released" in chosen:
+        ways["released"] = released(model, padded)
+    if "TRL DPO" in chosen and setup.dpo is not None:
+        ways["TRL DPO"] = trl_dpo(setup.dpo, pairs)
     return Batch(padded, packed, {name: ways[name] for name in chosen if name in ways})
 
 
@@ -174,17 +167,13 @@ def parts(setup: Setup, batch: Batch, rounds: int) -> dict[str, Any]:
 
     graph: list[Tensor] = []
     head_and_loss()
-    gradient = leaf.grad
-    assert gradient is not None
-    gradient = gradient.clone()
+    assert leaf.grad is not None
+    gradient = leaf.grad.clone()
     functions: dict[str, Callable[[], Any]] = {
         "base trunk": base,
         "adapter trunk": adapter,
         "head and loss": head_and_loss,
-        "trunk backward": harness.Prepared(
-            lambda: graph.__setitem__(slice(None), [adapter()]),
-            lambda: graph.pop().backward(gradient),
-        ),
+        "trunk backward": lambda: graph.pop().backward(gradient),
         "optimiser": optimiser.step,
     }
 
@@ -196,6 +185,7 @@ def parts(setup: Setup, batch: Batch, rounds: int) -> dict[str, Any]:
     our_step(model, packed)  # the optimiser needs gradients
     times = harness.interleaved(
         {**functions, "step": whole},
+        before={"trunk backward": lambda: graph.append(adapter())},
         device=setup.device,
         rounds=rounds,
         warmup=0,

@@ -21,6 +21,14 @@ class TrainArguments:
     )
     output: str | None = field(default=None, metadata={"help": "Folder for the adapter."})
     eval_data: list[str] | None = field(default=None, metadata={"help": "Held-out pairs."})
+    anchor_data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With --kl-budget or --anchor-coef: conversations that the policy shall answer "
+            "as the base does, or prompts for the base to answer; files as for --data, or .txt. "
+            "Default: made by the base (qadapter anchors)."
+        },
+    )
     preset: str = field(
         default="default",
         metadata={
@@ -67,6 +75,7 @@ def train(argv: Sequence[str]) -> int:
 
     from qadapter.model.checkpoint import is_adapter_folder, resolve_model
     from qadapter.model.modeling import QAdapterModel
+    from qadapter.text.anchors import load_anchors
     from qadapter.training.plots import plot_training
     from qadapter.training.preparation import device_map
     from qadapter.training.trainer import RELEASED_PRESET, QAdapterConfig, QAdapterTrainer
@@ -109,13 +118,21 @@ def train(argv: Sequence[str]) -> int:
     if options.skip_bad_rows:
         dataset = _usable(model, config, dataset, "training")
         held_out = held_out and _usable(model, config, held_out, "evaluation")
-    trainer = QAdapterTrainer(model, config, train_dataset=dataset, eval_dataset=held_out)
+    anchors = load_anchors(options.anchor_data) if options.anchor_data else None
+    trainer = QAdapterTrainer(
+        model, config, train_dataset=dataset, eval_dataset=held_out, anchor_dataset=anchors
+    )
     trainer.train(resume_from_checkpoint=options.resume or config.resume_from_checkpoint)
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(config.output_dir)
     trainer.save_state()
     plot = plot_training(trainer.state.log_history, Path(config.output_dir) / "training.png")
+    if model.recommended_strength is not None:
+        print(
+            f"recommended strength {model.recommended_strength:.3g}: there KL to the base keeps "
+            f"{model.kl_budget:g} nats a token on anchors that were held out"
+        )
     print(f"adapter saved to {config.output_dir}" + (f", plot {plot}" if plot else ""))
     return 0
 

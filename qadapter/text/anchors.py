@@ -4,10 +4,13 @@ Every state of an anchor counts, whoever wrote the text: KL(base || policy) ther
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qadapter.text import readers
 from qadapter.text.bad_rows import RowError
 from qadapter.text.forms import pair
+from qadapter.text.loading import Source, load_table
 from qadapter.text.messages import message_list
 from qadapter.text.tokenization import PromptTooLongError, tokenize_preference
 
@@ -26,15 +29,70 @@ class Anchor(NamedTuple):
         return len(self.ids) - self.first
 
 
+ANSWERS = ("completion", "response", "chosen")
+FIELDS = ("text", "messages", "conversations", "prompt", *ANSWERS)
+
+
+def load_anchors(path_or_id: Source) -> list[dict[str, Any]]:
+    """Rows for `tokenize_anchor`, and prompts without an answer, from files, a folder or the Hub.
+
+    Args:
+        path_or_id: what `load_preference_data` takes, and ``.txt`` (a prompt a line). Rows are
+            conversations, texts, prompts with an answer, preference pairs, or prompts (a string is
+            one).
+
+    Raises:
+        FileNotFoundError: the name looks like a path, and there is nothing there.
+        ValueError: a row of none of these forms, with file and line; no rows.
+    """
+    sources = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
+    name = " ".join(map(str, sources))
+    files = readers.find_files(sources)
+    records: list[tuple[str, Any]] = []
+    for file in files or ():
+        kind = readers.kind_of(file, (*readers.FILE_SUFFIXES, ".txt"))
+        if kind == ".txt":
+            lines = readers.read_text(file).splitlines()
+            records += [(f"{file}, line {i}", x) for i, x in enumerate(lines, 1) if x.strip()]
+        elif kind in readers.TABLE_SUFFIXES:
+            records += [(f"{file}, row {i}", x) for i, x in enumerate(load_table(file, kind), 1)]
+        else:
+            records += readers.read_records(file, kind)
+    if files is None:
+        records = [(f"{name}, row {i}", x) for i, x in enumerate(load_table(name), 1)]
+    if not records:
+        raise ValueError(f"{name}: no rows")
+    return [anchor_row(record, place) for place, record in records]
+
+
+def anchor_row(record: Any, place: str) -> dict[str, Any]:
+    """A row as `load_anchors` gives it. RowError for what is none."""
+    if isinstance(record, str):
+        record = {"prompt": record}
+    if not isinstance(record, Mapping):
+        raise RowError(place, f"expected an object or a string, got {type(record).__name__}")
+    # Tables fill with None what a row lacks.
+    row = {key: value for key, value in record.items() if value is not None}
+    if not any(row.get(name) for name in FIELDS):
+        found = ", ".join(map(str, row)) or "nothing"
+        raise RowError(place, f"expected one of the fields {', '.join(FIELDS)}; found: {found}")
+    return row
+
+
 def has_answer(row: Mapping[str, Any]) -> bool:
     """Whether a row is a whole conversation or text; else it is a prompt."""
-    if any(row.get(name) is not None for name in ("completion", "chosen", "text")):
+    if any(row.get(name) is not None for name in ("text", *ANSWERS)):
         return True
     messages = row.get("messages") or row.get("conversations") or row.get("prompt")
     if not isinstance(messages, list | tuple) or not messages:
         return False
     last = message_list(messages, "a conversation", "messages")[-1]
     return bool(last["role"] == "assistant" and last["content"])
+
+
+def only_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a row without an answer, what `qadapter.text.prompts.prompt_row` reads."""
+    return {name: row[name] for name in ("prompt", "messages", "conversations") if row.get(name)}
 
 
 def tokenize_anchor(
@@ -49,9 +107,9 @@ def tokenize_anchor(
 
     Args:
         row: ``text`` (its states are all of its tokens); ``messages`` or ``conversations`` that end
-            in a message of the assistant's, ``prompt`` and ``completion``, or a preference pair
-            (its chosen answer); their states are the answer's. ``truncated``: the answer was cut,
-            so that its end is none.
+            in a message of the assistant's, ``prompt`` and ``completion`` (or ``response``), or a
+            preference pair (its chosen answer); their states are the answer's. ``truncated``: the
+            answer was cut, so that its end is none.
         max_length: longer ones are cut.
         tokenizer, eos_token_ids, index: as in `tokenize_preference`.
 
@@ -94,7 +152,7 @@ def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
     if row.get("rejected") is not None:
         found = pair(row, where)
         return found["prompt"], found["chosen"]
-    answer = row.get("completion") if row.get("completion") is not None else row.get("chosen")
+    answer = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
     if answer is not None:
         if row.get("prompt") is None:
             raise RowError(where, "expected a prompt with the answer")
@@ -106,4 +164,12 @@ def _parts(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
     return messages[:-1], messages[-1:]
 
 
-__all__ = ["Anchor", "PromptTooLongError", "has_answer", "tokenize_anchor"]
+__all__ = [
+    "Anchor",
+    "PromptTooLongError",
+    "anchor_row",
+    "has_answer",
+    "load_anchors",
+    "only_prompt",
+    "tokenize_anchor",
+]

@@ -96,6 +96,16 @@ def load_responses(path_or_id: Source, split: str = "train") -> Dataset:
 # ------------------------------------------------------------------------------------------- tables
 
 
+def load_table(source: str | Path, kind: str | None = None) -> Dataset:
+    """The rows of a .parquet or .arrow file (``kind``), or of a folder or a Hub data set, as they
+    are."""
+    from datasets import load_dataset
+
+    if kind is not None:
+        return load_dataset(kind[1:], data_files=[str(source)], split="train")
+    return _load_named(str(source), "train", None)
+
+
 def _load_named(name: str, split: str, config: str | None) -> Dataset:
     """A folder, or something on the Hub."""
     from datasets import Dataset, load_dataset, load_from_disk

@@ -15,8 +15,11 @@ from transformers import Trainer, TrainerCallback
 from qadapter import files
 from qadapter.model.checkpoint import fingerprint
 from qadapter.model.modeling import QAdapterModel
+from qadapter.text.anchors import anchor_row, has_answer, only_prompt
+from qadapter.text.prompts import prompt_row
 from qadapter.text.tokenization import eos_token_ids
 from qadapter.training import base_cache, strength
+from qadapter.training.anchor_texts import make_anchors
 from qadapter.training.anchors import (
     BATCH_TOKENS,
     AnchorControl,
@@ -95,18 +98,26 @@ class AnchoredTraining(Trainer):
         return made
 
     def _anchor_rows(self) -> list[dict[str, Any]]:
-        from qadapter.training.anchor_texts import make_anchors
-
-        own, args = self._own, self.args
-        options: dict[str, Any] = {
-            "max_new_tokens": args.anchor_tokens,
-            "path": Path(str(args.output_dir)) / TEXTS_NAME,
-            "progress": not args.disable_tqdm,
-        }
-        if self.anchor_dataset is None:
-            return make_anchors(own, self.processing_class, args.anchor_count, **options)
-        rows = list(self.anchor_dataset)[: args.anchor_count]
-        return rows
+        """Given ones; prompts among them, and nothing at all, are for the base to answer."""
+        args = self.args
+        given = [] if self.anchor_dataset is None else list(self.anchor_dataset)
+        rows = [anchor_row(one, f"anchor {i}") for i, one in enumerate(given[: args.anchor_count])]
+        prompts = [row for row in rows if not has_answer(row)]
+        if rows and not prompts:
+            return rows
+        asked = [
+            prompt_row(only_prompt(row), f"anchor {i}").prompt for i, row in enumerate(prompts)
+        ]
+        made = make_anchors(
+            self._own,
+            self.processing_class,
+            len(asked) or args.anchor_count,
+            max_new_tokens=args.anchor_tokens,
+            path=Path(str(args.output_dir)) / TEXTS_NAME,
+            prompts=asked or None,
+            progress=not args.disable_tqdm,
+        )
+        return [*(row for row in rows if has_answer(row)), *made]
 
     def _with_anchors(self, pairs: Any) -> Any:
         """Every pair with the anchors that go with it: the same ones whatever order pairs come in,

@@ -23,8 +23,8 @@ from qadapter import files
 from qadapter import functional as QF
 from qadapter.model import saving
 from qadapter.model.modeling import QAdapterModel
-from qadapter.outputs import AnchoredValues, PreferenceLoss, ResidualValues
-from qadapter.training import arguments, base_cache
+from qadapter.outputs import AnchoredValues
+from qadapter.training import arguments, base_cache, metrics
 from qadapter.training.anchored import AnchoredTraining, AnchorWatch
 from qadapter.training.anchors import AnchoredCollator
 from qadapter.training.base_cache import BaseCache, CachedCollator
@@ -40,9 +40,6 @@ from qadapter.training.preparation import (
 __all__ = ["RELEASED_PRESET", "QAdapterConfig", "QAdapterTrainer", "last_complete_checkpoint"]
 
 logger = logging.getLogger(__name__)
-
-KL_ROWS = 32
-"""Rows of a training batch whose exact KL(base || policy) is logged; evaluation takes all rows."""
 
 
 class QAdapterTrainer(AnchoredTraining):
@@ -254,7 +251,7 @@ class QAdapterTrainer(AnchoredTraining):
         mode = "train" if model.training else "eval"
         actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
         forward = {k: v for k, v in inputs.items() if k not in ("cu_seqlens", "denominators")}
-        rows = _spread(actions.shape[0], KL_ROWS if mode == "train" else None)
+        rows = metrics.spread(actions.shape[0], metrics.KL_ROWS if mode == "train" else None)
         made = model(**forward, kl_rows=rows.to(actions.device), use_logits=self.args.use_logits)
         values, kl = made.values, made.kl
         outputs = QF.preference_loss(
@@ -268,8 +265,7 @@ class QAdapterTrainer(AnchoredTraining):
             length_norm=self.args.length_norm,
             denominators=inputs.get("denominators"),
         )
-        with torch.no_grad():
-            self._record(mode, inputs, values, outputs, kl)
+        self._record(mode, metrics.batch_sums(inputs, values, outputs, kl))
         if isinstance(made, AnchoredValues):
             outputs = outputs._replace(loss=outputs.loss + self._anchor_loss(made, inputs))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -278,8 +274,7 @@ class QAdapterTrainer(AnchoredTraining):
         kl = made.anchor_kl.sum()
         states = torch.tensor(float(made.anchor_kl.numel()), device=kl.device)
         total = inputs["anchors"].get("total", states)
-        pair = torch.stack([kl.detach().double(), states.double()])
-        self._sums["train"].setdefault("anchor/train_kl", []).append(pair)
+        self._record("train", {"anchor/train_kl": (kl, states)})
         return self.anchor_control.coef * kl / total.to(kl.device).clamp(min=1)
 
     def prediction_step(
@@ -299,38 +294,7 @@ class QAdapterTrainer(AnchoredTraining):
 
     # Metrics: sums stay on the device until they are logged.
 
-    def _record(
-        self,
-        mode: str,
-        inputs: dict[str, Any],
-        values: ResidualValues,
-        outputs: PreferenceLoss,
-        kl: Tensor | None,
-    ) -> None:
-        actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
-        has_action = actions != -100
-        num_pairs = outputs.margins.numel()
-        is_chosen = torch.arange(len(actions), device=actions.device) < cu_seqlens[num_pairs]
-        chosen_logp = torch.where(is_chosen, values.policy_logp, 0).sum()
-        pairs = torch.tensor(float(num_pairs), device=actions.device)
-        tokens = has_action.sum().float()
-        # bt_loss and reg_loss come divided by these; undone, they add up over micro-batches.
-        denominators = inputs.get("denominators")
-        per_pair, per_action = (pairs, tokens) if denominators is None else denominators
-        sums = {
-            "rewards/chosen": (outputs.chosen_rewards.sum(), pairs),
-            "rewards/rejected": (outputs.rejected_rewards.sum(), pairs),
-            "rewards/margins": (outputs.margins.sum(), pairs),
-            "rewards/accuracies": (outputs.accuracy * pairs, pairs),
-            "logps/chosen": (chosen_logp, pairs),
-            "logps/rejected": (values.policy_logp.sum() - chosen_logp, pairs),
-            "loss/bt": (outputs.bt_loss * per_pair, pairs),
-            "reg_loss": (outputs.reg_loss * per_action, tokens),
-            "q/mean": (values.q.sum(), tokens),
-            "value/mean": (torch.where(has_action, values.value, 0).sum(), tokens),
-        }
-        if kl is not None:
-            sums["kl"] = (kl.sum(), torch.tensor(float(kl.numel()), device=kl.device))
+    def _record(self, mode: str, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name, (total, count) in sums.items():
             pair = torch.stack([total.detach().double(), count.double()])
             self._sums[mode].setdefault(name, []).append(pair)
@@ -430,10 +394,3 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
         if match and (path / "trainer_state.json").exists():
             steps[int(match[1])] = path
     return steps[max(steps)] if steps else None
-
-
-def _spread(total: int, count: int | None) -> Tensor:
-    """At most ``count`` row numbers spread evenly over ``total``; all of them for None."""
-    if count is None or total <= count:
-        return torch.arange(total)
-    return torch.linspace(0, total - 1, count).long()

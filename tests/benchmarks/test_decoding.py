@@ -9,11 +9,10 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import bench_decode, bench_sample, harness, plots, report
+from benchmarks import bench, bench_decode, bench_sample, harness, plots, report
 from benchmarks import decoding_problem as decoding
 from benchmarks.bases import load_base
-from benchmarks.peers import eager_sampling, hf_sampling
-from benchmarks.peers.flashinfer_sampling import FLASHINFER
+from benchmarks.peers.sampling import EAGER, FLASHINFER, HF, probabilities, ranked
 from benchmarks.sampling_problem import FILTERS, LOGITS, STREAMS, make_problem
 from qadapter.reference import filtered_logprobs
 
@@ -22,7 +21,7 @@ from qadapter.reference import filtered_logprobs
 def quick_decode(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "decode-cpu.json"
     arguments = ["--quick", "--new-tokens", "4", "--mode", "sampled", "--json", str(path)]
-    bench_decode.run(bench_decode.parse(arguments))
+    bench_decode.run(bench.parse(bench_decode, arguments))
     return path
 
 
@@ -34,7 +33,7 @@ def quick_sample(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         nothing = harness.Ceilings(1.0, 1.0, {"float32": 1.0})
         patch.setattr(harness, "ceilings", lambda *_: nothing)
-        bench_sample.run(bench_sample.parse(arguments))
+        bench_sample.run(bench.parse(bench_sample, arguments))
     return path
 
 
@@ -44,7 +43,7 @@ def quick_sample(tmp_path_factory):
 )
 def test_the_naive_text_is_ours_in_float32(which, batch, cache):
     base = load_base("tiny", "cpu", torch.float32)
-    competitors = decoding.Competitors(base, which, cache, list(decoding.WAYS))
+    competitors = decoding.Competitors(base, which, cache)
     ids, mask = decoding.prompts(base, "tiny", batch)
     assert ids.shape[0] == batch and mask.sum(1).min() >= 57 and mask.sum(1).max() <= 64
     assert batch == 1 or not mask.all()  # some row is padded
@@ -64,7 +63,7 @@ def test_the_naive_text_is_ours_in_float32(which, batch, cache):
 
 def test_the_competitors_share_their_weights():
     base = load_base("tiny", "cpu")
-    competitors = decoding.Competitors(base, "all", "dynamic", ["naive", "two streams"])
+    competitors = decoding.Competitors(base, "all", "dynamic")
     weight = base.get_input_embeddings().weight.data_ptr()
     for model in (competitors.peft, competitors.ours.hf_model):
         assert model.get_input_embeddings().weight.data_ptr() == weight
@@ -76,26 +75,23 @@ def test_the_competitors_share_their_weights():
 @pytest.mark.parametrize("logits", LOGITS)
 def test_the_peers_draw_from_the_reference(filters, streams, logits):
     problem = make_problem(5, 300, torch.float32, "cpu", streams, logits, filters)
-    c = problem.composition
     expected = filtered_logprobs(
         None if problem.base is None else problem.base.double(),
         problem.q.double(),
-        alpha_0=c.alpha_0,
-        alpha_tilde=c.alpha_tilde,
-        center=c.center,
+        **problem.composition,
         **problem.filters,
     ).exp()
-    theirs = hf_sampling.probabilities(problem)
+    theirs = probabilities(problem)
     torch.testing.assert_close(theirs.double(), expected, rtol=1e-5, atol=1e-6)
-    probs, ids = eager_sampling.ranked(problem)
+    probs, ids = ranked(problem)
     spread = probs if ids is None else torch.zeros_like(problem.q).scatter(-1, ids, probs)
     torch.testing.assert_close(spread.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_everybody_draws_kept_tokens_only():
     problem = make_problem(4, 300, torch.bfloat16, "cpu", "two", "peaked", "top-k, top-p")
-    allowed = hf_sampling.probabilities(problem) > 0
-    for sampler in (bench_sample.ours("torch"), hf_sampling.HF, eager_sampling.EAGER):
+    allowed = probabilities(problem) > 0
+    for sampler in (bench_sample.ours("torch"), HF, EAGER):
         draw = sampler.prepare(problem)
         for _ in range(20):
             assert allowed.gather(-1, draw()[:, None]).all(), sampler.name
@@ -125,11 +121,12 @@ def test_a_second_run_keeps_the_other_cases(quick_decode, tmp_path):
     path = shutil.copy(quick_decode, tmp_path)
     before = json.loads(quick_decode.read_text())["rows"]
     arguments = ["--quick", "--new-tokens", "4", "--mode", "sampled", "--lora", "all"]
-    arguments += ["--batch-sizes", "1", "--ways", "base", "--append", "--json", str(path)]
-    bench_decode.run(bench_decode.parse(arguments))
+    arguments += ["--batch-sizes", "1", "--append", "--json", str(path)]
+    bench_decode.run(bench.parse(bench_decode, arguments))
     after = json.loads(Path(path).read_text())["rows"]
     redone = [row for row in after if (row["batch"], row["lora"]) == (1, "all")]
-    assert [row["who"] for row in redone] == ["base"]
+    assert [row["who"] for row in redone] == list(decoding.WAYS)
+    assert not any(row in before for row in redone)
     kept = [row for row in before if (row["batch"], row["lora"]) != (1, "all")]
     assert [row for row in after if row not in redone] == kept
 
@@ -138,10 +135,11 @@ def test_a_peer_that_fails_is_reported_and_ours_is_an_error():
     def failing(new, clock):
         raise NotImplementedError("cannot\nat all")
 
-    options = bench_decode.parse(["--quick", "--new-tokens", "3"])
+    options = bench.parse(bench_decode, ["--quick", "--new-tokens", "3"])
     base = load_base("tiny", "cpu")
     ids, mask = decoding.prompts(base, "tiny", 1)
-    ways = decoding.Competitors(base, "all", "dynamic", ["base"]).ways(ids, mask, "greedy")
+    ways = decoding.Competitors(base, "all", "dynamic").ways(ids, mask, "greedy")
+    ways = {"base": ways["base"]}
     rows = bench_decode.run_case({**ways, "naive": failing}, ids, 1, options)
     assert rows[-1] == {"who": "naive", "missing": "NotImplementedError: cannot"}
     with pytest.raises(NotImplementedError):

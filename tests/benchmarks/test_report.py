@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import plots, plotting, report, report_suite, report_training, tables
+from benchmarks import plots, plotting, report, report_overall, report_tables, tables
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- table:(\w+) -->.*?<!-- /table -->", re.S)
@@ -136,7 +136,7 @@ def row(who, median, error, peak, **more):
 def test_where_peers_win_is_shown():
     rows = [row("qadapter", 4.0, 1e-6, 10.0), row("eager", 8.0, 2e-7, 10.5)]
     rows += [row("compile", 3.0, 2e-6, 4.0), {**rows[0], "who": "QuACK", "missing": "no GPU"}]
-    table = report_suite.wins([{"benchmark": "logits", "rows": rows}])
+    table = report_overall.wins([{"benchmark": "logits", "rows": rows}])
     lines = [[cell.strip() for cell in line.split("|")[3:6]] for line in table.splitlines()[2:]]
     assert lines == [
         ["eager", "error of value", "0.20x ours"],
@@ -144,14 +144,14 @@ def test_where_peers_win_is_shown():
         ["compile", "memory", "0.40x ours"],
     ]
     rows += [{**r, "op": "backward"} for r in (row("eager", 2.0, 1e-5, 10), rows[0])]
-    short = report_suite.wins_short([{"benchmark": "logits", "rows": rows}])
+    short = report_overall.wins_short([{"benchmark": "logits", "rows": rows}])
     lines = [[cell.strip() for cell in line.split("|")[2:]] for line in short.splitlines()[2:]]
     assert [(line[0], line[1], line[2], line[-2]) for line in lines] == [
         ("fp32 forward", "eager", "error of value", "1"),
         ("fp32 backward", "eager", "time", "2"),
         ("fp32 forward", "compile", "memory", "1"),
     ]
-    for made in (report_suite.wins, report_suite.wins_short):
+    for made in (report_overall.wins, report_overall.wins_short):
         alone = made([{"benchmark": "logits", "rows": rows[:1]}])
         assert alone == "No peer is ahead in any figure of these results."
 
@@ -159,8 +159,8 @@ def test_where_peers_win_is_shown():
 def test_gpu_figures_are_said_to_be_missing():
     machine = {"cpu": "x", "threads": 1, "torch": "2", "date": "2026-01-01T00:00"}
     record = {"benchmark": "logits", "environment": machine, "rows": []}
-    assert "**not measured yet**" in report_suite.gpu([record])
-    assert "H100" in report_suite.gpu([{**record, "environment": {**machine, "gpu": "H100"}}])
+    assert "**not measured yet**" in report_overall.gpu([record])
+    assert "H100" in report_overall.gpu([{**record, "environment": {**machine, "gpu": "H100"}}])
 
 
 def context_record():
@@ -177,7 +177,7 @@ def context_record():
 
 
 def test_contexts_as_table_and_plot(tmp_path):
-    text = report_training.context(context_record())
+    text = report_tables.context(context_record())
     lines = [
         [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
     ]

@@ -13,6 +13,7 @@ from benchmarks import (
     __main__ as suite,
 )
 from benchmarks import (
+    bench,
     bench_context,
     bench_instructions,
     bench_linear,
@@ -27,7 +28,7 @@ from benchmarks import (
     sets,
     training_problem,
 )
-from benchmarks.peers import eager
+from benchmarks.peers import logits as logits_peers
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,15 +43,15 @@ def no_ceilings(monkeypatch):
 @pytest.fixture
 def no_compilers(monkeypatch):
     """Compiling takes longer than all else together."""
-    for name in ("compile", "Liger", "CCE"):
-        monkeypatch.delitem(bench_linear.PEERS, name)
-    monkeypatch.delitem(bench_logits.PEERS, "compile")
-    monkeypatch.setattr(bench_scaling, "PEERS", ["qadapter", "eager"])
+    for module in (bench_linear, bench_logits):
+        few = [name for name in module.PEERS if name not in ("compile", "Liger", "CCE")]
+        monkeypatch.setitem(module.OPTIONS, "peers", few)
+    monkeypatch.setitem(bench_scaling.OPTIONS, "peers", ["qadapter", "eager"])
 
 
 def logits_options(path, *more):
     arguments = ["--quick", "--peers", "eager", "TRL", "QuACK", "--dtype", "fp32", *more]
-    return bench_logits.parse([*arguments, "--threads", "1", "--json", str(path)])
+    return bench.parse(bench_logits, [*arguments, "--threads", "1", "--json", str(path)])
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,8 @@ def test_values_composed_of_log_probabilities_are_the_specification(alphas):
     def logps(logits, actions):
         return torch.log_softmax(logits, -1).gather(1, actions[:, None])[:, 0]
 
-    found = logits_problem.values_from_logps(problem, logps)
-    expected = eager.residual_values(problem.base, problem.q, problem.actions, *alphas)
+    found = logits_peers.values_from_logps(problem, logps)
+    expected = logits_peers.eager_values(problem.base, problem.q, problem.actions, *alphas)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     truth = logits_problem.solve(problem, step=4)  # chunks that do not divide the rows
@@ -95,7 +96,7 @@ def test_values_composed_of_log_probabilities_are_the_specification(alphas):
     torch.autograd.backward((found[0], found[1], found[3]), tuple(problem.grads))
     assert logits_problem.gradient_error(problem.q.grad, truth.grad, step=4) < 1e-4
     problem.q.grad = None
-    bench_logits.OURS.loss(problem).backward()
+    logits_peers.OURS.loss(problem).backward()
     assert logits_problem.gradient_error(problem.q.grad, truth.of_loss) < 1e-4
     assert logits_problem.gradient_error(problem.q.grad, 2 * truth.of_loss) > 0.1
 
@@ -150,7 +151,7 @@ def test_every_set_can_be_parsed():
             assert (step.name in earlier) == ("--append" in step.arguments), (name, step.name)
             earlier.add(step.name)
             module = suite.importlib.import_module(step.module)
-            options = module.parse([*step.arguments, "--json", "x.json"])
+            options = bench.parse(module, [*step.arguments, "--json", "x.json"])
             assert options.json == "x.json" and not options.quick
     assert {"logits", "linear", "sample", "decode", "train_step"} <= {
         step.name for step in sets.SETS["cpu-quick"].steps
@@ -229,7 +230,7 @@ def test_a_length_that_cannot_be_tried_is_no_limit():
 def test_a_training_step_and_its_parts(tmp_path):
     path = tmp_path / "steps.json"
     arguments = ["--quick", "--lengths", "16", "--threads", "1", "--json", str(path)]
-    bench_train_step.run(bench_train_step.parse(arguments))
+    bench_train_step.run(bench.parse(bench_train_step, arguments))
     record = json.loads(path.read_text())
     (row,) = record["rows"]
     # The pack has the prompt once, and no last tokens: nothing follows them.
@@ -266,18 +267,19 @@ def timing(median, best, half=0.0):
     ],
 )
 def test_what_counts_as_slower(ms, verdict):
-    time, _ = compare.differences(result(), result(ms=ms))
-    assert (time.kind, time.verdict) == ("time", verdict)
+    assert verdicts(result(), result(ms=ms))["time"] == verdict
+
+
+def verdicts(old, new):
+    found = compare.differences(old, new)
+    return dict(zip(found["kind"], found["verdict"], strict=True))
 
 
 def test_memory_and_instructions_are_compared():
-    _, memory = compare.differences(result(), result(peak_mib=120.0))
-    assert (memory.kind, memory.verdict) == ("memory", "slower")
+    assert verdicts(result(), result(peak_mib=120.0)) == {"time": "same", "memory": "slower"}
     old, new = result(instructions=1000), result(instructions=1015)
-    counts = [d for d in compare.differences(old, new) if d.kind == "instructions"]
-    assert [d.verdict for d in counts] == ["slower"]
-    counts = [d for d in compare.differences(old, old) if d.kind == "instructions"]
-    assert [d.verdict for d in counts] == ["same"]
+    assert verdicts(old, new)["instructions"] == "slower"
+    assert verdicts(old, old)["instructions"] == "same"
 
 
 def test_the_command_prints_its_noise_and_fails_on_what_is_slower(tmp_path, capsys):
@@ -326,10 +328,10 @@ def test_counts_are_read_from_a_profile():
 def test_a_tool_that_is_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_instructions.shutil, "which", lambda _: None)
     path = tmp_path / "instructions-cpu.json"
-    options = bench_instructions.parse(["--quick", "--json", str(path), "--tool", "perf"])
+    options = bench.parse(bench_instructions, ["--quick", "--json", str(path)])
     bench_instructions.run(options)
     (row,) = json.loads(path.read_text())["rows"]
-    assert row["missing"] == "perf is not installed"
+    assert row["missing"] == "valgrind is not installed"
 
 
 def test_a_tool_that_is_there_is_not_missing(monkeypatch):
@@ -337,19 +339,18 @@ def test_a_tool_that_is_there_is_not_missing(monkeypatch):
 
     monkeypatch.setattr(bench_instructions.shutil, "which", lambda _: "/usr/bin/valgrind")
     monkeypatch.setattr(cpp, "why_not_loaded", lambda: None)
-    assert bench_instructions.missing_reason("callgrind") == ""
+    assert bench_instructions.missing_reason() == ""
     monkeypatch.setattr(cpp, "why_not_loaded", lambda: "not built")
-    assert bench_instructions.missing_reason("callgrind") == "not built"
+    assert bench_instructions.missing_reason() == "not built"
 
 
 def test_the_driver_runs_every_kernel():
     from benchmarks import instruction_driver
-    from qadapter import use_backend
     from qadapter.ops import cpp
 
     if not cpp.available()[0]:
         pytest.skip(cpp.available()[1])
-    with use_backend("cpp"), torch.profiler.profile() as profile:
+    with torch.profiler.profile() as profile:
         instruction_driver.run(list(instruction_driver.CASES), 1)
     seen = {event.key for event in profile.key_averages()}
     for name in {case.split()[0] for case in instruction_driver.CASES}:
@@ -368,7 +369,7 @@ def test_peers_that_are_missing_say_why():
     problem = linear_problem.make_problem(
         8, 16, 50, torch.float32, "cpu", linear_problem.MODES["uncached"], 1
     )
-    options = bench_linear.parse(["--quick", "--peers", "QuACK", "CCE exact", "eager"])
+    options = bench.parse(bench_linear, ["--quick", "--peers", "QuACK", "CCE exact", "eager"])
     rows = bench_linear.run_case(options.peers, problem, None, options)
     missing = {row["who"]: row["missing"] for row in rows if "missing" in row}
     assert missing == {"QuACK": "it has CUDA kernels only", "CCE exact": "on a CPU the same as CCE"}

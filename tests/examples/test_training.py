@@ -65,6 +65,18 @@ def test_bare_loop(example, capsys):
     assert re.search(r"tiny: loss 0\.6931 -> 0\.\d+ in 8 steps", capsys.readouterr().out)
 
 
+def test_anchored_loop(example, capsys):
+    module = example("anchored_loop")
+    losses = module.main(["--steps", "8"])
+    assert losses[-1] < 0.5 * losses[0]
+    kls = [float(kl) for kl in re.findall(r"KL on anchors (-?[0-9.]+)", capsys.readouterr().out)]
+    assert kls[0] < 1e-5 < max(kls)
+    module.COEF = 1000.0
+    module.main(["--steps", "8"])
+    held = [float(kl) for kl in re.findall(r"KL on anchors (-?[0-9.]+)", capsys.readouterr().out)]
+    assert held[-1] < 0.5 * kls[-1]
+
+
 def test_bare_loop_is_the_specification(example):
     module, common = example("bare_loop"), example("_common")
     model, tokenizer = common.load("tiny")

@@ -1,0 +1,226 @@
+"""The tables of all results together: the machines, where peers win, what they cannot do, what is
+not measured, and the speed in short."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.report_tables import CASES, milliseconds
+from benchmarks.tables import Column, Record, Row, conditions, frame, paragraphs, table, there
+
+
+def machines(records: list[Record]) -> str:
+    """Which results there are, of when and where, with their ceilings."""
+    columns: list[Column] = [
+        ("results", "benchmark"),
+        ("date (UTC)", "environment date", lambda date: date[:16].replace("T", " ")),
+        ("machine", "environment machine"),
+        ("threads", "environment threads"),
+        ("torch", "environment torch"),
+        ("load", "environment load", "{:.1f}"),
+        ("read GB/s", "ceilings read_gb_s", "{:.1f}"),
+        ("copy GB/s", "ceilings copy_gb_s", "{:.1f}"),
+        ("fp32 TFLOP/s", "ceilings gemm_tflop_s float32", "{:.3f}"),
+        ("bf16 TFLOP/s", "ceilings gemm_tflop_s bfloat16", "{:.3f}"),
+    ]
+    shown = ("benchmark", "environment", "ceilings")
+    rows = frame({name: r[name] for name in shown if r.get(name)} for r in records)
+    of = [r["environment"].get("gpu") or r["environment"]["cpu"] for r in records]
+    return table(rows.assign(**{"environment machine": of}), columns)
+
+
+def cannot(records: list[Record]) -> str:
+    """What each peer cannot do, as far as the results say."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for who, what in record.get("cannot", {}).items():
+            found.setdefault(who, {})[f"{record['benchmark']}: {what}"] = None
+    lines = [f"- **{who}**. {'; '.join(texts)}." for who, texts in sorted(found.items())]
+    return "\n".join(lines) or "Not said in these results."
+
+
+def gpu(records: list[Record]) -> str:
+    """What has been measured on a GPU."""
+    found = [r for r in records if "gpu" in r["environment"]]
+    if not found:
+        return "No GPU figures: the GPU sets are **not measured yet**."
+    names = ", ".join(f"{r['benchmark']} ({conditions(r)})" for r in found)
+    return f"Measured on a GPU: {names}."
+
+
+# Column of a frame -> the figure, of which less is better
+FIGURES = {
+    r"ms median": "time",
+    r"peak_mib": "memory",
+    r"error dh (.+) median": r"error of gradient, median of rows with p \1",
+    r"error dh (.+) max": r"error of gradient, worst of rows with p \1",
+    r"error (\w+) rms": r"error of \1, rms",
+    r"error (\w+) (sum of \d+) max": r"error of \1, worst \2",
+    r"error (\w+)": r"error of \1",
+}
+WINS = ["operation", "case", "who", "in", "by", "ours", "theirs"]
+NO_WINS = "No peer is ahead in any figure of these results."
+
+
+def _figures(rows: pd.DataFrame) -> dict[str, str]:
+    """The columns in which one can be better than another: time and memory first."""
+    found = {}
+    for column in ["ms median", "peak_mib", *rows.columns]:
+        for pattern, name in FIGURES.items():
+            if match := re.fullmatch(pattern, column):
+                found[column] = match.expand(name)
+                break
+    return found
+
+
+def _shown(row: Row, column: str) -> str:
+    if column == "ms median":
+        return milliseconds(row)
+    return f"{row[column]:,.0f} MiB" if column == "peak_mib" else f"{row[column]:.1e}"
+
+
+def _wins_of(record: Record) -> Iterator[Row]:
+    """Where somebody who does the same work takes less time or memory, or is more exact."""
+    benchmark = record["benchmark"]
+    rows = frame(row for row in record["rows"] if row["who"] != "products")
+    names = _figures(rows)
+    ours: dict[str, Row] = {}
+    others: list[tuple[str, Row]] = []
+    for row in rows.to_dict("records"):
+        case = " ".join(str(row[name]) for name in CASES[benchmark])
+        if row["who"].startswith("qadapter"):
+            ours.setdefault(case, row)
+        else:
+            others.append((case, row))
+    # Less than a mebibyte is below what the measuring sees.
+    least = {"peak_mib": 1.0}
+    for case, row in others:
+        own = ours.get(case, {})
+        for column, name in names.items():
+            if not (there(row.get(column)) and there(own.get(column))):
+                continue
+            theirs, mine = (max(least.get(column, 0.0), who[column]) for who in (row, own))
+            if theirs < mine:
+                by = f"{theirs / mine:.2f}x ours"
+                shown = _shown(own, column), _shown(row, column)
+                yield dict(zip(WINS, (benchmark, case, row["who"], name, by, *shown), strict=True))
+
+
+def _all_wins(records: list[Record]) -> pd.DataFrame:
+    compared = ("logits", "linear", "linear_scaling", "sample")
+    found = [line for r in records if r["benchmark"] in compared for line in _wins_of(r)]
+    return pd.DataFrame(found, columns=WINS)
+
+
+def wins(records: list[Record]) -> str:
+    """Every figure in which a peer is better than we are."""
+    lines = _all_wins(records)
+    return NO_WINS if lines.empty else table(lines, [(name, name) for name in WINS])
+
+
+def wins_short(records: list[Record]) -> str:
+    """Of every operation and kind of figure the case where a peer is furthest ahead."""
+    lines = _all_wins(records)
+    if lines.empty:
+        return NO_WINS
+    ratio = lines["by"].str.removesuffix("x ours").astype(float)
+    groups = lines.assign(ratio=ratio).groupby(["operation", "in"], sort=False)
+    furthest = lines.loc[groups["ratio"].idxmin()].assign(cases=groups.size().to_list())
+    return table(furthest, [*((name, name) for name in WINS), ("such cases", "cases")])
+
+
+NAMES = {
+    "TRL DPO": "TRL's DPO",
+    "compile": "torch.compile",
+    "eager": "eager PyTorch",
+    "naive": "two forwards",
+}
+OURS = ("qadapter", "qadapter cpp", "qadapter triton", "two streams")
+# Results -> what it is, which case (the first such), instead of whom (the first who ran).
+OPERATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "linear": (
+        "loss, hidden states, {dtype} {d} x {v:,}",
+        {"dtype": "bf16", "mode": "uncached"},
+        ("compile", "eager"),
+    ),
+    "logits": (
+        "loss, logits, {dtype} {n} x {v:,}",
+        {"dtype": "bf16", "op": "loss+backward"},
+        ("compile", "eager"),
+    ),
+    "decode": (
+        "a token, {model}, batch {batch}, two streams",
+        {"mode": "sampled", "batch": 8},
+        ("naive",),
+    ),
+    "sample": (
+        "sampling a token, {dtype} {b} x {v:,}",
+        {"filters": "top-k, top-p", "streams": "two", "logits": "peaked"},
+        ("transformers", "eager"),
+    ),
+}
+SPEED: list[Column] = [
+    ("", "what"),
+    ("ours", "ours ms", lambda ms: duration(ms)),
+    ("MiB", "ours MiB", "{:.0f}"),
+    ("instead of", "peer"),
+    ("takes", lambda row: row["peer ms"] / row["ours ms"], "{:.1f}x"),
+    ("its MiB", "peer MiB", "{:.0f}"),
+]
+
+
+def duration(ms: float) -> str:
+    if ms >= 1000:
+        return f"{ms / 1000:.2f} s"
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{ms:.3f} ms"
+
+
+def _line(what: str, who: str, ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> Row:
+    """Of the table of speed; the pairs are milliseconds and MiB."""
+    row = {"what": what, "peer": NAMES.get(who, who), "ours ms": ours[0], "ours MiB": ours[1]}
+    return row | {"peer ms": theirs[0], "peer MiB": theirs[1]}
+
+
+def _operation(record: Record) -> Iterator[Row]:
+    what, wanted, peers = OPERATIONS[record["benchmark"]]
+    rows = frame(record["rows"])
+    for name, value in wanted.items():
+        rows = rows[rows[name] == value]
+    first = rows[list(CASES[record["benchmark"]])].head(1)
+    who = {row["who"]: row for row in rows.merge(first).to_dict("records")}
+    ours = next((who[name] for name in OURS if name in who), None)
+    peer = next((name for name in peers if name in who), None)
+    if ours is not None and peer is not None:
+        text = what.format(**{**record.get("shape", {}), **ours})
+        figures = ((row["ms median"], row.get("peak_mib")) for row in (ours, who[peer]))
+        yield _line(text, peer, *figures)
+
+
+def _steps(record: Record) -> Iterator[Row]:
+    """Our training step, and with the base cached: means of all batches, the highest peak."""
+    what = f"a training step, {record['model']}, {record['pairs']} pairs"
+    for way, text in (("ours", what), ("cached", "the same, the base cached")):
+        both = (way, "TRL DPO")
+        rows = frame(r for r in record["rows"] if {f"{name} ms" for name in both} <= r.keys())
+        if not rows.empty:
+            figures = ((rows[f"{w} ms median"].mean(), rows[f"{w} peak MiB"].max()) for w in both)
+            yield _line(text, "TRL DPO", *figures)
+
+
+def speed(records: list[Record]) -> str:
+    """A table for each machine: our time, and how many times it others take."""
+    machines: dict[str, list[Row]] = {}
+    for benchmark in ("train_step", *OPERATIONS):
+        for record in records:
+            if record["benchmark"] == benchmark:
+                lines = _steps(record) if benchmark == "train_step" else _operation(record)
+                machines.setdefault(conditions(record), []).extend(lines)
+    made = (
+        f"{machine}. Medians; MiB is what is added at the peak.\n\n"
+        + table(pd.DataFrame(lines), SPEED)
+        for machine, lines in machines.items()
+        if lines
+    )
+    return paragraphs(*made)
