@@ -20,7 +20,18 @@ from torch import Tensor
 
 from qadapter.ops import checks
 
-__all__ = ["Composition", "Names", "PerRow", "StreamWeights", "blend", "stream_weights"]
+__all__ = [
+    "RECOMMENDED",
+    "Composition",
+    "Names",
+    "PerRow",
+    "StreamWeights",
+    "blend",
+    "stream_weights",
+]
+
+RECOMMENDED = "recommended"
+"""In place of a strength: the one that training with a KL budget found."""
 
 Names = tuple[str | None, ...]
 """Streams by their adapters; None is the base."""

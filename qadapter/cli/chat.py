@@ -11,10 +11,12 @@ from typing import Any
 
 from qadapter.cli import sampling
 from qadapter.cli.sampling import Blend
+from qadapter.composition import RECOMMENDED
 from qadapter.text.prompts import checked_strength, prompt_ids
 
 HELP = """\
-/strength [S]             0 is the base, 1 as trained, more is more; "trained" for the saved values
+/strength [S]             0 is the base, 1 as trained, more is more; "trained" for the saved values,
+                          "recommended" for what training with --kl-budget found
 /weights [NAME=W ...]     weights of the adapters
 /both                     the last message answered by the base and by the blend, side by side
 /compare [S ...]          the same at these strengths
@@ -29,7 +31,12 @@ Ctrl-C stops an answer, Ctrl-D quits. A message that begins with / is written wi
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("chat", help="talk to the composed policy, change the blend live")
     sampling.add_adapters(parser)
-    parser.add_argument("--strength", type=float, help="0 is the base, 1 as trained, more is more")
+    parser.add_argument(
+        "--strength",
+        type=sampling.strength_option,
+        help="0 is the base, 1 as trained, more is more, recommended what training with "
+        "--kl-budget found",
+    )
     sampling.add_sampling(parser, temperature=0.7, top_p=0.95)
     parser.set_defaults(run=chat)
 
@@ -37,6 +44,8 @@ def add_parser(commands: Any) -> None:
 def chat(options: argparse.Namespace) -> int:
     sampling.check_sampling(options)
     blend = sampling.parse_blend(options.adapter, options.weight)
+    options.strength = sampling.given_strength(options.strength, blend)
+    sampling.say_recommended(blend, options.strength is None)
     model, tokenizer = sampling.load(blend.folders, options.base_model, options.dtype)
     Chat(model, tokenizer, blend, options).run()
     return 0
@@ -102,8 +111,13 @@ class Chat:
 
     def _strength(self, text: str) -> None:
         if text:
-            self.strength = None if text == "trained" else _strength(text, "/strength")
+            self.strength = None if text == "trained" else self._number(text, "/strength")
         print(f"({self._state()})")
+
+    def _number(self, text: str, what: str) -> float:
+        if text == RECOMMENDED:
+            return sampling.recommended(self.blend._replace(weights=self.weights), what)
+        return checked_strength(sampling.parse_number(text, what), what)
 
     def _weights(self, text: str) -> None:
         self.weights |= sampling.parse_weights(text.split(), self.blend, "/weights")
@@ -136,7 +150,7 @@ class Chat:
     def _compare(self, text: str) -> None:
         from qadapter.text.answers import answer, derived_seed, side_by_side
 
-        strengths: list[float | None] = [_strength(s, "/compare") for s in text.split()]
+        strengths: list[float | None] = [self._number(s, "/compare") for s in text.split()]
         # Where the blend is the base, next to what was trained.
         strengths = strengths or [0.0, self.strength or None]
         ids = self._ids(self._until_last_message())
@@ -234,10 +248,6 @@ class Chat:
         if len(self.weights) == 1 and set(self.weights.values()) == {1.0}:
             return strength
         return strength + ", weights " + " ".join(f"{n}={w:g}" for n, w in self.weights.items())
-
-
-def _strength(text: str, what: str) -> float:
-    return checked_strength(sampling.parse_number(text, what), what)
 
 
 def _read_line() -> str | None:

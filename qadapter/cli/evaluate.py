@@ -1,10 +1,13 @@
 """``qadapter eval``: preference accuracy on held-out pairs, and forgetting on unrelated text."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from qadapter.cli import sampling
+
+PLOTS = (".png", ".svg", ".pdf")
 
 
 def add_parser(commands: Any) -> None:
@@ -36,7 +39,25 @@ def add_parser(commands: Any) -> None:
         help="pairs whose chosen responses are text that has nothing to do with the preference; "
         "default, general questions that come with the package",
     )
+    parser.add_argument(
+        "--anchors",
+        metavar="FILE",
+        help="texts on which KL to the base is measured, with its interval: what qadapter anchors "
+        "made, or any conversations or texts; default, the held-out tenth of the adapter's own",
+    )
+    parser.add_argument(
+        "--strength",
+        type=sampling.strength_option,
+        help="evaluate at this strength: a number above 0, or recommended, what training with "
+        "--kl-budget found; default, as trained",
+    )
     parser.add_argument("--json", help="write the report there too")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="draw preference against KL to the base over strengths (on the anchors, or without "
+        "any on the unrelated text); needs matplotlib",
+    )
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a batch")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--max-examples", type=int, help="use the first so many of each file")
@@ -52,14 +73,19 @@ def evaluate(options: argparse.Namespace) -> int:
     from qadapter.text.tokenization import eos_token_ids
     from qadapter.training import evaluation
 
+    strength = _checked(options)
     data = sampling.load_pairs(options.data, options.split, options)
     data = sampling.head(data, options.max_examples)
     unrelated = sampling.head(evaluation.load_unrelated(options.unrelated), options.max_examples)
     folders = {sampling.FIRST: sampling.checked_folder(options.adapter)}
+    sampling.say_recommended(_blend(options), strength is None)
     model, tokenizer = sampling.load(folders, options.base_model, options.dtype)
+    if strength is not None:
+        model.set_composition(1.0 / strength, 1.0 / strength, model.center)
     trained = {}
     if (Path(options.adapter) / "training_args.json").exists():
         trained = files.read_json(Path(options.adapter) / "training_args.json")
+    anchors, source = _anchors(model, tokenizer, trained, options)
     count = len(data)
     if options.skip_bad_rows:
         data = prepare_dataset(
@@ -75,6 +101,9 @@ def evaluate(options: argparse.Namespace) -> int:
         "adapter": str(options.adapter),
         "data": " ".join(options.data),
         "unrelated": str(options.unrelated or "packaged"),
+        "strength": strength,
+        "recommended_strength": model.recommended_strength,
+        "kl_budget": model.kl_budget,
         "alpha_0": model.alpha_0,
         "alpha_tilde": model.alpha_tilde,
         "center": model.center,
@@ -91,7 +120,114 @@ def evaluate(options: argparse.Namespace) -> int:
         "forgetting": evaluation.evaluate_forgetting(model, tokenizer, unrelated, **common),
     }
     report["preference"]["dropped"] += count - len(data)
+    shown = _over_strengths(model, tokenizer, data, unrelated, anchors, source, report, options)
     if options.json:
         files.write_json(options.json, report)
-    print(evaluation.table(report))
+    print("\n".join([evaluation.table(report), *shown]))
     return 0
+
+
+def _blend(options: argparse.Namespace) -> sampling.Blend:
+    return sampling.Blend({sampling.FIRST: options.adapter}, {sampling.FIRST: 1.0})
+
+
+def _checked(options: argparse.Namespace) -> float | None:
+    """The strength, None as trained. ValueError for options that cannot be, before any work."""
+    if isinstance(options.strength, str):
+        sampling.checked_folder(options.adapter)
+    strength = sampling.given_strength(options.strength, _blend(options))
+    if strength is not None and not 0 < strength < float("inf"):
+        raise ValueError(f"--strength: expected more than 0 (which is the base), got {strength:g}")
+    if options.plot is not None:
+        if Path(options.plot).suffix not in PLOTS or Path(options.plot).is_dir():
+            raise ValueError(f"--plot: expected a {', '.join(PLOTS)} file, got {options.plot}")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ImportError("--plot: needs matplotlib: pip install matplotlib") from None
+    return strength
+
+
+def _anchors(
+    model: Any, tokenizer: Any, trained: dict[str, Any], options: argparse.Namespace
+) -> tuple[list[Any], str]:
+    """Tokenised, and where they are from; of the file that training made, those it held out."""
+    from qadapter.model.checkpoint import fingerprint
+    from qadapter.text.anchors import load_anchors
+    from qadapter.text.tokenization import eos_token_ids
+    from qadapter.training.anchored import TEXTS_NAME
+    from qadapter.training.anchors import AnchorSet, anchor_texts
+
+    own = Path(options.adapter) / TEXTS_NAME
+    given = options.anchors
+    held_out = own.exists() and (given is None or Path(given).resolve() == own.resolve())
+    if given is None and not held_out:
+        return [], ""
+    rows = load_anchors(str(own) if held_out else given)
+    if not held_out:
+        rows = rows[: options.max_examples]
+    texts = anchor_texts(
+        rows,
+        tokenizer,
+        # As in training, so that those that are held out are the same.
+        max_length=trained.get("max_length", options.max_length)
+        if held_out
+        else options.max_length,
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        base=fingerprint(model.hf_model),
+    )
+    if not held_out:
+        return texts, str(given)
+    chosen = AnchorSet(texts[: trained.get("anchor_count")])
+    kept = [chosen.anchors[number] for number in chosen.held_out]
+    print(f"anchors: the {len(kept)} of {own} that training held out", file=sys.stderr)
+    return kept, f"held out of {own}"
+
+
+def _over_strengths(
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    unrelated: Any,
+    anchors: list[Any],
+    source: str,
+    report: dict[str, Any],
+    options: argparse.Namespace,
+) -> list[str]:
+    """Put KL on the anchors into the report and, for a plot, the figures over strengths, which are
+    returned as text too."""
+    from qadapter.text.tokenization import eos_token_ids
+    from qadapter.training import frontier
+    from qadapter.training.anchors import anchor_texts
+    from qadapter.training.plots import plot_strengths
+
+    recommended = model.recommended_strength
+    more = {s for s in (recommended, report["strength"]) if s}
+    strengths = sorted({*frontier.STRENGTHS, *more}) if options.plot else []
+    texts, kl_on = anchors, "anchors"
+    if options.plot and not anchors:
+        kl_on = "unrelated text"
+        texts = anchor_texts(
+            list(unrelated),
+            tokenizer,
+            max_length=options.max_length,
+            eos_token_ids=eos_token_ids(model, tokenizer),
+        )
+    if not texts:
+        return []
+    compositions = [model.composition, *map(model.composition_at, strengths)]
+    kl = frontier.text_kl(model, tokenizer, texts, compositions, batch_size=options.batch_size)
+    if anchors:
+        counts = {"source": source, "texts": len(anchors), "tokens": int(kl.states.sum())}
+        report["anchors"] = {**counts, **kl.figures()}
+    if not options.plot:
+        return []
+    common = {"batch_size": options.batch_size, "max_length": options.max_length}
+    preferences = frontier.preferences(model, tokenizer, data, strengths, **common)
+    points = [
+        {"strength": s, **preference, **kl.figures(number)}
+        for number, (s, preference) in enumerate(zip(strengths, preferences, strict=True), start=1)
+    ]
+    report["strengths"] = {"kl_on": kl_on, "points": points}
+    plot_strengths(points, options.plot, kl_on, recommended, model.kl_budget)
+    return [frontier.table(points, kl_on, recommended), f"plot {options.plot}"]

@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -51,9 +52,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--no-chat", action="store_true", help="do not use the chat template")
     parser.add_argument(
         "--strength",
-        type=float,
+        type=sampling.strength_option,
         nargs="+",
-        help="0 is the base, 1 as trained, more is more; several are shown side by side",
+        help="0 is the base, 1 as trained, more is more, recommended what training with "
+        "--kl-budget found; several are shown side by side",
     )
     parser.add_argument("--alpha-0", type=float, help="instead of strength")
     parser.add_argument("--alpha-tilde", type=float, help="instead of strength")
@@ -64,7 +66,11 @@ def add_parser(commands: Any) -> None:
 def generate(options: argparse.Namespace) -> int:
     _check(options)
     blend = sampling.parse_blend(options.adapter, options.weight)
-    rows = _rows(options)
+    rows = _rows(options, blend)
+    if options.strength is not None:
+        options.strength = [sampling.given_strength(s, blend) for s in options.strength]
+    alphas = (options.alpha_0, options.alpha_tilde)
+    sampling.say_recommended(blend, (options.strength, *alphas) == (None, None, None))
     requests = _requests(rows, options)
     if options.output in (None, "-"):
         return _to_stdout(rows, requests, blend, options)
@@ -90,7 +96,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--output: {options.output} is a folder, expected a file")
 
 
-def _rows(options: argparse.Namespace) -> list[PromptRow]:
+def _rows(options: argparse.Namespace, blend: Blend) -> list[PromptRow]:
     if options.input is not None:
         rows = read_prompts(options.input)
     elif options.prompt:
@@ -103,12 +109,17 @@ def _rows(options: argparse.Namespace) -> list[PromptRow]:
                 f"{row.place}: strength sets alpha_0 and alpha_tilde, and so do --alpha-0 and "
                 "--alpha-tilde; give one"
             )
-    return rows
+    return [
+        replace(
+            row, strength=sampling.given_strength(row.strength, blend, f"{row.place}: strength")
+        )
+        for row in rows
+    ]
 
 
 def _requests(rows: Sequence[PromptRow], options: argparse.Namespace) -> list[Request]:
     """Row after row, strength after strength, sample after sample: the order of the output."""
-    wanted = [
+    wanted: list[tuple[int, Any, int]] = [
         (row, strength, sample)
         for row, prompt in enumerate(rows)
         for strength in (

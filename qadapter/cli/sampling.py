@@ -2,10 +2,12 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qadapter.composition import RECOMMENDED
 from qadapter.text.prompts import checked_seed, checked_strength
 
 FIRST = "default"  # what the model calls the adapter that it was loaded with
@@ -47,6 +49,18 @@ def add_adapters(parser: Any) -> None:
     parser.add_argument("--dtype", default="auto", help="dtype of the base, such as bfloat16")
 
 
+def strength_option(text: str) -> float | str:
+    """The type of --strength."""
+    if text == RECOMMENDED:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number or {RECOMMENDED}, got {text!r}"
+        ) from None
+
+
 def add_sampling(parser: Any, temperature: float, top_p: float) -> None:
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -80,7 +94,7 @@ def check_sampling(options: argparse.Namespace) -> None:
         checked_seed(options.seed, "--seed")
     strengths = options.strength
     for strength in strengths if isinstance(strengths, list) else [strengths]:
-        if strength is not None:
+        if strength not in (None, RECOMMENDED):
             checked_strength(strength, "--strength")
 
 
@@ -116,6 +130,42 @@ def parse_blend(adapters: Sequence[str], weights: Sequence[str]) -> Blend:
         folders[name] = checked_folder(folder)
     blend = Blend(folders, dict.fromkeys(folders, 1.0))
     return blend._replace(weights=blend.weights | parse_weights(weights, blend, "--weight"))
+
+
+def recommended(blend: Blend, what: str) -> float:
+    """The recommended strength of the one adapter. ValueError, which names ``what`` asked."""
+    from qadapter.model.saving import recommendation
+
+    (name, folder), *others = blend.folders.items()
+    if others or blend.weights[name] != 1.0:
+        given = ", ".join(f"{name}={weight:g}" for name, weight in blend.weights.items())
+        raise ValueError(
+            f"{what}: {RECOMMENDED} is of one adapter alone, with weight 1; got {given}"
+        )
+    found, _ = recommendation(folder)
+    if found is None:
+        raise ValueError(
+            f"{what}: {folder} has no {RECOMMENDED} strength; train with --kl-budget to get one"
+        )
+    return found
+
+
+def given_strength(
+    strength: float | str | None, blend: Blend, what: str = "--strength"
+) -> float | None:
+    """``strength``, or the recommended one if that is asked for."""
+    return recommended(blend, what) if isinstance(strength, str) else strength
+
+
+def say_recommended(blend: Blend, as_trained: bool) -> None:
+    """One line on stderr if there is one adapter and it has a recommended strength."""
+    from qadapter.model.saving import recommendation
+
+    (folder, *others) = blend.folders.values()
+    strength, budget = (None, None) if others else recommendation(folder)
+    if strength is not None:
+        used = f"; used as trained, --strength {RECOMMENDED} takes it" if as_trained else ""
+        print(f"{RECOMMENDED} strength {strength:.3g} (keeps KL {budget:g}){used}", file=sys.stderr)
 
 
 def head(dataset: Any, count: int | None) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from qadapter.composition import stream_weights
+from qadapter.composition import RECOMMENDED, stream_weights
 from qadapter.model.modeling import QAdapterModel
 from qadapter.text.tokenization import pad_token_id
 
@@ -47,7 +47,8 @@ class QAdapterLM(HFLM):
     Args:
         pretrained: a folder that `QAdapterModel.save_pretrained` or the trainer wrote, or a
             `QAdapterModel` (then with ``tokenizer``).
-        strength: as `QAdapterModel.generate` takes it; None is the policy as trained.
+        strength: a number or "recommended", as `QAdapterModel.generate` takes it; None is the
+            policy as trained.
         alpha_0, alpha_tilde: instead of strength.
         base_model: where the base is, if not where it was at training.
         device: default, the GPU if there is one.
@@ -94,6 +95,8 @@ class QAdapterLM(HFLM):
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder) if saved else own.config._name_or_path
             )
+        if strength == RECOMMENDED:
+            strength = own.checked_strength(RECOMMENDED)
         # On a command line they come as text.
         knobs = {"strength": strength, "alpha_0": alpha_0, "alpha_tilde": alpha_tilde}
         self.knobs: dict[str, Any] = {k: None if v is None else float(v) for k, v in knobs.items()}

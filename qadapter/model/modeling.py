@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qadapter.composition import Composition, Names, PerRow, blend
+from qadapter.composition import RECOMMENDED, Composition, Names, PerRow, blend
 from qadapter.model import adapters, locking, saving, values
 from qadapter.model.checkpoint import is_adapter_folder, resolve_model
 from qadapter.model.decoding_probes import Needs, sees_later_tokens
@@ -159,9 +159,11 @@ class QAdapterModel(TwoStreamForward):
             saving.save(self.peft_model, composition, directory)
 
     def load_adapter_weights(self, directory: str | Path) -> None:
-        """Replace the adapter's weights by those saved in ``directory`` (same LoRA, same base)."""
+        """Replace the adapter's weights by those saved in ``directory`` (same LoRA, same base), and
+        its recommended strength by theirs."""
         with locking.alone(self.hf_model):
             saving.load_weights(self.peft_model, directory)
+            self.recommended_strength, self.kl_budget = saving.recommendation(directory)
 
     def load_adapter(self, directory: str | Path, name: str) -> None:
         """Attach another saved adapter of the same base, for `generate` with ``adapters``.
@@ -267,6 +269,30 @@ class QAdapterModel(TwoStreamForward):
         composition = Composition.checked(alpha_0, alpha_tilde, center)
         self.alpha_0, self.alpha_tilde, self.center = composition
 
+    def checked_strength(
+        self, strength: PerRow | str | None, adapters: Mapping[str, PerRow] | None = None
+    ) -> PerRow | None:
+        """``strength``, "recommended" replaced by ``recommended_strength``. ValueError where there
+        is none, or where ``adapters`` are more than the model's own with weight 1."""
+        if not isinstance(strength, str):
+            return strength
+        if strength != RECOMMENDED:
+            raise ValueError(f"strength: expected a number or {RECOMMENDED!r}, got {strength!r}")
+        own = self.adapter_names[0]
+        if adapters is not None:
+            weight = adapters.get(own)
+            if len(adapters) > 1 or not isinstance(weight, int | float) or weight != 1:
+                raise ValueError(
+                    f"strength: {RECOMMENDED!r} is of the model's own adapter alone, with weight "
+                    f"1; got adapters={dict(adapters)!r}"
+                )
+        if self.recommended_strength is None:
+            raise ValueError(
+                f"strength: {RECOMMENDED!r}, but the adapter has no recommended strength; training "
+                "with a kl_budget finds one"
+            )
+        return self.recommended_strength
+
     # The streams.
 
     @contextmanager
@@ -293,7 +319,7 @@ class QAdapterModel(TwoStreamForward):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        strength: PerRow | None = None,
+        strength: PerRow | str | None = None,
         alpha_0: PerRow | None = None,
         alpha_tilde: PerRow | None = None,
         adapters: Mapping[str, PerRow] | None = None,
@@ -310,7 +336,7 @@ class QAdapterModel(TwoStreamForward):
             attention_mask: [B, T]; needed when there is padding.
             strength: how much of the preference: 0 is the base, 1 the trained policy, more
                 exaggerates. Stands for alpha_0 = alpha_tilde = 1/strength. A number, or one for
-                each row.
+                each row, or "recommended" for all: ``recommended_strength``.
             alpha_0, alpha_tilde: instead of strength, the two weights; None keeps the trained
                 value. A number, or one for each row.
             adapters: weights w_i by adapter name (`load_adapter`), each a number or one for each
@@ -341,6 +367,7 @@ class QAdapterModel(TwoStreamForward):
                 (NaN, everything masked).
         """
         check_prompts(input_ids, attention_mask, self.vocab_size)
+        strength = self.checked_strength(strength, adapters)
         batch = input_ids.shape[0]
         names, weights = blend(self.compositions, batch, strength, alpha_0, alpha_tilde, adapters)
         own = nullcontext() if base_settings else without_settings(self.hf_model)

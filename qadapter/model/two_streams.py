@@ -37,6 +37,10 @@ class TwoStreamForward(TrainerHooks):
         """alpha_0, alpha_tilde and center, as keywords of `qadapter.functional`."""
         return {"alpha_0": self.alpha_0, "alpha_tilde": self.alpha_tilde, "center": self.center}
 
+    def composition_at(self, strength: float) -> dict[str, Any]:
+        """The same of a strength, which is above 0."""
+        return {**self.composition, "alpha_0": 1.0 / strength, "alpha_tilde": 1.0 / strength}
+
     def forward(
         self,
         input_ids: Tensor,
@@ -84,11 +88,7 @@ class TwoStreamForward(TrainerHooks):
             `AnchoredValues`.
         """
         with locking.alone(self.hf_model):
-            if attention_mask is not None and attention_mask.shape == input_ids.shape:
-                # Any id may stand in the padding, also one that the embedding has no row for.
-                words: Any = self.hf_model.get_input_embeddings()
-                in_range = input_ids.clamp(0, words.weight.shape[0] - 1)
-                input_ids = torch.where(attention_mask == 0, in_range, input_ids)
+            input_ids = self._with_known_padding(input_ids, attention_mask)
             given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
             arguments = {name: value for name, value in given.items() if value is not None}
             if actions is None or use_logits or not self.selects_hidden_rows:
@@ -181,18 +181,37 @@ class TwoStreamForward(TrainerHooks):
         """KL(base || policy) [A] at another strength, from `anchor_hidden` and what an anchor set
         knows of the base there."""
         head = self.hf_model.get_output_embeddings()
-        alpha = 1.0 / strength
-        composition: dict[str, Any] = {
-            **self.composition,
-            "alpha_0": alpha,
-            "alpha_tilde": alpha,
-        }
+        composition = self.composition_at(strength)
         actions = torch.full(q_hidden.shape[:1], -100, device=q_hidden.device)
         values = QF.linear_residual_values(
             of_base["hidden"], q_hidden, head.weight, actions, bias=head.bias, **composition
         )
         moments = BaseMoments(*(of_base[name] for name in BaseMoments._fields))
         return QF.kl_to_base(values.value, q_hidden, moments, **composition)
+
+    @torch.no_grad()
+    def both_streams(
+        self, input_ids: Tensor, rows: Tensor, attention_mask: Tensor | None = None
+    ) -> values.BothStreams:
+        """Both streams at the positions ``rows`` (arguments as in `forward`), without gradient, for
+        values and KL at any composition."""
+        with locking.alone(self.hf_model):
+            input_ids = self._with_known_padding(input_ids, attention_mask)
+            arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
+            plain = self.selects_hidden_rows
+            run = self._stream_hidden if plain else self._stream_logits
+            with self.adapter_off():
+                base = run(input_ids, rows, arguments)
+            head = self.hf_model.get_output_embeddings() if plain else None
+            return values.BothStreams(head, base, run(input_ids, rows, arguments))
+
+    def _with_known_padding(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Any id may stand in the padding, also one that the embedding has no row for."""
+        if attention_mask is None or attention_mask.shape != input_ids.shape:
+            return input_ids
+        words: Any = self.hf_model.get_input_embeddings()
+        in_range = input_ids.clamp(0, words.weight.shape[0] - 1)
+        return torch.where(attention_mask == 0, in_range, input_ids)
 
     def _base_hidden(
         self, input_ids: Tensor, rows: Tensor | None, arguments: dict[str, Any]

@@ -1,6 +1,7 @@
 """What a loss needs of the two streams, from their logits or, without making those, from hidden
 states."""
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -79,11 +80,48 @@ def anchored_values_of_logits(
     pairs = TwoStreamLogits(*(stream[: actions.shape[0]] for stream in logits))
     base, q = (stream[actions.shape[0] :] for stream in logits)
     made = values_of_logits(pairs, actions, kl_rows, composition)
+    return AnchoredValues(*made, _kl_of_logits(base, q, composition))
+
+
+def _kl_of_logits(base: Tensor, q: Tensor, composition: dict[str, Any]) -> Tensor:
+    """KL(base || policy) float32 [N] of [N, V] logits."""
     parts = [
         reference.kl_base_policy(b.float(), z.float(), **composition)
         for b, z in zip(base.split(KL_ROWS), q.split(KL_ROWS), strict=True)
     ]
-    return AnchoredValues(*made, torch.cat(parts))
+    return torch.cat(parts)
+
+
+class BothStreams:
+    """Both streams in N states: their last hidden states [N, D], or logits [N, V] where there is no
+    ``head``. What is asked of them at some composition takes no further pass of the model."""
+
+    def __init__(self, head: Any, base: Tensor, q: Tensor) -> None:
+        self.head, self.base, self.q = head, base, q
+
+    def first(self, count: int) -> "BothStreams":
+        """The first ``count`` states."""
+        return BothStreams(self.head, self.base[:count], self.q[:count])
+
+    def values(self, actions: Tensor, composition: dict[str, Any]) -> ResidualValues:
+        if self.head is None:
+            return QF.residual_values(self.base, self.q, actions, **composition)
+        return QF.linear_residual_values(
+            self.base, self.q, self.head.weight, actions, bias=self.head.bias, **composition
+        )
+
+    def kl(self, composition: dict[str, Any], value: Tensor | None = None) -> Tensor:
+        """KL(base || policy) in nats, float32 [N]; ``value`` [N] if `values` has given it."""
+        if self.head is None:
+            return _kl_of_logits(self.base, self.q, composition)
+        if value is None:
+            actions = torch.full(self.q.shape[:1], -100, device=self.q.device)
+            value = self.values(actions, composition).value
+        return QF.kl_to_base(value, self.q, self.moments, **composition)
+
+    @cached_property
+    def moments(self) -> BaseMoments:
+        return QF.base_moments(self.base, self.head.weight, bias=self.head.bias)
 
 
 def anchored_values_of_hidden(

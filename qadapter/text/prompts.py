@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qadapter.composition import RECOMMENDED
 from qadapter.text import readers
 from qadapter.text.bad_rows import RowError
 from qadapter.text.forms import messages_from_json
@@ -30,7 +31,7 @@ class PromptRow:
 
     prompt: Prompt
     place: str
-    strength: float | None = None
+    strength: float | str | None = None
     seed: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -42,7 +43,8 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
     .txt (a prompt a line, empty lines skipped), all of them also compressed, .parquet, .arrow; a
     glob; "-" is stdin, JSON lines if the first begins with {, else text. An object has ``prompt``
     (text, or a list of chat messages), ``messages`` or ``conversations``, and may have ``strength``
-    and ``seed``; its other fields are kept. Messages may be in any form that `message_list` knows.
+    (a number or "recommended") and ``seed``; its other fields are kept. Messages may be in any form
+    that `message_list` knows.
 
     Raises:
         FileNotFoundError: no such file.
@@ -131,7 +133,9 @@ def prompt_row(record: Any, place: str) -> PromptRow:
     return PromptRow(
         _checked_prompt(prompt, place, given[0]),
         place,
-        None if strength is None else checked_strength(strength, f"{place}: strength"),
+        strength
+        if strength in (None, RECOMMENDED)
+        else checked_strength(strength, f"{place}: strength"),
         None if seed is None else checked_seed(seed, f"{place}: seed"),
         fields,
     )

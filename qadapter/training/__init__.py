@@ -4,5 +4,5 @@ config.py, trainer.py             QAdapterConfig, QAdapterTrainer
 arguments.py, preparation.py      which arguments are followed; models, data and collators as given
 base_cache.py, base_identity.py   what the base says, computed once and kept on disk
 anchor_texts.py, anchor_files.py  texts of the base itself, that it should keep
-evaluation.py, plots.py           preference and forgetting, as figures and as a picture
+evaluation.py, frontier.py        preference and forgetting; over strengths; plots.py: pictures
 """

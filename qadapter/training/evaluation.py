@@ -14,15 +14,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qadapter import functional as QF
-from qadapter import reference
-from qadapter.model.modeling import QAdapterModel, TwoStreamLogits
+from qadapter.model.modeling import QAdapterModel
+from qadapter.model.values import BothStreams
 from qadapter.outputs import ResidualValues
 from qadapter.text.collator import collate_sequences
 from qadapter.text.data import load_responses, prepare_dataset
 from qadapter.text.tokenization import eos_token_ids, pad_token_id
 from qadapter.training.preparation import check_fit
 
-KL_CHUNK = 64
 DEMO_DATA = Path(__file__).parents[1] / "demo_data"
 UNRELATED = DEMO_DATA / "unrelated.jsonl"
 
@@ -36,7 +35,7 @@ class _Forgetting:
     def add(
         self,
         model: QAdapterModel,
-        logits: TwoStreamLogits,
+        streams: BothStreams,
         values: ResidualValues,
         actions: Tensor,
         count: int,
@@ -46,14 +45,8 @@ class _Forgetting:
         self.tokens += int(scored.sum())
         self.base_nll -= float(values.base_logp[:count].double().sum())
         self.policy_nll -= float(values.policy_logp[:count].double().sum())
-        for start in range(0, count, KL_CHUNK):
-            part = slice(start, min(count, start + KL_CHUNK))
-            kl = reference.kl_base_policy(
-                logits.base_logits[part].float(),
-                logits.q_logits[part].float(),
-                **model.composition,
-            )
-            self.kl += float(kl[scored[part]].double().sum())
+        kl = streams.first(count).kl(model.composition, values.value[:count])
+        self.kl += float(kl[scored].double().sum())
 
     def report(self) -> dict[str, Any]:
         count = max(1, self.tokens)
@@ -86,19 +79,17 @@ def evaluate_preferences(
     ``accuracy_base`` ranks by the base's own mean log-likelihood, ``accuracy_policy`` by that of
     the composed policy. ``chosen`` holds `evaluate_forgetting`'s figures on the chosen responses.
     """
-    prepared = _prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
+    prepared = prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
     pad = pad_token_id(tokenizer, model)
     margins: list[Tensor] = []
     base_margins: list[Tensor] = []
     policy_margins: list[Tensor] = []
     chosen = _Forgetting()
-    for batch in _batches(prepared, ("chosen", "rejected"), batch_size, pad, progress):
+    for batch in batches(prepared, ("chosen", "rejected"), batch_size, pad, progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        logits, actions = _forward(model, batch), batch["actions"]
+        streams, actions = forward(model, batch), batch["actions"]
         cu_seqlens = batch["cu_seqlens"]
-        values = QF.residual_values(
-            logits.base_logits, logits.q_logits, actions, **model.composition
-        )
+        values = streams.values(actions, model.composition)
         outputs = QF.preference_loss(
             values,
             actions,
@@ -109,13 +100,10 @@ def evaluate_preferences(
         )
         margins.append(outputs.margins.cpu())
         for logp, into in ((values.base_logp, base_margins), (values.policy_logp, policy_margins)):
-            likelihood = QF.preference_loss(
-                values._replace(q=logp, value=torch.zeros_like(logp)), actions, cu_seqlens
-            )
-            into.append(likelihood.margins.cpu())
-        chosen.add(model, logits, values, actions, int(cu_seqlens[outputs.margins.numel()]))
+            into.append(likelihood_margins(logp, actions, cu_seqlens).cpu())
+        chosen.add(model, streams, values, actions, int(cu_seqlens[outputs.margins.numel()]))
     all_margins = torch.cat(margins)
-    accuracy = _share_above_zero(all_margins)
+    accuracy = share_above_zero(all_margins)
     count = all_margins.numel()
     return {
         "pairs": count,
@@ -123,8 +111,8 @@ def evaluate_preferences(
         "accuracy": accuracy,
         "accuracy_se": (accuracy * (1 - accuracy) / count) ** 0.5,
         "mean_margin": float(all_margins.mean()),
-        "accuracy_base": _share_above_zero(torch.cat(base_margins)),
-        "accuracy_policy": _share_above_zero(torch.cat(policy_margins)),
+        "accuracy_base": share_above_zero(torch.cat(base_margins)),
+        "accuracy_policy": share_above_zero(torch.cat(policy_margins)),
         "chosen": chosen.report(),
     }
 
@@ -143,16 +131,14 @@ def evaluate_forgetting(
 
     ``dataset`` is in the preference format; its ``chosen`` responses are the text.
     """
-    prepared = _prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
+    prepared = prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
     pad = pad_token_id(tokenizer, model)
     sums = _Forgetting()
-    for batch in _batches(prepared, ("chosen",), batch_size, pad, progress):
+    for batch in batches(prepared, ("chosen",), batch_size, pad, progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        logits, actions = _forward(model, batch), batch["actions"]
-        values = QF.residual_values(
-            logits.base_logits, logits.q_logits, actions, **model.composition
-        )
-        sums.add(model, logits, values, actions, actions.numel())
+        streams, actions = forward(model, batch), batch["actions"]
+        values = streams.values(actions, model.composition)
+        sums.add(model, streams, values, actions, actions.numel())
     return {"responses": len(prepared), **sums.report()}
 
 
@@ -164,9 +150,10 @@ def load_unrelated(path: str | Path | None = None) -> Dataset:
     return load_responses(UNRELATED if path is None else path)
 
 
-def _prepare(
+def prepare(
     model: QAdapterModel, tokenizer: Any, dataset: Dataset, max_length: int, drop: bool
 ) -> Dataset:
+    """Tokenised; ValueError for what the model has no position or embedding for."""
     prepared = prepare_dataset(
         dataset,
         tokenizer,
@@ -178,7 +165,7 @@ def _prepare(
     return prepared
 
 
-def _batches(
+def batches(
     prepared: Dataset, columns: Sequence[str], batch_size: int, pad: int, progress: bool
 ) -> Any:
     """Batches of examples of like length, so that little of them is padding."""
@@ -196,12 +183,23 @@ def _batches(
 
 
 @torch.no_grad()
-def _forward(model: QAdapterModel, batch: dict[str, Tensor]) -> TwoStreamLogits:
+def forward(model: QAdapterModel, batch: dict[str, Tensor]) -> BothStreams:
+    """Both streams in the rows of a batch."""
     model.eval()
-    return model(batch["input_ids"], batch["attention_mask"], batch["rows"])
+    return model.both_streams(batch["input_ids"], batch["rows"], batch["attention_mask"])
 
 
-def _share_above_zero(margins: Tensor) -> float:
+def likelihood_margins(
+    logp: Tensor, actions: Tensor, cu_seqlens: Tensor, length_norm: str = "response"
+) -> Tensor:
+    """Of each pair [P], the mean of ``logp`` over the chosen response less that over the rejected;
+    with ``length_norm="none"``, the sums."""
+    nothing = torch.zeros_like(logp)
+    values = ResidualValues(logp, nothing, nothing, nothing, nothing)
+    return QF.preference_loss(values, actions, cu_seqlens, length_norm=length_norm).margins
+
+
+def share_above_zero(margins: Tensor) -> float:
     return float((margins > 0).double().mean())
 
 
@@ -230,4 +228,13 @@ def table(report: dict[str, Any]) -> str:
                 f"  negative log-likelihood      {figures['nll_base']:8.4f} -> "
                 f"{figures['nll_policy']:.4f} ({figures['delta_nll']:+.4f})",
             ]
+    anchors = report.get("anchors")
+    if anchors:
+        budget = report.get("kl_budget")
+        lines += [
+            f"anchors ({anchors['texts']} texts, {anchors['tokens']} tokens)",
+            f"  KL(base || policy) per token {anchors['kl_base_policy']:8.4f} nats "
+            f"({anchors['kl_low']:.4f} to {anchors['kl_high']:.4f})"
+            + ("" if budget is None else f", budget {budget:g}"),
+        ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Plots of a training run; matplotlib is optional."""
+"""Plots of a training run and of strengths; matplotlib is optional."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,3 +47,63 @@ def plot_training(
     with replacing_file(path) as temporary:
         figure.savefig(temporary, dpi=150)
     return Path(path)
+
+
+def plot_strengths(
+    points: Sequence[dict[str, Any]],
+    path: str | Path,
+    kl_on: str,
+    recommended: float | None = None,
+    budget: float | None = None,
+) -> None:
+    """Preference against KL, of points as `qadapter.training.frontier.table` takes them.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    kl = [point["kl_base_policy"] for point in points]
+    ends = [
+        [max(0.0, k - p["kl_low"]) for k, p in zip(kl, points, strict=True)],
+        [max(0.0, p["kl_high"] - k) for k, p in zip(kl, points, strict=True)],
+    ]
+    panels = (
+        ("accuracy", "pairs whose chosen response is the likelier a token, share"),
+        ("gain", "gain of chosen over rejected, nats a pair"),
+    )
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axis, (name, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        axis.errorbar(kl, [p[name] for p in points], xerr=ends, fmt="o-", capsize=2)
+        for point, x in zip(points, kl, strict=True):
+            axis.annotate(
+                f"{point['strength']:.3g}",
+                (x, point[name]),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+            if point["strength"] == recommended:
+                axis.plot(x, point[name], "r*", markersize=13, label="recommended strength")
+        if budget is not None:
+            axis.axvline(budget, color="grey", linestyle="--", label=f"budget {budget:g}")
+        # KL grows with the square of a small strength.
+        axis.set_xscale("function", functions=(_root, np.square))
+        axis.set_xlim(0, 1.1 * max(*(p["kl_high"] for p in points), budget or 0.0, 1e-6))
+        axis.margins(y=0.12)
+        axis.set_xlabel(f"KL(base || policy) on {kl_on}, nats a token")
+        axis.set_title(label, fontsize=10)
+        axis.grid(alpha=0.3)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.axes[0].legend(frameon=False)
+    figure.suptitle("Preference against KL; the numbers are strengths", fontsize=11)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def _root(x: Any) -> Any:
+    import numpy as np
+
+    return np.sqrt(np.maximum(x, 0.0))

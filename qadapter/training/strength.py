@@ -19,13 +19,20 @@ class Kept(NamedTuple):
     upper: float
 
 
-def mean_and_upper(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Mean per token of sums [n] over ``counts`` tokens, and the upper end of its 95 % interval by
-    bootstrap over the n texts."""
+def mean_and_interval(sums: Tensor, counts: Tensor) -> tuple[float, float, float]:
+    """Mean per token of sums [n] over ``counts`` tokens, and the lower and the upper end of its
+    95 % interval by bootstrap over the n texts."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=generator)
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return float(sums.sum() / counts.sum()), float(means.quantile(0.975))
+    mean = float(sums.sum() / counts.sum())
+    return mean, float(means.quantile(0.025)), float(means.quantile(0.975))
+
+
+def mean_and_upper(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """The same without the lower end."""
+    mean, _, upper = mean_and_interval(sums, counts)
+    return mean, upper
 
 
 def within_budget(

@@ -126,11 +126,19 @@ def test_a_local_task_file_runs(folder):
     assert made["n-samples"]["tiny_text"]["effective"] == 3
 
 
+def test_the_recommended_strength(model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(model, "recommended_strength", 0.5)
+    lm = QAdapterLM(model, strength="recommended", tokenizer=tiny_tokenizer)
+    assert lm.knobs["strength"] == 0.5
+
+
 def test_arguments_are_checked(folder):
     with pytest.raises(ValueError, match="not both"):
         QAdapterLM(str(folder / "adapter"), strength=1.0, alpha_0=1.0)
     with pytest.raises(ValueError, match="strength"):
         QAdapterLM(str(folder / "adapter"), strength=-1)
+    with pytest.raises(ValueError, match="no recommended strength"):
+        QAdapterLM(str(folder / "adapter"), strength="recommended")
     for name in ("revision", "peft", "load_in_4bit"):
         with pytest.raises(ValueError, match=f"^{name}: got 'x'"):
             QAdapterLM(str(folder / "adapter"), **{name: "x"})
