@@ -353,6 +353,8 @@ class QAdapterTrainer(AnchoredTraining):
             if last is None:
                 raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
             resume_from_checkpoint = str(last)
+        own = self._own
+        own.recommended_strength = own.kl_budget = None  # of another training
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._recommend()
         return output

@@ -195,6 +195,13 @@ def test_a_strength_that_keeps_the_budget_is_saved(tmp_path, tiny_tokenizer, cap
     torch.testing.assert_close(kl(0.7), run._slow_kl_at_strength(0.7), rtol=1e-3, atol=1e-5)
 
 
+def test_training_on_without_a_budget_forgets_the_recommendation(tmp_path, tiny_tokenizer):
+    model = make_model()
+    model.recommended_strength, model.kl_budget = 0.7, 0.02
+    trainer(tmp_path, tiny_tokenizer, model=model, max_steps=1).train()
+    assert model.recommended_strength is None and model.kl_budget is None
+
+
 @pytest.mark.parametrize("width", [0.05, 2.0])
 def test_strength_by_bisection(width):
     sizes = 1.0 + width * torch.rand(50, generator=torch.Generator().manual_seed(0)).double()
