@@ -95,10 +95,9 @@ class QAdapterLM(HFLM):
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder) if saved else own.config._name_or_path
             )
-        if strength == RECOMMENDED:
-            strength = own.checked_strength(RECOMMENDED)
+        asked: Any = own.checked_strength(strength) if strength == RECOMMENDED else strength
         # On a command line they come as text.
-        knobs = {"strength": strength, "alpha_0": alpha_0, "alpha_tilde": alpha_tilde}
+        knobs = {"strength": asked, "alpha_0": alpha_0, "alpha_tilde": alpha_tilde}
         self.knobs: dict[str, Any] = {k: None if v is None else float(v) for k, v in knobs.items()}
         trained = (own.alpha_0, own.alpha_tilde, own.center)
         self.weights = stream_weights(trained, **self.knobs)  # checks them
