@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "anchor_state.json"
 MEASURED = 4  # held-out anchors whose KL is measured after an update
 TEXTS_NAME = "anchors.jsonl"
+ANSWERS_NAME = "anchor-answers.jsonl"  # where some anchors were given whole: not all of them
 
 
 class AnchoredTraining(Trainer):
@@ -108,12 +109,13 @@ class AnchoredTraining(Trainer):
         asked = [
             prompt_row(only_prompt(row), f"anchor {i}").prompt for i, row in enumerate(prompts)
         ]
+        name = TEXTS_NAME if len(prompts) == len(rows) else ANSWERS_NAME
         made = make_anchors(
             self._own,
             self.processing_class,
             len(asked) or args.anchor_count,
             max_new_tokens=args.anchor_tokens,
-            path=Path(str(args.output_dir)) / TEXTS_NAME,
+            path=Path(str(args.output_dir)) / name,
             prompts=asked or None,
             progress=not args.disable_tqdm,
         )

@@ -269,6 +269,8 @@ def test_prompts_are_answered_by_the_base_and_nothing_given_is_made_by_it(tmp_pa
     made = [a for a in run.anchors.anchors if list(a.ids[: a.first + 1]) == prompt["input_ids"]]
     assert len(made) == 1 and 1 <= made[0].states <= 6
     assert len(run.anchors.anchors) == 3
+    # anchors.jsonl is all of them or not there: `eval` takes the held-out tenth by its lines
+    assert not (tmp_path / "a" / "out" / "anchors.jsonl").exists()
     own = trainer(tmp_path / "b", tiny_tokenizer, anchor_count=7, **common)
     assert len(own.anchors.anchors) == 7
     assert len((tmp_path / "b" / "out" / "anchors.jsonl").read_text().splitlines()) == 7
