@@ -33,7 +33,7 @@ from qadapter.training.config import QAdapterConfig
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "anchor_state.json"
-MEASURED = 4  # held-out anchors whose KL is measured after an update
+MEASURED = 2  # held-out anchors whose KL is measured after an update
 TEXTS_NAME = "anchors.jsonl"
 ANSWERS_NAME = "anchor-answers.jsonl"  # where some anchors were given whole: not all of them
 

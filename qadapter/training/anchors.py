@@ -210,7 +210,7 @@ class AnchorControl:
     adaptive KL controller of PPO (Ziegler et al., arXiv 1909.08593, section 2.2) on its logarithm.
     """
 
-    RATE, CLIP, MEMORY = 0.2, 1.5, 0.7
+    RATE, CLIP, MEMORY = 0.2, 1.5, 0.8
     LIMITS = (1e-3, 1e3)
 
     def __init__(self, coef: float, budget: float | None) -> None:

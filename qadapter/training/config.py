@@ -108,7 +108,7 @@ class QAdapterConfig(TrainingArguments):
         default=96, metadata={"help": "Longest answer of an anchor that the base makes."}
     )
     anchors_per_pair: float = field(
-        default=1.0, metadata={"help": "Anchors that a step takes for each of its pairs."}
+        default=0.5, metadata={"help": "Anchors that a step takes for each of its pairs."}
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise."}
