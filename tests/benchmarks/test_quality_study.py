@@ -38,7 +38,7 @@ def trained(method, base, tokenizer, replay=(), rows=ROWS, **changes):
 
 def chosen_scores(base, tokenizer, rows):
     model = train.new_model(base, SETTINGS)
-    made = score.score(model, tokenizer, rows, "chosen", [score.strength(1.0)])
+    made = score.score(model, tokenizer, rows, ["chosen"], [score.strength(1.0)])
     return made["base_logp"].sum(), made["tokens"].sum()
 
 
