@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from benchmarks import plotting
-from benchmarks.quality.settings import METHODS, TITLES
+from benchmarks.quality.settings import METHODS, STEERED, TITLES
 
 LABELS = {
     "accuracy": "held-out pairs right, share",
@@ -69,7 +69,7 @@ def curves(rows: pd.DataFrame) -> Iterator[Curve]:
         usual = own[trained & own["usual"]]
         if usual.empty:
             continue
-        if method == "qadapter":
+        if method in STEERED:
             yield Curve(method, f"{name}, strength", blends[blends["usual"]], "strength")
             continue
         if method == "dpo_own":

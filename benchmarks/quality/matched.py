@@ -15,7 +15,9 @@ import pandas as pd
 from benchmarks.quality import stats
 from benchmarks.quality.stats import Matrix
 
-KLS = (0.03, 0.1)  # nats a token
+KLS = (0.01, 0.03, 0.1)  # nats a token
+# What a method is compared with: field of a row, method.
+REFERENCES = {"reference_less": "qadapter", "dpo_less": "dpo_own"}
 # The untouched base's; of accuracy, which has none, that of the least strength is taken.
 AT_ZERO = {"gain": 0.0, "accuracy": None, "nll_change": 0.0}
 
@@ -40,16 +42,14 @@ def read_off(kl: float, kls: Matrix, figures: Matrix, at_zero: float | None) -> 
     return made
 
 
-def rows(
-    items: pd.DataFrame, kls: Sequence[float] = KLS, reference: str = "qadapter"
-) -> list[dict[str, Any]]:
-    """A row a variant, noise and KL: figures there, and the reference's less them, with as much
-    noise, on the common seeds. ``items`` is `summary.frame`'s.
+def rows(items: pd.DataFrame, kls: Sequence[float] = KLS) -> list[dict[str, Any]]:
+    """A row a variant, noise and KL: figures there, and those of each of `REFERENCES` less them,
+    with as much noise, on the common seeds. ``items`` is `summary.frame`'s.
 
     None where a seed does not come to that KL at the largest strength. p is of the bootstrap: twice
     the share of draws on the other side of zero.
     """
-    items = items[items["metric"].isin(["kl", *AT_ZERO]) & ~items["label"].str.startswith("step")]
+    items = items[items["metric"].isin(["kl", *AT_ZERO]) & ~items["label"].str.match("step|KL")]
     drawn = _drawn(items)
     groups = dict(list(items.groupby(["variant", "noise"], sort=False)))
     curves = {
@@ -59,21 +59,23 @@ def rows(
     seeds = {key: sorted(group["seed"].unique().tolist()) for key, group in groups.items()}
     made = []
     for (variant, noise), group in groups.items():
-        own, other = (variant, noise), (reference, noise)
-        common = [seed for seed in seeds.get(other, []) if seed in seeds[own]]
         about = group[["variant", "method", "changes", "noise"]].to_dict("records")[0]
+        own = (variant, noise)
         for kl in kls:
-            figures, less = _at(kl, curves[own]), None
-            theirs = _at(kl, curves[other]) if common and variant != reference else None
-            if figures and theirs:
-                at, at_theirs = ([seeds[key].index(s) for s in common] for key in (own, other))
-                less = {
-                    name: _interval(theirs[name][:, at_theirs] - figures[name][:, at])
-                    for name in AT_ZERO
-                }
+            figures = _at(kl, curves[own])
             shown = figures and {name: _interval(drawn)[:3] for name, drawn in figures.items()}
             row = {**about, "kl": kl, "seeds": seeds[own], "figures": shown}
-            made.append({**row, "reference_less": less})
+            for field, reference in REFERENCES.items():
+                other, row[field] = (reference, noise), None
+                common = [seed for seed in seeds.get(other, []) if seed in seeds[own]]
+                theirs = _at(kl, curves[other]) if common and variant != reference else None
+                if figures and theirs:
+                    at, at_theirs = ([seeds[key].index(s) for s in common] for key in (own, other))
+                    row[field] = {
+                        name: _interval(theirs[name][:, at_theirs] - figures[name][:, at])
+                        for name in AT_ZERO
+                    }
+            made.append(row)
     return made
 
 

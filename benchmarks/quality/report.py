@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.quality.matched import AT_ZERO, read_off
-from benchmarks.quality.settings import METHODS, TITLES
+from benchmarks.quality.settings import METHODS, STEERED, TITLES
 from benchmarks.tables import Column, Record, Row, conditions, interval, paragraphs, table
 
 TESTED_TITLES = {
@@ -25,13 +25,13 @@ SHARE, EXACT = interval(".0%"), interval(".4f")
 
 def policies(record: Record) -> pd.DataFrame:
     """A row a policy: what it is; `usual`, whether its settings are; each figure as a field; and
-    of trained ones what they have at a KL: "gain at 0.1", and "less gain at 0.1", Q-Adapter's
-    less it."""
+    of trained ones what they have at a KL: "gain at 0.1", and "less gain at 0.1" and "dpo gain at
+    0.1", Q-Adapter's and DPO's less it."""
     at_kl: dict[tuple[str, float, str], Row] = defaultdict(dict)
     for row in record.get("matched", []):
         fields = at_kl[row["variant"], row["noise"], "trained"]
-        for less, figures in (("", row["figures"]), ("less ", row["reference_less"])):
-            for name, values in (figures or {}).items():
+        for less, of in (("", "figures"), ("less ", "reference_less"), ("dpo ", "dpo_less")):
+            for name, values in (row.get(of) or {}).items():
                 fields[f"{less}{name} at {row['kl']:g}"] = values
     return pd.DataFrame(
         {
@@ -152,9 +152,9 @@ def short(records: list[Record]) -> str:
 def strength_table(record: Record) -> str:
     """What varies the strength of a method after, or by, its training."""
     rows = policies(record)
-    method, blended = rows["method"], rows["label"].str.startswith("strength")
+    method, blended = rows["method"], rows["label"].str.match("strength|KL")
     shown = (
-        ((method == "qadapter") & blended)
+        (method.isin(STEERED) & blended)
         | ((method == "dpo_own") & (rows["label"] == "trained"))
         | ((method == "sft") & ~blended)
     )
@@ -162,22 +162,38 @@ def strength_table(record: Record) -> str:
 
 
 def tests_table(record: Record) -> str:
-    """Q-Adapter less each other method."""
-    columns: list[Column] = [
-        ("Q-Adapter less", lambda test: TITLES.get(test["against"], test["against"])),
-        (
-            "figure",
-            lambda test: TESTED_TITLES.get(test["figure"], test["figure"].replace("wins", "won,")),
-        ),
-        ("difference", lambda t: (t["mean"], t["low"], t["high"]), interval("+.4f")),
-        ("p", "p", "{:.4f}"),
-        ("p, Holm", "p_holm", "{:.4f}"),
-    ]
-    return paragraphs(record["data"]["name"], table(pd.DataFrame(record["tests"]), columns))
+    """Q-Adapter, and DPO, less each other method."""
+    parts = [record["data"]["name"]]
+    tests = [{"reference": "qadapter", "label": "trained", **test} for test in record["tests"]]
+    for reference in dict.fromkeys(test["reference"] for test in tests):
+        columns: list[Column] = [
+            (
+                f"{TITLES[reference]} less",
+                lambda t: title({"method": t["against"], "changes": {}, **t}),
+            ),
+            (
+                "figure",
+                lambda t: TESTED_TITLES.get(t["figure"], t["figure"].replace("wins", "won,")),
+            ),
+            ("difference", lambda t: (t["mean"], t["low"], t["high"]), interval("+.4f")),
+            ("p", "p", "{:.4f}"),
+            ("p, Holm", "p_holm", "{:.4f}"),
+        ]
+        own = [test for test in tests if test["reference"] == reference]
+        parts.append(table(pd.DataFrame(own), columns))
+    return paragraphs(*parts)
 
 
 def matched_table(record: Record) -> str:
-    """Gain at the same forgetting."""
+    """Gain at the same forgetting; where all of it is compared with DPO too, a table a KL."""
+    rows = _clean(record)
+    trained = rows[rows["label"] == "trained"]
+    if any("dpo_less" in row for row in record["matched"]):
+        parts = [
+            paragraphs(f"KL {kl:g}", table(_with_answers(rows, trained, kl), _against(record, kl)))
+            for kl in _kls(record)
+        ]
+        return paragraphs(heading(record), *parts)
     columns: list[Column] = [("", title), ("seeds", lambda row: len(row["seeds"]))]
     for kl in _kls(record):
         columns += [
@@ -186,8 +202,26 @@ def matched_table(record: Record) -> str:
             ("pairs right", f"accuracy at {kl:g}", SHARE),
             ("NLL change", f"nll_change at {kl:g}", interval(".3f")),
         ]
-    rows = _clean(record)
-    return paragraphs(record["data"]["name"], table(rows[rows["label"] == "trained"], columns))
+    return paragraphs(record["data"]["name"], table(trained, columns))
+
+
+def _with_answers(rows: pd.DataFrame, trained: pd.DataFrame, kl: float) -> pd.DataFrame:
+    """Beside what is read off at a KL, what was answered there."""
+    answered = rows[rows["label"] == f"KL {kl:g}"].set_index("variant")["figures"].to_dict()
+    found = [answered.get(variant, {}) for variant in trained["variant"]]
+    names = [name for name in trained if name.startswith(("wins ", "questions"))]
+    return trained.assign(**{name: [figures.get(name) for figures in found] for name in names})
+
+
+def _against(record: Record, kl: float) -> list[Column]:
+    columns: list[Column] = [("", title), ("seeds", lambda row: len(row["seeds"]))]
+    forms = {"gain": ".2f", "accuracy": ".1%", "nll_change": ".4f"}
+    for name, form in forms.items():
+        columns.append((TESTED_TITLES[name], f"{name} at {kl:g}", interval(form)))
+        for of, field in (("Q-Adapter's less it", "less"), ("DPO's less it", "dpo")):
+            at = f"{field} {name} at {kl:g}"
+            columns += [(of, at, interval(f"+{form}")), ("p", at, lambda v: f"{v[3]:.4f}")]
+    return columns + [c for c in _columns(record) if str(c[1]).startswith(("wins ", "questions"))]
 
 
 def noise_table(record: Record) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,15 +10,28 @@ from torch import Tensor
 
 from benchmarks.quality.data import Row, batches_by_length
 from benchmarks.quality.stats import Matrix
-from qadapter import QAdapterModel
+from qadapter import QAdapterModel, reference
 from qadapter import functional as QF
 from qadapter.composition import StreamWeights, stream_weights
-from qadapter.text.collator import collate_sequences
+from qadapter.model import packed_attention
+from qadapter.outputs import BaseMoments
+from qadapter.text.collator import PreferenceCollator
+from qadapter.text.packing import PackedPreferenceCollator
 from qadapter.text.tokenization import pad_token_id
 
 CHUNK = 256  # rows whose float32 logits exist at a time
+PAIR = ("chosen", "rejected")
 Logits = Callable[[slice], list[Tensor]]  # float32, of the base and the LoRA, of some rows
-Hidden = dict[str, dict[int, Tensor]]  # of the base: what is scored, batch
+
+
+class Stream(NamedTuple):
+    """Hidden states of a batch, and of the base `QF.base_moments` where KL is asked for."""
+
+    hidden: Tensor
+    moments: BaseMoments | None = None
+
+
+Known = dict[str, dict[int, Stream]]  # what is scored, batch
 
 
 def strength(s: float) -> StreamWeights:
@@ -35,24 +48,35 @@ def figures(
     heldout: list[Row],
     unrelated: list[Row],
     blends: Sequence[StreamWeights],
-    hidden: Hidden,
+    known: Known,
+    own: Known,
 ) -> list[dict[str, dict[str, list[float]]]]:
     """Per blend ``pairs`` and ``unrelated``, item by item.
 
+    ``known`` and ``own`` keep the hidden states of the base, and of these weights of the LoRA.
     Of held-out pairs gain, and that of the chosen alone, in nats, and whether the mean
     log-likelihoods of the two responses are in order; of unrelated conversations their tokens, and
     sums over them in nats.
     """
-    c, r, u = (
-        score(model, tokenizer, rows, side, blends, base_cache=hidden.setdefault(what, {}))
-        for what, rows, side in (
-            ("chosen", heldout, "chosen"),
-            ("rejected", heldout, "rejected"),
-            ("unrelated", unrelated, "chosen"),
+    both, u = (
+        score(
+            model,
+            tokenizer,
+            rows,
+            columns,
+            blends,
+            known=known.setdefault(what, {}),
+            own=own.setdefault(what, {}),
+            with_kl=with_kl,
+        )
+        for what, rows, columns, with_kl in (
+            ("pairs", heldout, PAIR, False),
+            ("unrelated", unrelated, PAIR[:1], True),
         )
     )
-    chosen, rejected, change = (each["policy_logp"] - each["base_logp"] for each in (c, r, u))
-    in_order = c["policy_logp"] / c["tokens"] > r["policy_logp"] / r["tokens"]
+    change, per_token = u["policy_logp"] - u["base_logp"], both["policy_logp"] / both["tokens"]
+    chosen, rejected = np.split(both["policy_logp"] - both["base_logp"], 2, axis=-1)
+    in_order = np.greater(*np.split(per_token, 2, axis=-1))
     pairs = {"gain": chosen - rejected, "in_order": in_order.astype(float), "chosen": chosen}
     tokens = np.broadcast_to(u["tokens"], change.shape)
     made = {"pairs": pairs, "unrelated": {"tokens": tokens, "kl": u["kl"], "nll_change": -change}}
@@ -67,80 +91,108 @@ def score(
     model: QAdapterModel,
     tokenizer: Any,
     rows: list[Row],
-    column: str,
+    columns: Sequence[str],
     blends: Sequence[StreamWeights],
     batch_size: int = 4,
-    base_cache: dict[int, Tensor] | None = None,
+    known: dict[int, Stream] | None = None,
+    own: dict[int, Stream] | None = None,
+    with_kl: bool = True,
 ) -> dict[str, Matrix]:
-    """For the response ``column`` of every row: its ``tokens``, and sums over them in nats.
+    """For the response of every row, or the responses of both `columns`, all of the first before
+    all of the second: its ``tokens``, and sums over them in nats.
 
-    ``base_logp`` [rows]; ``policy_logp`` and ``kl``, KL(base || policy), [blends, rows].
-    ``base_cache`` keeps the base's hidden states from call to call: for the same rows, column and
-    batch size alone.
+    ``base_logp`` [responses]; ``policy_logp`` and ``kl``, KL(base || policy), [blends, responses].
+    A prompt is computed once for both. ``known`` keeps what is the base's from call to call, for
+    the same rows, columns and batch size alone, ``own`` what is the LoRA's.
     """
     model.eval()
-    cache = {} if base_cache is None else base_cache
-    lengths = [len(row["prompt_ids"]) + len(row[f"{column}_ids"]) for row in rows]
-    made = {name: np.zeros((len(blends), len(rows))) for name in ("policy_logp", "kl")}
-    made |= {"tokens": np.zeros(len(rows), dtype=int), "base_logp": np.zeros(len(rows))}
+    known, own = ({} if cache is None else cache for cache in (known, own))
+    first, last = columns[0], columns[-1]
+    packs = packed_attention.enable(model.hf_model) is None
+    collate = PackedPreferenceCollator() if packs else PreferenceCollator(pad_token_id(tokenizer))
+    count = len(rows) * len(columns)
+    made = {name: np.zeros((len(blends), count)) for name in ("policy_logp", "kl")}
+    made |= {"tokens": np.zeros(count, dtype=int), "base_logp": np.zeros(count)}
+    lengths = [len(row["prompt_ids"]) + sum(len(row[f"{c}_ids"]) for c in columns) for row in rows]
+    head: Any = model.hf_model.get_output_embeddings()
+    weights = [None if w is None else w.float() for w in (head.weight, head.bias)]
     for place, part in enumerate(batches_by_length(lengths, batch_size)):
-        sequences = [(rows[i]["prompt_ids"], rows[i][f"{column}_ids"], False) for i in part]
-        batch = collate_sequences(sequences, pad_token_id(tokenizer))
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        figures = _rows(_logits(model, batch, cache, place), batch["actions"], blends)
-        ends = batch["cu_seqlens"].tolist()
-        for i, (begin, end) in zip(part, itertools.pairwise(ends), strict=True):
+        pairs = [
+            {"prompt_ids": row["prompt_ids"]}
+            | {f"{to}_ids": row[f"{c}_ids"] for to, c in zip(PAIR, (first, last), strict=True)}
+            for row in (rows[i] for i in part)
+        ]
+        batch = {n: v.to(model.device) if isinstance(v, Tensor) else v
+                 for n, v in collate(pairs).items()}  # fmt: skip
+        ends = batch.pop("cu_seqlens")[: len(part) * len(columns) + 1].tolist()
+        at, actions = (batch.pop(name)[: ends[-1]] for name in ("rows", "actions"))
+        for name in ("unique_rows", "unique_index"):
+            batch.pop(name, None)
+        logits = _logits(model, batch, at, weights, known, own, place, with_kl)
+        figures = _figures(*logits, actions, blends, with_kl)
+        numbers = [c * len(rows) + i for c in range(len(columns)) for i in part]
+        for i, (begin, end) in zip(numbers, itertools.pairwise(ends), strict=True):
             made["tokens"][i] = end - begin
             for name, values in figures.items():
                 made[name][..., i] = values[..., begin:end].sum(-1)
     return made
 
 
-def _rows(logits: Logits, actions: Tensor, blends: Sequence[StreamWeights]) -> dict[str, Tensor]:
-    """base_logp [N], policy_logp and kl [blends, N], float64 on the CPU."""
-    parts = []
-    q, b = torch.tensor(blends, device=actions.device)[..., None].unbind(1)
-    for chosen in actions.split(CHUNK):
-        start = CHUNK * len(parts)
-        z_b, z_q = logits(slice(start, start + CHUNK))
-        # The difference is small, so means of it are exact to more digits than those of logits.
-        d = z_q - z_b
-        lse_b = z_b.logsumexp(-1)
-        p_b = (z_b - lse_b[:, None]).exp_()
-        mean_b, mean_d = torch.linalg.vecdot(p_b, z_b), torch.linalg.vecdot(p_b, d)
-        taken_b, taken_d = (z.gather(1, chosen[:, None])[:, 0] for z in (z_b, d))
-        lse = torch.stack([_blended_lse(z_b, z_q, chosen, lse_b, *blend) for blend in blends])
-        logp = (q + b) * taken_b + q * taken_d - lse
-        kl = (mean_b - lse_b) - ((q + b) * mean_b + q * mean_d - lse)
-        parts.append((taken_b - lse_b, logp, kl))
-    made = (torch.cat(each, -1).double().cpu() for each in zip(*parts, strict=True))
-    return dict(zip(("base_logp", "policy_logp", "kl"), made, strict=True))
-
-
-def _blended_lse(
-    z_b: Tensor, z_q: Tensor, actions: Tensor, lse_b: Tensor, q: float, b: float
-) -> Tensor:
-    """lse(q z_q + b z_b) [N], by the package's op: one read of the logits."""
-    if q == 0.0:
-        return torch.logsumexp(b * z_b, -1)
-    alpha_0 = 1.0 + b / q
-    values = QF.residual_values(z_b, z_q, actions, alpha_0=alpha_0, alpha_tilde=1.0 / q, center=1.0)
-    return q * (values.value + alpha_0 * lse_b)
-
-
 def _logits(
-    model: QAdapterModel, batch: dict[str, Tensor], base_cache: dict[int, Tensor], place: int
-) -> Logits:
-    """From hidden states and a float32 product where the head is plain: bfloat16 logits would add
-    a KL of their own."""
-    ids, rows, mask = batch["input_ids"], batch["rows"], batch["attention_mask"]
+    model: QAdapterModel,
+    batch: dict[str, Any],
+    rows: Tensor,
+    weights: list[Tensor | None],
+    known: dict[int, Stream],
+    own: dict[int, Stream],
+    place: int,
+    with_kl: bool,
+) -> tuple[Logits, Stream, Stream]:
+    """Where the head is plain, logits are a float32 product of hidden states (bfloat16 logits would
+    add a KL of their own), made once for all blends: the fused operation, which makes them once
+    for each, takes longer."""
+    ids, none = batch.pop("input_ids"), Stream(torch.empty(0))
     if not model.selects_hidden_rows:
-        both = model(ids, mask, rows)
-        return lambda part: [z[part].float() for z in both]
-    if place not in base_cache:
-        base_cache[place] = model._base_hidden(ids, rows, {"attention_mask": mask})
-    streams = base_cache[place], model._stream_hidden(ids, rows, {"attention_mask": mask})
-    head = model.hf_model.get_output_embeddings()
-    weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
-    linear = torch.nn.functional.linear
-    return lambda part: [linear(hidden[part].float(), weight, bias) for hidden in streams]
+        both = model(ids, rows=rows, **batch)
+        return lambda part: [z[part].float() for z in both], none, none
+    if place not in known:
+        hidden, head = model._base_hidden(ids, rows, batch), model.hf_model.get_output_embeddings()
+        made = QF.base_moments(hidden, head.weight, bias=head.bias) if with_kl else None
+        known[place] = Stream(hidden, made and BaseMoments(*made))
+    if place not in own:
+        own[place] = Stream(model._stream_hidden(ids, rows, batch))
+    streams, linear = (known[place], own[place]), torch.nn.functional.linear
+    return lambda part: [linear(s.hidden[part].float(), *weights) for s in streams], *streams
+
+
+def _figures(
+    logits: Logits,
+    base: Stream,
+    own: Stream,
+    actions: Tensor,
+    blends: Sequence[StreamWeights],
+    with_kl: bool,
+) -> dict[str, Tensor]:
+    """base_logp [N], policy_logp and (``with_kl``) kl [blends, N], float64 on the CPU."""
+    parts = []
+    for start in range(0, len(actions), CHUNK):
+        at = slice(start, start + CHUNK)
+        z_b, z_q = logits(at)
+        base_logp = QF.residual_values(z_b, z_q, actions[at]).base_logp
+        logp, kls = [], []
+        for q, b in blends:
+            if q == 0.0:  # the base itself
+                logp.append(base_logp)
+                kls.append(torch.zeros_like(base_logp))
+                continue
+            composition = {"alpha_0": 1.0 + b / q, "alpha_tilde": 1.0 / q, "center": 1.0}
+            values = QF.residual_values(z_b, z_q, actions[at], **composition)
+            logp.append(values.policy_logp)
+            if base.moments is not None:
+                moments = base.moments.rows(at)
+                kls.append(QF.kl_to_base(values.value, own.hidden[at], moments, **composition))
+            elif with_kl:
+                kls.append(reference.kl_base_policy(z_b, z_q, **composition))
+        part = {"base_logp": base_logp, "policy_logp": torch.stack(logp)}
+        parts.append(part | ({"kl": torch.stack(kls)} if kls else {}))
+    return {n: torch.cat([p[n] for p in parts], -1).double().cpu() for n in parts[0]}

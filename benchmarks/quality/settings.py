@@ -1,4 +1,4 @@
-"""What is run: the methods, their settings, and the two sets."""
+"""What is run: the methods, their settings, and the sets."""
 
 import hashlib
 import json
@@ -30,6 +30,15 @@ Q_ADAPTER: Settings = {
     "value_at": "next",
 }
 
+ANCHORS: Settings = {
+    "kl_budget": 0.02,  # nats a token; 0: no budget, a fixed coefficient
+    "anchor_coef": 0.0,  # with a budget, where it begins: 0 is the trainer's usual one
+    "anchors_per_pair": 1.0,
+    "anchor_count": 256,
+    "anchor_tokens": 96,
+}
+FIXED: Settings = {**ANCHORS, "kl_budget": 0.0, "anchor_coef": 3.0}
+
 
 class Method(NamedTuple):
     """``settings`` are those that it has beside everybody's."""
@@ -42,16 +51,25 @@ class Method(NamedTuple):
 METHODS = {
     "qadapter": Method("Q-Adapter", "tab:red", Q_ADAPTER),
     "released": Method("Q-Adapter, released conventions", "tab:orange", RELEASED_PRESET),
+    "anchored": Method("Q-Adapter, KL budget", "darkred", {**Q_ADAPTER, **ANCHORS}),
+    "anchored_coef": Method("Q-Adapter, anchors", "tab:pink", {**Q_ADAPTER, **FIXED}),
+    "selfaug": Method(
+        "Q-Adapter, prompts as anchors (SelfAug)", "tab:brown", {**Q_ADAPTER, "anchor_coef": 3.0}
+    ),
     "sft": Method("SFT", "tab:green", {}),
-    "replay": Method("Replay", "tab:olive", {"replay_tokens": 64}),
+    # "temperature" tells it from the greedy answers that it took before.
+    "replay": Method("Replay", "tab:olive", {"replay_tokens": 64, "temperature": 1.0}),
     "dpo": Method("DPO (TRL)", "tab:blue", {"beta": 0.1}),
     "ipo": Method("IPO (TRL)", "tab:purple", {"beta": 0.1}),
     "dpo_own": Method("DPO (this package's step)", "tab:cyan", {"beta": 0.1}),
+    "dpo_anchor": Method("DPO, KL budget", "navy", {"beta": 0.1, **ANCHORS}),
+    "dpo_nll": Method("DPO + NLL", "teal", {"beta": 0.1, "nll_coef": 1.0}),
+    "tdpo": Method("TDPO", "tab:gray", {"beta": 0.1, "tdpo_alpha": 0.5}),
 }
 TITLES = {"base": "base", **{name: method.title for name, method in METHODS.items()}}
 TRL = ("dpo", "ipo")
-MAIN = [method for method in METHODS if method != "dpo_own"]
-"""DPO by this package's step gives TRL's losses at a fraction of its time: for betas and noise."""
+FIRST = ("qadapter", "released", "sft", "replay")
+STEERED = ("qadapter", "anchored", "anchored_coef", "dpo_anchor")  # shown by strength
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,8 @@ class Run:
     @property
     def is_main(self) -> bool:
         """Of the comparison itself: measured along its way too."""
-        return self.method in MAIN and not self.noise and not self.changes
+        # DPO by this package's step gives TRL's losses at a fraction of its time: for more of them.
+        return self.method != "dpo_own" and not self.noise and not self.changes
 
     @property
     def name(self) -> str:
@@ -94,6 +113,7 @@ class Set:
     pairs: int = 108
     steps: int = 18
     seeds: tuple[int, ...] = (0,)
+    methods: tuple[tuple[str, ...], ...] = (FIRST,)  # one group after the other, TRL's after all
     noise: tuple[float, ...] = ()
     noisy_methods: tuple[str, ...] = ()
     betas: tuple[float, ...] = ()  # of DPO (`dpo_own`), besides its usual one
@@ -106,6 +126,7 @@ class Set:
     kept_questions: int = 48  # at most so many
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # scored
     answered_strengths: tuple[float, ...] = (0.5, 2.0)  # of Q-Adapter, also answered
+    answered_kls: tuple[float, ...] = ()  # every method is answered where its KL is this, too
     checkpoints: tuple[float, ...] = (0.5,)  # shares of the steps, scored; SFT's are answered too
     training: Settings = field(default_factory=dict)
 
@@ -118,9 +139,10 @@ class Set:
 
         TRL's methods, several times slower than all others, end their seed.
         """
-        fast = [method for method in MAIN if method not in TRL]
-        fast += ["dpo_own"] if self.betas or self.rates else []
-        made = [Run(method, seed) for seed in self.seeds for method in fast]
+        more = ("dpo_own",) if self.betas or self.rates else ()
+        first, *rest = self.methods
+        groups = [tuple(dict.fromkeys(first + more)), *rest]
+        made = [Run(m, seed) for group in groups for seed in self.seeds for m in group]
         other: list[tuple[str, tuple[str, Any]]] = [("dpo_own", ("beta", b)) for b in self.betas]
         other += [(m, ("learning_rate", r)) for r in self.rates for m in ("dpo_own", "sft")]
         for seed in self.seeds:
@@ -147,7 +169,25 @@ FULL = Set(
     kept_questions=96,
     strengths=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0),
 )
-SETS = {"quick": QUICK, "full": FULL}
+WIDE = replace(
+    FULL,
+    pairs=320,
+    steps=40,
+    methods=(
+        ("qadapter", "anchored", "dpo_own", "dpo_anchor"),
+        ("anchored_coef", "dpo_nll", "tdpo", "selfaug", "sft", "replay", "released"),
+    ),
+    noise=(),
+    betas=(),
+    rates=(),
+    heldout=100_000,  # all
+    unrelated=300,
+    strengths=(0.25, 0.5, 1.0, 2.0, 3.0),
+    answered_strengths=(),
+    answered_kls=(0.03,),
+    checkpoints=(),
+)
+SETS = {"quick": QUICK, "full": FULL, "wide": WIDE}
 
 
 def changed(chosen: Set, changes: Settings) -> Set:

@@ -2,6 +2,7 @@
 
 <output>/study.json                 data, set and base that everything here belongs to
 <output>/base.json                  the base's own figures
+<output>/anchors-<tokens>.jsonl     texts of the base's, which all anchored runs share
 <output>/runs/<name>/training.json  cost and log; step-<n>.safetensors beside it
 <output>/runs/<name>/result.json    the figures, item by item
 """
@@ -14,6 +15,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -28,11 +30,12 @@ from qadapter import QAdapterModel, files
 from qadapter.composition import StreamWeights
 from qadapter.model.checkpoint import resolve_model
 from qadapter.text.tokenization import eos_token_ids
+from qadapter.training.anchor_texts import make_anchors
 
 BASE = StreamWeights(0.0, 1.0)
 TRAINED = "trained"
 # A study can go on with more of them.
-MORE_RUNS = ("seeds", "noise", "noisy_methods", "betas", "rates")
+MORE_RUNS = ("seeds", "methods", "noise", "noisy_methods", "betas", "rates")
 Record = dict[str, Any]
 Tell = Callable[[str], Any]
 
@@ -71,7 +74,7 @@ class Study:
         self.prompts = [row["prompt"] for row in answered]
         measured, self.replay_prompts = quality_data.unrelated_and_replay(data, chosen.unrelated)
         self.heldout, self.unrelated = self.tokens(self.heldout_rows), self.tokens(measured)
-        self.base_hidden: score.Hidden = {}
+        self.known: score.Known = {}
         self.base_record: Record = cached(self.output / "base.json", self._asked_base)
         asked = tasks.questions(chosen.questions)
         self.questions = [asked[i] for i in self.base_record["kept"]]
@@ -87,6 +90,8 @@ class Study:
         what = json.loads(json.dumps(what))  # as it comes back from the file
         path = self.output / "study.json"
         about = cached(path, lambda: {"what": what, "environment": recording.environment(DEVICE)})
+        # A set that was written before it had all of these.
+        about["what"]["set"] = {"answered_kls": [], **about["what"].get("set", {})}
         changed = [name for name in what if about["what"].get(name) != what[name]]
         if changed:
             raise ValueError(
@@ -123,7 +128,7 @@ class Study:
             "right": len(right),
             "kept": sorted(quality_data.some(right, self.set.kept_questions)),
             "answers": self.answers(model, BASE),
-            "pairs": {"in_order": self.figures(model, [BASE])[0]["pairs"]["in_order"]},
+            "pairs": {"in_order": self.figures(model, [BASE], {})[0]["pairs"]["in_order"]},
         }
 
     def answers(self, model: QAdapterModel, blend: StreamWeights) -> list[str]:
@@ -137,21 +142,40 @@ class Study:
         texts = generate.answers(model, self.tokenizer, prompts, blend, tasks.TOKENS)
         return [tasks.right(t, q.answer) for t, q in zip(texts, questions, strict=True)]
 
-    def figures(self, model: QAdapterModel, blends: list[StreamWeights]) -> list[Record]:
+    def figures(
+        self, model: QAdapterModel, blends: list[StreamWeights], own: score.Known
+    ) -> list[Record]:
         rows = self.heldout, self.unrelated
-        return score.figures(model, self.tokenizer, *rows, blends, self.base_hidden)
+        return score.figures(model, self.tokenizer, *rows, blends, self.known, own)
 
-    def replay(self, new_tokens: int) -> list[quality_data.Row]:
-        """Prompts with the base's greedy answers, tokenised; made once."""
+    def said(self, settings: Settings) -> list[quality_data.Row]:
+        """What a method takes of the base, sampled at temperature 1 and made once: answers to
+        other prompts, tokenised, or anchors."""
+        of_base = {"model": self.model(), "tokenizer": self.tokenizer, "progress": False}
+        if tokens := settings.get("anchor_tokens"):
+            path = self.output / f"anchors-{tokens}.jsonl"
+            count = settings["anchor_count"]
+            return make_anchors(count=count, max_new_tokens=tokens, path=path, **of_base)
+        if not (tokens := settings.get("replay_tokens")):
+            return []
+        prompts = quality_data.some(self.replay_prompts, self.set.pairs)
+        path, count = self.output / f"replay-{tokens}.jsonl", len(prompts)
+        made = make_anchors(
+            count=count, prompts=prompts, max_new_tokens=tokens, path=path, **of_base
+        )
+        return [row for text in made for row in self._replayed(text)]
 
-        def answered() -> list[quality_data.Row]:
-            prompts = quality_data.some(self.replay_prompts, self.set.pairs)
-            texts = generate.answers(self.model(), self.tokenizer, prompts, BASE, new_tokens)
-            answers = [[{"role": "assistant", "content": text}] for text in texts]
-            rows = zip(prompts, answers, texts, strict=True)
-            return [{"prompt": p, "chosen": a, "rejected": a} for p, a, text in rows if text]
-
-        return self.tokens(cached(self.output / f"replay-{new_tokens}.json", answered))
+    def _replayed(self, text: quality_data.Row) -> list[quality_data.Row]:
+        """Tokenised; none if too long. A cut answer is without the end that the template writes."""
+        *prompt, answer = text["messages"]
+        rows = self.tokens([{"prompt": prompt, "chosen": [answer], "rejected": [answer]}])
+        cut = text["truncated"]
+        return [
+            {**row, "chosen_ids": row["chosen_ids"][:-1], "chosen_truncated": True}
+            if cut and not row["chosen_truncated"]
+            else row
+            for row in rows
+        ]
 
     def settings(self, run: Run) -> Settings:
         return run.settings(self.set.usual)
@@ -190,7 +214,7 @@ def run_one(study: Study, run: Run, answered: bool, tell: Tell) -> Record:
 
 def _trained(study: Study, run: Run, tell: Tell) -> Record:
     settings = study.settings(run)
-    replay = study.replay(settings["replay_tokens"]) if "replay_tokens" in settings else []
+    said = study.said(settings)
     rows = quality_data.some(study.data.train, settings["pairs"], run.seed)
     # The model for measuring would be in the memory figures of what trains.
     scoring_model.cache_clear()
@@ -201,10 +225,11 @@ def _trained(study: Study, run: Run, tell: Tell) -> Record:
         study.tokenizer,
         quality_data.flipped(rows, run.noise, run.seed),
         _checkpoints(study, run),
-        replay,
+        said,
         lambda step: tell(f"step {step}/{settings['steps']}"),
+        str(study.output / "base-cache"),
         # Whose cost is shown pays for its base passes.
-        str(study.output / "base-cache") if run.noise or run.changes else None,
+        precompute=bool(run.noise or run.changes),
     )
     for step, values in weights.items():
         with files.replacing_file(study.file(run, f"step-{step}.safetensors")) as temporary:
@@ -243,14 +268,11 @@ def _points(study: Study, run: Run) -> list[Point]:
 def _measured(study: Study, run: Run, answered: bool, tell: Tell) -> list[Record]:
     """The points of a run; those of one step are scored in one pass."""
     model, made = study.model(study.settings(run)), []
-    for step, group in itertools.groupby(_points(study, run), lambda point: point.step):
-        points = list(group)
-        weights = load_file(study.file(run, f"step-{step}.safetensors"))
-        loaded = set_peft_model_state_dict(model.peft_model, weights)
-        if loaded.unexpected_keys:
-            raise ValueError(f"step {step}: unknown weights {loaded.unexpected_keys[:2]}")
-        tell(f"scoring step {step}")
-        figures = study.figures(model, [point.blend for point in points])
+
+    def measure(points: list[Point], own: score.Known) -> None:
+        if not points:
+            return
+        figures = study.figures(model, [point.blend for point in points], own)
         for point, scored in zip(points, figures, strict=True):
             record = {**point._asdict(), "blend": list(point.blend), **scored}
             record["answered"] = answered and point.answered
@@ -258,7 +280,38 @@ def _measured(study: Study, run: Run, answered: bool, tell: Tell) -> list[Record
                 tell(f"answering, {point.label}")
                 record |= _answered(study, model, point.blend)
             made.append(record)
+
+    for step, group in itertools.groupby(_points(study, run), lambda point: point.step):
+        weights = load_file(study.file(run, f"step-{step}.safetensors"))
+        loaded = set_peft_model_state_dict(model.peft_model, weights)
+        if loaded.unexpected_keys:
+            raise ValueError(f"step {step}: unknown weights {loaded.unexpected_keys[:2]}")
+        tell(f"scoring step {step}")
+        own: score.Known = {}
+        measure(list(group), own)
+        if step == study.settings(run)["steps"] and answered:
+            measure(_at_kls(study, step, made), own)
     return made
+
+
+def _at_kls(study: Study, step: int, made: list[Record]) -> list[Point]:
+    """At the strengths where KL is what the set says, read off between those that are measured;
+    none where it is beyond them."""
+    scored = [r for r in made if r["step"] == step and abs(sum(r["blend"]) - 1) < 1e-9]
+    strengths = [record["blend"][0] for record in scored]
+    sums = [[sum(record["unrelated"][of]) for of in ("kl", "tokens")] for record in scored]
+    roots = [max(kl / tokens, 0.0) ** 0.5 for kl, tokens in sums]
+    reached = [kl for kl in study.set.answered_kls if kl**0.5 <= max(roots)]
+    found = [_strength_at(kl**0.5, [0.0, *roots], [0.0, *strengths]) for kl in reached]
+    return [
+        Point(step, f"KL {kl:g}", score.strength(round(s, 3)), True)
+        for kl, s in zip(reached, found, strict=True)
+    ]
+
+
+def _strength_at(root: float, roots: list[float], strengths: list[float]) -> float:
+    order = np.argsort(strengths)
+    return float(np.interp(root, np.array(roots)[order], np.array(strengths)[order]))
 
 
 def _answered(study: Study, model: QAdapterModel, blend: StreamWeights) -> Record:

@@ -68,23 +68,29 @@ def rows(items: pd.DataFrame) -> list[Record]:
     return made
 
 
-def paired_tests(items: pd.DataFrame, reference: str = "qadapter") -> list[Record]:
-    """The reference less every other method, as trained, with the usual settings and without
-    noise, on the seeds of both."""
-    usual = (items["label"] == TRAINED) & (items["noise"] == 0) & ~items["changes"].astype(bool)
+def paired_tests(items: pd.DataFrame) -> list[Record]:
+    """Q-Adapter, and DPO, less every other method, as trained and where KL is what the set says,
+    with the usual settings and without noise, on the seeds of both."""
+    usual = (items["noise"] == 0) & ~items["changes"].astype(bool)
+    usual &= (items["label"] == TRAINED) | items["label"].str.startswith("KL")
     tested = items[usual & items["metric"].str.fullmatch(TESTED)]
     tested = tested.assign(mean=tested["values"] / tested["weights"]).set_index("seed")
-    figures = dict(list(tested.groupby(["variant", "metric"], sort=False)["mean"]))
+    by = ["label", "variant", "metric"]
+    figures = dict(list(tested.groupby(by, sort=False)["mean"]))
     made = []
-    for (variant, metric), other in figures.items():
-        own = figures.get((reference, metric))
-        if variant == reference or own is None:
-            continue
-        if seeds := [seed for seed in own.index if seed in other.index]:
-            difference = stats.paired(*(np.stack(list(side[seeds])) for side in (own, other)))
-            made.append({"against": variant, "figure": metric, "seeds": seeds, **difference})
-    tests = pd.DataFrame(made, columns=["against", "figure", "seeds", "mean", "low", "high", "p"])
-    tests["p_holm"] = tests.groupby("figure")["p"].transform(stats.holm)
+    for reference in matched.REFERENCES.values():
+        for (label, variant, metric), other in figures.items():
+            own = figures.get((label, reference, metric))
+            if variant == reference or own is None:
+                continue
+            if seeds := [seed for seed in own.index if seed in other.index]:
+                difference = stats.paired(*(np.stack(list(side[seeds])) for side in (own, other)))
+                about = {"reference": reference, "label": label, "against": variant}
+                made.append({**about, "figure": metric, "seeds": seeds, **difference})
+    names = ["reference", "label", "against", "figure", "seeds", "mean", "low", "high", "p"]
+    tests = pd.DataFrame(made, columns=names)
+    family = tests.groupby(["reference", "label", "figure"])["p"]
+    tests["p_holm"] = family.transform(stats.holm)
     return tests.to_dict("records")
 
 

@@ -3,7 +3,7 @@
 The optimiser is transformers' Trainer's with the same arguments everywhere. Q-Adapter is
 `QAdapterTrainer`; SFT and Replay take its batches of hidden states and lower the negative
 log-likelihood per token; DPO and IPO are TRL's `DPOTrainer`, "dpo_own" DPO's loss by
-`QAdapterTrainer`.
+`QAdapterTrainer`, and "dpo_nll" and "tdpo" add their term to that. Anchors are the trainer's own.
 """
 
 import itertools
@@ -22,12 +22,17 @@ from benchmarks import harness
 from benchmarks.quality.data import Row, dataset
 from benchmarks.quality.settings import TRL, Settings
 from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer
+from qadapter import functional as QF
+from qadapter.model.values import base_statistics
 from qadapter.model.wrapping import load_base
 from qadapter.text.collator import collate_sequences
+from qadapter.text.prompts import prompt_text
 from qadapter.text.tokenization import pad_token_id
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOSS = ("gamma", "reg_coef", "bt_scale", "value_at", "length_norm")
+ANCHORS = ("anchor_coef", "anchors_per_pair", "anchor_count", "anchor_tokens")
+UNIQUE = ("unique_rows", "unique_index")
 CHOSEN = ("prompt_ids", "chosen_ids", "chosen_truncated")
 Weights = dict[str, torch.Tensor]
 
@@ -63,14 +68,16 @@ def train(
     tokenizer: Any,
     rows: list[Row],
     checkpoints: list[int],
-    replay: list[Row],
+    said: list[Row],
     on_step: Callable[[int], None] = lambda step: None,
     base_cache: str | None = None,
+    precompute: bool = False,
 ) -> tuple[dict[int, Weights], dict[str, Any]]:
     """The LoRA's weights by step, and what it cost, with what the trainer logged.
 
-    ``rows`` are pairs (as text); ``replay`` prompts with the base's answers, tokenised.
-    ``base_cache``: where Q-Adapter and DPO by its step keep and find what the base contributes.
+    ``rows`` are pairs (as text); ``said`` is the base's: prompts with its answers, tokenised, to
+    replay, or the anchors. ``base_cache``: where the package's trainer keeps what the base
+    contributes to anchors and, with ``precompute``, to pairs.
     """
     watch = _Watch({*checkpoints, settings["steps"]}, on_step)
     common = {"train_dataset": dataset(rows), "processing_class": tokenizer, "callbacks": [watch]}
@@ -78,7 +85,8 @@ def train(
         if method in TRL:
             trainer = _trl(method, settings, base, folder, common)
         else:
-            trainer = _own(method, settings, base, folder, common, replay, base_cache)
+            cache = base_cache or folder
+            trainer = _own(method, settings, base, folder, common, said, cache, precompute)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         with harness.peak_memory(DEVICE) as peak:
@@ -150,20 +158,111 @@ def _own(
     base: str,
     folder: str,
     common: dict[str, Any],
-    replay: list[Row],
-    base_cache: str | None,
+    said: list[Row],
+    base_cache: str,
+    precompute: bool,
 ) -> QAdapterTrainer:
     model = new_model(base, settings, **composition(settings))
     arguments = {**_arguments(settings, folder), "drop_long_prompts": True}
     if method in ("sft", "replay"):
-        return _SftTrainer(replay, model=model, args=QAdapterConfig(**arguments), **common)
-    if method == "dpo_own":
+        return _SftTrainer(said, model=model, args=QAdapterConfig(**arguments), **common)
+    if "beta" in settings:
         loss = {"reg_coef": 0.0, "bt_scale": settings["beta"], "length_norm": "none"}
     else:
         loss = {name: settings[name] for name in LOSS}
-    if base_cache is not None and model.alpha_0 == model.center:
-        arguments |= {"precompute_base": True, "base_cache_dir": base_cache}
-    return QAdapterTrainer(model=model, args=QAdapterConfig(**arguments, **loss), **common)
+    if "anchor_coef" in settings:
+        tokenizer, rows = common["processing_class"], common["train_dataset"]
+        if method == "selfaug":
+            said = [{"text": prompt_text(tokenizer, row["prompt"])} for row in rows]
+            loss["anchor_count"] = len(said)
+        loss |= {name: settings[name] for name in ANCHORS if name in settings}
+        loss["kl_budget"] = settings.get("kl_budget") or None
+        common = {**common, "anchor_dataset": said}
+    if precompute and method != "tdpo" and model.alpha_0 == model.center:
+        arguments["precompute_base"] = True
+    args = QAdapterConfig(**arguments, **loss)
+    args.base_cache_dir = base_cache  # of anchors too; the config takes it with precompute_base
+    kind = {"dpo_nll": _NllTrainer, "tdpo": _TdpoTrainer}.get(method, QAdapterTrainer)
+    trainer = kind(model=model, args=args, **common)
+    trainer.study = settings
+    return trainer
+
+
+class _NllTrainer(QAdapterTrainer):
+    """DPO, and the negative log-likelihood of the chosen responses per token (TRL's "sigmoid" with
+    "sft", RPO)."""
+
+    study: Settings
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        batches, count = super().get_batch_samples(*args)
+        chosen = sum(int((b["actions"][_chosen_rows(b)] != -100).sum()) for b in batches)
+        for batch in batches:
+            batch["denominators"] = torch.cat((batch["denominators"], torch.tensor([chosen])))
+        return batches, count
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        apart = ("cu_seqlens", "denominators")
+        values = model(**{n: v for n, v in inputs.items() if n not in apart}).values
+        outputs = QF.preference_loss(
+            values,
+            inputs["actions"],
+            inputs["cu_seqlens"],
+            reg_coef=0.0,
+            bt_scale=self.study["beta"],
+            denominators=inputs["denominators"][:2],
+        )
+        nll = -values.policy_logp[_chosen_rows(inputs)].sum() / inputs["denominators"][2]
+        loss = outputs.loss + self.study["nll_coef"] * nll
+        return (loss, values) if return_outputs else loss
+
+
+def _chosen_rows(batch: dict[str, Any]) -> slice:
+    """Those of the chosen responses, which come first."""
+    ends = batch["cu_seqlens"]
+    return slice(int(ends[(len(ends) - 1) // 2]))
+
+
+class _TdpoTrainer(QAdapterTrainer):
+    """TDPO2 (arXiv 2404.11999): -log sigmoid(margin - alpha beta (SeqKL of the rejected - SeqKL of
+    the chosen, without gradient)), with SeqKL the sum of KL(base || policy) over a response's
+    states."""
+
+    study: Settings
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        own = self.accelerator.unwrap_model(model)
+        ids, rows, actions = (inputs[name] for name in ("input_ids", "rows", "actions"))
+        apart = ("input_ids", "rows", "actions", "cu_seqlens", "denominators")
+        arguments = {n: v for n, v in inputs.items() if n not in (*apart, *UNIQUE)}
+        base_hidden = own._base_hidden(ids, rows, arguments)
+        hidden = own._stream_hidden(ids, rows, arguments)
+        head = own.hf_model.get_output_embeddings()
+        moments = QF.base_moments(base_hidden, head.weight, bias=head.bias)
+        known = base_statistics(head, base_hidden, actions)
+        values = QF.linear_residual_values(
+            None,
+            hidden,
+            head.weight,
+            actions,
+            bias=head.bias,
+            base_lse=known["base_lse"],
+            base_logp=known["base_logp"],
+        )
+        kl = QF.kl_to_base(values.value, hidden, moments)
+        per_row = torch.stack((values.policy_logp - values.base_logp, kl), 1)
+        sizes = inputs["cu_seqlens"].diff().tolist()
+        taken = (actions != -100)[:, None]
+        sums = torch.stack([part.sum(0) for part in (per_row * taken).split(sizes)])
+        (chosen, kl_chosen), (rejected, kl_rejected) = (half.unbind(1) for half in sums.chunk(2))
+        further = self.study["tdpo_alpha"] * (kl_rejected - kl_chosen.detach())
+        margins = self.study["beta"] * (chosen - rejected - further)
+        loss = -torch.nn.functional.logsigmoid(margins).sum() / inputs["denominators"][0]
+        return (loss, values) if return_outputs else loss
 
 
 class _SftTrainer(QAdapterTrainer):

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import data, generate, judge, matched, score, stats, summary, tasks
-from benchmarks.quality.settings import FULL, MAIN, METHODS, QUICK, TRL, Run, changed
+from benchmarks.quality.settings import FIRST, FULL, METHODS, QUICK, TRL, WIDE, Run, changed
 from qadapter import reference
 from qadapter.text.prompts import prompt_ids
 from qadapter.text.tokenization import eos_token_ids
@@ -21,16 +21,25 @@ from tests.tiny_text import preference_rows
 def test_full_ends_with_whole_seeds_and_holds_what_is_asked():
     runs = FULL.runs()
     assert len({run.name for run in runs}) == len(runs)
-    fast = [method for method in METHODS if method not in TRL]
+    fast = [*FIRST, "dpo_own"]
     seeds = [(run.seed, run.method) for run in runs[: 3 * len(fast)]]
     assert seeds == [(seed, method) for seed in (0, 1, 2) for method in fast]
     for seed in (0, 1, 2):
-        assert {run.method for run in runs if run.seed == seed} == set(METHODS)
+        assert {run.method for run in runs if run.seed == seed} == {*fast, *TRL}
     assert {run.noise for run in runs} == {0.0, 0.1, 0.2, 0.3}
     assert len({dict(run.changes).get("beta") for run in runs if run.method == "dpo_own"}) == 4
     rates = {(run.method, dict(run.changes).get("learning_rate")) for run in runs}
     assert {("sft", 5e-4), ("dpo_own", 5e-4)} <= rates
-    assert {run.method for run in QUICK.runs()} == set(MAIN)
+    assert {run.method for run in QUICK.runs()} == {*FIRST, *TRL}
+
+
+def test_wide_has_the_comparison_of_all_seeds_first_and_trl_last():
+    runs = [(run.method, run.seed) for run in WIDE.runs()]
+    core = ("qadapter", "anchored", "dpo_own", "dpo_anchor")
+    assert runs[:12] == [(method, seed) for seed in (0, 1, 2) for method in core]
+    assert runs[-6:] == [(method, seed) for seed in (0, 1, 2) for method in TRL]
+    assert set(runs) == {(method, seed) for method in METHODS for seed in (0, 1, 2)}
+    assert len(runs) == len(set(runs))
 
 
 def test_every_method_trains_alike():
@@ -212,7 +221,7 @@ def test_scores_are_those_of_the_reference(kind, tiny_tokenizer):
     weights = [(0.5, 0.5), (2.0, -1.0), (1 / 0.7, 0.3 / 0.7), (0.0, 1.0)]
     blends = [score.strength(0.5), score.strength(2.0), score.trained(0.3, 0.7, 0.0)]
     blends.append(score.strength(0.0))
-    made = score.score(model, tiny_tokenizer, rows, "rejected", blends, batch_size=2)
+    made = score.score(model, tiny_tokenizer, rows, ["rejected"], blends, batch_size=2)
     for n, row in enumerate(rows):
         ids = torch.tensor([row["prompt_ids"] + row["rejected_ids"]])
         with torch.no_grad():
@@ -233,8 +242,12 @@ def test_scores_are_those_of_the_reference(kind, tiny_tokenizer):
     # The base's hidden states can be kept.
     kept: dict = {}
     for _ in range(2):
-        again = score.score(model, tiny_tokenizer, rows, "rejected", blends, 2, kept)
+        again = score.score(model, tiny_tokenizer, rows, ["rejected"], blends, 2, kept)
         assert all((again[name] == made[name]).all() for name in made)
+    # Both responses behind one prompt, without KL.
+    both = score.score(model, tiny_tokenizer, rows, score.PAIR, blends, 2, with_kl=False)
+    for name in ("tokens", "base_logp", "policy_logp"):
+        assert both[name][..., len(rows) :] == pytest.approx(made[name], abs=1e-4), name
     assert bool(kept) == model.selects_hidden_rows
 
 
