@@ -84,7 +84,10 @@ def planned(options: argparse.Namespace, chosen: Set) -> list[Run]:
         (method,) = options.methods or ["qadapter"]
         runs = varied(method, options.vary, chosen.seeds)
     else:
-        runs = [r for r in chosen.runs() if options.methods is None or r.method in options.methods]
+        wanted = options.methods or []
+        runs = [r for r in chosen.runs() if r.method in wanted or not wanted]
+        more = set(wanted) - {run.method for run in runs}  # that the set itself does not run
+        runs += [Run(m, seed) for seed in chosen.seeds for m in wanted if m in more]
     runs = [r for r in runs if options.only is None or options.only in r.name]
     for run in runs:
         run.settings(chosen.usual)  # checks the names

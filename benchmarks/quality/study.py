@@ -151,19 +151,18 @@ class Study:
     def said(self, settings: Settings) -> list[quality_data.Row]:
         """What a method takes of the base, sampled at temperature 1 and made once: answers to
         other prompts, tokenised, or anchors."""
-        of_base = {"model": self.model(), "tokenizer": self.tokenizer, "progress": False}
         if tokens := settings.get("anchor_tokens"):
-            path = self.output / f"anchors-{tokens}.jsonl"
-            count = settings["anchor_count"]
-            return make_anchors(count=count, max_new_tokens=tokens, path=path, **of_base)
-        if not (tokens := settings.get("replay_tokens")):
-            return []
-        prompts = quality_data.some(self.replay_prompts, self.set.pairs)
-        path, count = self.output / f"replay-{tokens}.jsonl", len(prompts)
-        made = make_anchors(
-            count=count, prompts=prompts, max_new_tokens=tokens, path=path, **of_base
-        )
-        return [row for text in made for row in self._replayed(text)]
+            return self._sampled("anchors", tokens, settings["anchor_count"])
+        if tokens := settings.get("replay_tokens"):
+            prompts = quality_data.some(self.replay_prompts, self.set.pairs)
+            made = self._sampled("replay", tokens, len(prompts), prompts)
+            return [row for text in made for row in self._replayed(text)]
+        return []
+
+    def _sampled(self, name: str, tokens: int, count: int, prompts: Any = None) -> list[Record]:
+        path, of_base = self.output / f"{name}-{tokens}.jsonl", (self.model(), self.tokenizer)
+        options: Record = {"path": path, "prompts": prompts, "progress": False}
+        return make_anchors(*of_base, count, max_new_tokens=tokens, **options)
 
     def _replayed(self, text: quality_data.Row) -> list[quality_data.Row]:
         """Tokenised; none if too long. A cut answer is without the end that the template writes."""
@@ -229,7 +228,7 @@ def _trained(study: Study, run: Run, tell: Tell) -> Record:
         lambda step: tell(f"step {step}/{settings['steps']}"),
         str(study.output / "base-cache"),
         # Whose cost is shown pays for its base passes.
-        precompute=bool(run.noise or run.changes),
+        bool(run.noise or run.changes),
     )
     for step, values in weights.items():
         with files.replacing_file(study.file(run, f"step-{step}.safetensors")) as temporary:
