@@ -129,9 +129,10 @@ class QAdapterConfig(TrainingArguments):
             self.base_cache_dir = str(self.precompute_base)
             self.precompute_base = True
         checks.number("base_hidden_mib", self.base_hidden_mib)
-        for name in ("base_cache_dir", "base_hidden_mib"):
-            if getattr(self, name) and not self.precompute_base:
-                raise ValueError(f"{name}: has no effect without precompute_base")
+        if self.base_cache_dir and not (self.precompute_base or self.anchored):
+            raise ValueError("base_cache_dir: has no effect without precompute_base or anchors")
+        if self.base_hidden_mib and not self.precompute_base:
+            raise ValueError("base_hidden_mib: has no effect without precompute_base")
         checks.number("reg_coef", self.reg_coef)
         checks.number("bt_scale", self.bt_scale, above=0.0)
         checks.number("anchor_coef", self.anchor_coef)
