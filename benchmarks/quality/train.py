@@ -181,7 +181,7 @@ def _own(
     if precompute and method != "tdpo" and model.alpha_0 == model.center:
         arguments["precompute_base"] = True
     args = QAdapterConfig(**arguments, **loss)
-    args.base_cache_dir = base_cache  # of anchors too; the config takes it with precompute_base
+    args.base_cache_dir = base_cache
     kind = {"dpo_nll": _NllTrainer, "tdpo": _TdpoTrainer}.get(method, QAdapterTrainer)
     trainer = kind(model=model, args=args, **common)
     trainer.study = settings
@@ -212,6 +212,7 @@ class _NllTrainer(QAdapterTrainer):
             inputs["cu_seqlens"],
             reg_coef=0.0,
             bt_scale=self.study["beta"],
+            length_norm="none",
             denominators=inputs["denominators"][:2],
         )
         nll = -values.policy_logp[_chosen_rows(inputs)].sum() / inputs["denominators"][2]

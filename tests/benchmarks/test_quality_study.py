@@ -216,7 +216,7 @@ def test_noise_pictures_and_report(call, tmp_path, monkeypatch, capsys):
     assert "learning_rate 0.002" in page
     # Other betas and rates are in the tables, and not among the methods that are tested.
     record = json.loads(path.read_text())
-    assert {test["against"] for test in record["tests"]} == {"sft", "dpo_own"}
+    assert {test["against"] for test in record["tests"]} == {"qadapter", "sft", "dpo_own"}
     assert {row["noise"] for row in record["matched"]} == {0.0, 0.5}
     pictures = {picture.name for picture in docs.glob("*.png")}
     assert pictures == {f"quality-tiny-{name}.png" for name in ("frontier", "learning", "noise")}
