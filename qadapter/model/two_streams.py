@@ -132,9 +132,10 @@ class TwoStreamForward(TrainerHooks):
         """Both trunks, the base's only where ``known`` does not do without; then the head's op."""
         base_hidden = known.hidden
         if not known.suffices(self.alpha_0, self.center):
-            of_pairs = {"input_ids": input_ids, **arguments}
-            of_pairs = of_pairs if anchors is None else dict(anchors["pair_inputs"])
-            base_hidden = self._base_hidden(of_pairs.pop("input_ids"), rows, of_pairs)
+            pairs = {"input_ids": input_ids, **arguments}
+            if anchors is not None:
+                pairs = dict(anchors["pair_inputs"])
+            base_hidden = self._base_hidden(pairs.pop("input_ids"), rows, pairs)
         head = self.hf_model.get_output_embeddings()
         if anchors is not None and rows is not None:
             every = torch.cat((rows, anchors["rows"]))
@@ -181,13 +182,9 @@ class TwoStreamForward(TrainerHooks):
         """KL(base || policy) [A] at another strength, from `anchor_hidden` and what an anchor set
         knows of the base there."""
         head = self.hf_model.get_output_embeddings()
-        composition = self.composition_at(strength)
-        actions = torch.full(q_hidden.shape[:1], -100, device=q_hidden.device)
-        values = QF.linear_residual_values(
-            of_base["hidden"], q_hidden, head.weight, actions, bias=head.bias, **composition
-        )
-        moments = BaseMoments(*(of_base[name] for name in BaseMoments._fields))
-        return QF.kl_to_base(values.value, q_hidden, moments, **composition)
+        streams = values.BothStreams(head, of_base["hidden"], q_hidden)
+        streams.moments = BaseMoments(*(of_base[name] for name in BaseMoments._fields))
+        return streams.kl(self.composition_at(strength))
 
     @torch.no_grad()
     def both_streams(

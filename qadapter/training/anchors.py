@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from qadapter import files
 from qadapter.model.checkpoint import check_same_base
 from qadapter.outputs import BaseMoments
-from qadapter.text.anchors import Anchor, PromptTooLongError, has_answer, tokenize_anchor
+from qadapter.text.anchors import Anchor, PromptTooLongError, tokenize_anchor
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +238,5 @@ __all__ = [
     "AnchorSet",
     "AnchoredCollator",
     "anchor_texts",
-    "has_answer",
     "on_device",
 ]

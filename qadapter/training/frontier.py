@@ -86,10 +86,8 @@ def preferences(
     columns = ("chosen", "rejected")
     for batch in evaluation.batches(prepared, columns, batch_size, pad, progress):
         batch = on_device(batch, model.device)
-        streams, of_batch = (
-            evaluation.forward(model, batch),
-            (batch["actions"], batch["cu_seqlens"]),
-        )
+        streams = evaluation.forward(model, batch)
+        of_batch = batch["actions"], batch["cu_seqlens"]
         for number, strength in enumerate(strengths):
             values = streams.values(batch["actions"], model.composition_at(strength))
             mean = evaluation.likelihood_margins(values.policy_logp, *of_batch)

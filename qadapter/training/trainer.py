@@ -177,7 +177,7 @@ class QAdapterTrainer(AnchoredTraining):
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
     def _prepared(self, dataset: Any, what: str) -> Any:
-        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
+        own = self._own
         return prepare(dataset, what, own, self.args, self.processing_class)
 
     def _precomputed_base(self, collate: Any) -> BaseCache:
@@ -254,7 +254,7 @@ class QAdapterTrainer(AnchoredTraining):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        own: QAdapterModel = self.accelerator.unwrap_model(self.model)
+        own = self._own
         mode = "train" if model.training else "eval"
         actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
         forward = {k: v for k, v in inputs.items() if k not in ("cu_seqlens", "denominators")}
@@ -345,7 +345,7 @@ class QAdapterTrainer(AnchoredTraining):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        saving.check_comes_back(self.accelerator.unwrap_model(self.model).peft_model)
+        saving.check_comes_back(self._own.peft_model)
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         if str(resume_from_checkpoint) == "True":  # on a command line it comes as text
