@@ -11,7 +11,7 @@ import torch
 
 import qadapter
 from qadapter import functional as QF
-from qadapter.ops import few_rows
+from qadapter.ops import few_rows, low_rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 N, V, D = 32, 16384, 256  # of the logits; the head's vocabulary is a quarter of V
@@ -50,7 +50,7 @@ def rows_linear(dtype: torch.dtype) -> Callable[[], Any]:
 def lora_add_(dtype: torch.dtype) -> Callable[[], Any]:
     out, x = torch.zeros(8, 4 * D).to(dtype), torch.randn(8, 4 * D).to(dtype)
     a, b = torch.randn(8, 4 * D).to(dtype), torch.randn(4 * D, 8).to(dtype)
-    return lambda: few_rows.lora_add_(out, x, a, b, 2.0, 0, 4)
+    return lambda: low_rank.lora_add_(out, x, a, b, 2.0, 0, 4)
 
 
 def sample(dtype: torch.dtype) -> Callable[[], Any]:

@@ -8,9 +8,13 @@
 // the cache. Operations: 2 M r (K + O). Beside them, each 16 rows of B are transposed in registers
 // (64 shuffles with AVX-512, for any r up to 16), so that no sum runs across lanes. A call for one
 // or two rows is bound by its overhead. Rows do not depend on one another.
+//
+// lora_outer is what training needs beside it, the gradients of A and B: low^T x, summed in float32
+// over all rows by one thread a piece of columns, so that threads do not change the sums.
 
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <vector>
 
 #include "cpu/drivers.h"
@@ -19,9 +23,9 @@
 namespace qadapter {
 namespace {
 
-DType lora_dtype(const Tensor& t, const char* name) {
+DType lora_dtype(const Tensor& t, const char* name, const char* op = "lora_add_") {
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "lora_add_: ", name,
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": ", name,
                   ": expected float32 or bfloat16, got ", name_of(type));
   return type == ScalarType::Float ? DType::f32 : DType::bf16;
 }
@@ -43,7 +47,7 @@ RowView rows_between(const Tensor& t, DType dtype, int64_t start, int64_t stop, 
 }  // namespace
 
 void lora_add_(Tensor out, Tensor x, Tensor lora_a, Tensor lora_b, double scaling, int64_t start,
-               int64_t stop, int64_t isa) {
+               int64_t stop, std::optional<Tensor> low, int64_t isa) {
   const DType dtype = lora_dtype(x, "x"), low_rank = lora_dtype(lora_a, "lora_a");
   STD_TORCH_CHECK(out.scalar_type() == x.scalar_type(), "lora_add_: out: expected ",
                   name_of(x.scalar_type()), " like x, got ", name_of(out.scalar_type()));
@@ -80,7 +84,14 @@ void lora_add_(Tensor out, Tensor x, Tensor lora_a, Tensor lora_b, double scalin
   job.r = lora_a.size(0);
   job.scaling = static_cast<float>(scaling);
   const int64_t rows = job.x.count;
-  if (rows == 0 || job.o == 0 || job.r == 0) return;
+  if (low.has_value()) {
+    STD_TORCH_CHECK(low->is_cpu() && low->scalar_type() == ScalarType::Float && low->dim() == 2 &&
+                        low->size(0) == rows && low->size(1) == job.r && low->is_contiguous(),
+                    "lora_add_: low: expected a contiguous float32 [", rows, ", ", job.r,
+                    "] on the CPU, got ", name_of(low->scalar_type()), " ", shape_of(*low));
+    job.low = static_cast<float*>(low->mutable_data_ptr());
+  }
+  if (rows == 0 || job.r == 0 || (job.o == 0 && job.low == nullptr)) return;
 
   const LoraRows run = lora_for(isa, dtype, low_rank);
   const int64_t work = std::min(rows, kLoraRows) * job.r * (job.k + job.o);
@@ -93,14 +104,44 @@ void lora_add_(Tensor out, Tensor x, Tensor lora_a, Tensor lora_b, double scalin
   });
 }
 
+Tensor lora_outer(Tensor low, Tensor x, double scaling, int64_t isa) {
+  const DType dtype = lora_dtype(x, "x", "lora_outer");
+  STD_TORCH_CHECK(low.is_cpu() && x.is_cpu(), "lora_outer: expected CPU tensors");
+  STD_TORCH_CHECK(low.scalar_type() == ScalarType::Float && low.dim() == 2 && x.dim() == 2 &&
+                      low.size(0) == x.size(0) && low.is_contiguous(),
+                  "lora_outer: expected contiguous float32 low [N, r] and x [N, K], got ",
+                  name_of(low.scalar_type()), " ", shape_of(low), " and ", shape_of(x));
+  OuterJob job;
+  if (!view_rows(x, bytes_of(dtype), job.x)) {
+    x = torch::stable::contiguous(x);
+    view_rows(x, bytes_of(dtype), job.x);
+  }
+  Tensor out = torch::stable::new_empty(low, {low.size(1), x.size(1)});
+  job.x.data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
+  job.low = static_cast<const float*>(low.const_data_ptr());
+  job.out = static_cast<float*>(out.mutable_data_ptr());
+  job.k = x.size(1);
+  job.r = low.size(1);
+  job.scaling = static_cast<float>(scaling);
+  const OuterColumns run = outer_for(isa, dtype);
+  const int64_t pieces = (job.k + kOuterColumns - 1) / kOuterColumns;
+  for_each_piece(pieces, x.size(0) * job.r * kOuterColumns, [&](int64_t piece) {
+    const int64_t first = piece * kOuterColumns;
+    run(job, first, std::min(job.k, first + kOuterColumns));
+  });
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(qadapter_C, library) {
   library.def(
       "lora_add_(Tensor(a!) out, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, int start, "
-      "int stop, int isa=-1) -> ()");
+      "int stop, Tensor(b!)? low=None, int isa=-1) -> ()");
+  library.def("lora_outer(Tensor low, Tensor x, float scaling, int isa=-1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qadapter_C, CPU, library) {
   library.impl("lora_add_", TORCH_BOX(&lora_add_));
+  library.impl("lora_outer", TORCH_BOX(&lora_outer));
 }
 
 }  // namespace qadapter

@@ -30,6 +30,7 @@ namespace plain {
 const RowsColumns rows_table[2] = {&rows_columns<float>, &rows_columns<BF16>};
 const LoraRows lora_table[2][2] = {{&lora_rows<float, float>, &lora_rows<float, BF16>},
                                    {&lora_rows<BF16, float>, &lora_rows<BF16, BF16>}};
+const OuterColumns outer_table[2] = {&outer_columns<float>, &outer_columns<BF16>};
 }  // namespace plain
 }  // namespace qadapter
 #undef QADAPTER_ROWS_BITS
@@ -45,6 +46,7 @@ namespace avx2 {
 const RowsColumns rows_table[2] = {&rows_columns<float>, &rows_columns<BF16>};
 const LoraRows lora_table[2][2] = {{&lora_rows<float, float>, &lora_rows<float, BF16>},
                                    {&lora_rows<BF16, float>, &lora_rows<BF16, BF16>}};
+const OuterColumns outer_table[2] = {&outer_columns<float>, &outer_columns<BF16>};
 }  // namespace avx2
 }  // namespace qadapter
 #include "cpu/isa_end.h"
@@ -60,6 +62,7 @@ namespace avx512 {
 const RowsColumns rows_table[2] = {&rows_columns<float>, &rows_columns<BF16>};
 const LoraRows lora_table[2][2] = {{&lora_rows<float, float>, &lora_rows<float, BF16>},
                                    {&lora_rows<BF16, float>, &lora_rows<BF16, BF16>}};
+const OuterColumns outer_table[2] = {&outer_columns<float>, &outer_columns<BF16>};
 }  // namespace avx512
 }  // namespace qadapter
 #include "cpu/isa_end.h"
@@ -151,6 +154,10 @@ Tensor new_rows(const Tensor& x, int64_t o) {
 LoraRows lora_for(int64_t isa, DType x, DType a) {
   const int i = static_cast<int>(x), j = static_cast<int>(a);
   return QADAPTER_FOR_ISA(choose_isa(isa), lora_table)[i][j];
+}
+
+OuterColumns outer_for(int64_t isa, DType x) {
+  return QADAPTER_FOR_ISA(choose_isa(isa), outer_table)[static_cast<int>(x)];
 }
 
 Tensor rows_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t isa) {

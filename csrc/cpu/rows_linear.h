@@ -45,6 +45,7 @@ struct LoraJob {
   int64_t a_stride, b_stride;  // elements
   int64_t k, o, r;
   float scaling;
+  float* low = nullptr;  // takes x A^T [rows, r], where it is wanted
 };
 
 // Rows [first, end). `memory`: kLoraRows * lora_stride(r) floats.
@@ -52,6 +53,18 @@ using LoraRows = void (*)(const LoraJob&, int64_t first, int64_t end, float* mem
 
 // The code for x and out of dtype x, A and B of dtype a (float32 or bfloat16); isa as elsewhere.
 LoraRows lora_for(int64_t isa, DType x, DType a);
+
+// out[j][c] = scaling * sum_i low[i][j] x[i][c] for columns [first, end) of x.
+struct OuterJob {
+  RowView x;
+  const float* low;  // [rows of x, r]
+  float* out;        // [r, k]
+  int64_t k, r;
+  float scaling;
+};
+using OuterColumns = void (*)(const OuterJob&, int64_t first, int64_t end);
+OuterColumns outer_for(int64_t isa, DType x);
+constexpr int64_t kOuterColumns = 32;  // of a piece: the widest vectors, twice
 
 constexpr int64_t kLoraRows = 16;  // most rows of a call of LoraRows
 

@@ -191,6 +191,11 @@ void lora_rows(const LoraJob& job, int64_t first, int64_t end, float* h) {
       }
     }
   }
+  if (job.low) {
+    for (int64_t i = 0; i < rows; ++i) {
+      std::memcpy(job.low + (first + i) * job.r, h + i * stride, job.r * sizeof(float));
+    }
+  }
   // kWidth columns of out at a time: rows of B become columns, which lie across the lanes.
   const W* b = reinterpret_cast<const W*>(job.b);
   const int64_t last = (job.o - 1) * job.b_stride + job.r;  // elements of B
@@ -228,6 +233,44 @@ void lora_rows(const LoraJob& job, int64_t first, int64_t end, float* h) {
         add(kWidth);
       } else {
         add(columns);
+      }
+    }
+  }
+}
+
+// Sums stay in registers over all rows: kDeep rows of out, two vectors wide.
+template <class X>
+void outer_columns(const OuterJob& job, int64_t first, int64_t end) {
+  constexpr int kWidth = Simd::kWidth, kDeep = kWidth == 16 ? 8 : 4, kColumns = 2 * kWidth;
+  for (int64_t c = first; c < end; c += kColumns) {
+    const int64_t columns = end - c < kColumns ? end - c : kColumns;
+    for (int64_t j = 0; j < job.r; j += kDeep) {
+      const int deep = static_cast<int>(job.r - j < kDeep ? job.r - j : kDeep);
+      F sums[kDeep][2];
+#pragma GCC unroll 8
+      for (int d = 0; d < kDeep; ++d) sums[d][0] = sums[d][1] = Simd::zero();
+      for (int64_t i = 0; i < job.x.count; ++i) {
+        const X* x = reinterpret_cast<const X*>(job.x.row(i)) + c;
+        X padded[kColumns] = {};
+        if (columns < kColumns) {
+          std::memcpy(padded, x, columns * sizeof(X));
+          x = padded;
+        }
+        const F a = Simd::load1(x), b = Simd::load1(x + kWidth);
+        const float* low = job.low + i * job.r + j;
+#pragma GCC unroll 8
+        for (int d = 0; d < kDeep; ++d) {
+          const F factor = Simd::set1(low[d < deep ? d : 0]);
+          sums[d][0] = Simd::fma(factor, a, sums[d][0]);
+          sums[d][1] = Simd::fma(factor, b, sums[d][1]);
+        }
+      }
+      const F scaling = Simd::set1(job.scaling);
+      for (int d = 0; d < deep; ++d) {
+        float whole[kColumns];
+        Simd::store1(whole, Simd::mul(scaling, sums[d][0]));
+        Simd::store1(whole + kWidth, Simd::mul(scaling, sums[d][1]));
+        std::memcpy(job.out + (j + d) * job.k + c, whole, columns * sizeof(float));
       }
     }
   }

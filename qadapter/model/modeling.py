@@ -20,6 +20,7 @@ from qadapter.model import adapters, locking, saving, values
 from qadapter.model.checkpoint import is_adapter_folder, resolve_model
 from qadapter.model.decoding_probes import Needs, sees_later_tokens
 from qadapter.model.generate import check_prompts, generate, without_settings
+from qadapter.model.lora_linear import fuse_lora
 from qadapter.model.recompute import recompute_cheap
 from qadapter.model.streams import Streams, switches
 from qadapter.model.trainer_hooks import without_dropout
@@ -86,6 +87,7 @@ class QAdapterModel(TwoStreamForward):
         self.eval()
         without_dropout(self.hf_model)
         recompute_cheap(self.hf_model)
+        fuse_lora(self.hf_model)
 
     # Construction and files.
 

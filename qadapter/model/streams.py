@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qadapter.composition import Names
-from qadapter.ops import few_rows
+from qadapter.model import lora_linear
+from qadapter.ops import few_rows, low_rank
 
 # What transformers' models hand to each of their layers, one row of it per row of the batch.
 _PER_ROW = ("attention_mask", "position_ids", "position_embeddings")
@@ -186,14 +187,17 @@ class Streams:
         hooks = [
             layer.register_forward_pre_hook(self._widen, with_kwargs=True) for layer in self._layers
         ]
+        before = [module.__dict__.get("forward") for module, _ in self._forwards]
         try:
             for module, forward in self._forwards:
                 # On the instance, where it hides the class's; nn.Module's setattr is slow.
                 module.__dict__["forward"] = forward
             yield
         finally:
-            for module, _ in self._forwards:
+            for (module, _), forward in zip(self._forwards, before, strict=True):
                 module.__dict__.pop("forward", None)
+                if forward is not None:
+                    module.__dict__["forward"] = forward
             for hook in hooks:
                 hook.remove()
 
@@ -226,7 +230,7 @@ class Streams:
                 start, stop = i * rows, (i + 1) * rows
                 kernel = self._few and dense and b.bias is None and out.dtype == x.dtype
                 if kernel and a.weight.dtype in (torch.float32, torch.bfloat16):
-                    few_rows.lora_add_(out, x, a.weight, b.weight, float(scaling), start, stop)
+                    low_rank.lora_add_(out, x, a.weight, b.weight, float(scaling), start, stop)
                 else:
                     part = x[start:stop].to(a.weight.dtype)
                     out[start:stop] += b(a(part)) * scaling
@@ -328,7 +332,7 @@ def _why_not(hf_model: nn.Module, names: Sequence[str | None]) -> str | None:
             return f"{path} has a {kind.removesuffix('Variant')}"
         if module.merged:
             return f"{path} is merged"
-        if "forward" in vars(module):
+        if "forward" in vars(module) and not lora_linear.is_fused(module):
             return f"the forward of {path} was replaced"
     return None
 

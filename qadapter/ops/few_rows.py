@@ -1,7 +1,7 @@
 """Products of a few rows, which decoding takes hundreds of times a token: on the CPU, by csrc/cpu.
 
-No operations of torch.ops.qadapter: they are called where a dispatch would be felt, take
-microseconds, and have no gradient.
+No operation of torch.ops.qadapter: it is called where a dispatch would be felt, takes
+microseconds, and has no gradient.
 """
 
 import functools
@@ -23,10 +23,9 @@ _ROWS_LIMITS = {
 
 
 @functools.cache
-def _operations() -> tuple[Any, Any, int]:
-    """Both operations and the vector code for them: what leads to them is looked up once."""
-    extension = cpp.extension()
-    return extension.rows_linear.default, extension.lora_add_.default, cpp.product_isa()
+def _operation() -> tuple[Any, int]:
+    """The operation and the vector code for it: what leads to them is looked up once."""
+    return cpp.extension().rows_linear.default, cpp.product_isa()
 
 
 @functools.cache
@@ -34,7 +33,7 @@ def rows_linear_limit(dtype: torch.dtype) -> int:
     """The most rows for which `rows_linear` is the faster product; 0 where it never is."""
     if cpp.why_not_loaded() is not None:
         return 0
-    isa = _operations()[2]
+    isa = _operation()[1]
     dots = isa < 0 and cpp.extension().has_bf16_dot()
     return _ROWS_LIMITS["avx512_bf16" if dots else cpp.capability()].get(dtype, 0)
 
@@ -56,35 +55,5 @@ def rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Raises:
         RuntimeError: A dtype, device or shape that does not fit; the extension cannot be loaded.
     """
-    linear, _, isa = _operations()
+    linear, isa = _operation()
     return linear(x, weight, bias, isa)
-
-
-def lora_add_(
-    out: Tensor,
-    x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    start: int,
-    stop: int,
-) -> None:
-    """out[start:stop] += scaling (x[start:stop] A^T) B^T in place; without gradients.
-
-    All in float32, rounded once when it is added. What a row gives does not depend on the others.
-
-    Args:
-        out: [rows, O] or [rows, T, O], float32 or bfloat16 on the CPU; changed.
-        x: [rows, K] or [rows, T, K] of out's dtype.
-        lora_a: A [r, K], float32 or bfloat16, whatever x is.
-        lora_b: B [O, r] of A's dtype.
-        scaling: The factor.
-        start: The first row that the adapter is for.
-        stop: The row behind the last one.
-
-    Raises:
-        RuntimeError: A dtype, device, shape or range that does not fit; the extension cannot be
-            loaded.
-    """
-    _, lora, isa = _operations()
-    lora(out, x, lora_a, lora_b, scaling, start, stop, isa)

@@ -1,0 +1,142 @@
+"""A LoRA on a frozen linear layer in one autograd node, for training on the CPU.
+
+    y = x W^T + b + s (x A^T) B^T
+
+PEFT takes it apart into a cast of x, two thin products, a product with s, a mixed sum and a cast
+back: with a float32 adapter on a bfloat16 layer seven tensors of the layer's size in the forward
+and more in the backward, kept for it or made anew, and products that no library is made for. Here
+the low-rank part is added to the layer's output in place (csrc/cpu/lora_add.cpp), rounded once as
+PEFT rounds it, and of all its intermediates x A^T alone, float32 [N, r], is kept:
+
+    dx = g W + s (g B) A        dA = s (g B)^T x        dB = s g^T (x A^T)
+
+with float32 sums throughout. Layers in float32 keep PEFT's way: MKL's thin products are as fast.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from qadapter.ops import cpp, low_rank
+
+_ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        out = linear(x, weight, bias)
+        x_rows = _rows(x)
+        low = lora_a.new_empty((x_rows.shape[0], lora_a.shape[0]), dtype=torch.float32)
+        low_rank.lora_add_(
+            out.view(-1, out.shape[-1]), x_rows, lora_a, lora_b, scaling, 0, len(x_rows), low
+        )
+        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, lora_a, lora_b, low = ctx.saved_tensors
+        scaling, needed = ctx.scaling, ctx.needs_input_grad
+        grads = _rows(grad)
+        grad_low = torch.empty_like(low)  # g B
+        dx = grads.new_empty((len(grads), 0))
+        across, up = lora_b.t().contiguous(), lora_a.new_empty((0, len(lora_a)))
+        if needed[0]:
+            dx, up = grads @ weight, lora_a.t().contiguous()
+        low_rank.lora_add_(dx, grads, across, up, scaling, 0, len(grads), grad_low)
+        da = db = None
+        if needed[3]:
+            da = low_rank.lora_outer(grad_low, _rows(x), scaling).to(lora_a.dtype)
+        if needed[4]:
+            db = low_rank.lora_outer(low, grads, scaling).t().to(lora_b.dtype)
+        return dx.view(x.shape) if needed[0] else None, None, None, da, db, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[.., K] as [N, K] with dense rows."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    parts = None if args or kwargs else _parts(self, x)
+    if parts is None:
+        original: Any = type(self).forward
+        return original(self, x, *args, **kwargs)
+    return _LoraLinear.apply(x, *parts)
+
+
+def _parts(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
+    """W, b, A, B and s where the layer is a plain LoRA that the kernels serve."""
+    if layer.disable_adapters or layer.merged or x.device.type != "cpu" or x.numel() == 0:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or names[0] in layer.lora_variant:
+        return None
+    name, base = names[0], layer.base_layer
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    weights = (base.weight, a.weight, b.weight)
+    if (
+        x.dtype != torch.bfloat16
+        or base.weight.dtype != torch.bfloat16
+        or a.weight.dtype not in _ADAPTER_DTYPES
+        or b.weight.dtype != a.weight.dtype
+        or b.bias is not None
+        or base.weight.requires_grad
+        or (base.bias is not None and base.bias.requires_grad)
+        or not (isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0)
+        # A subclass (a shard, a quantised weight) has products of its own.
+        or any(type(weight) is not nn.Parameter for weight in weights)
+        or any(_has_hooks(module) for module in (base, a, b))
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    return base.weight, base.bias, a.weight, b.weight, float(layer.scaling[name])
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def is_fused(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "__func__", None) is _forward
+
+
+def fuse_lora(model: nn.Module) -> int:
+    """Change the plain LoRA layers of ``model`` in place; how many.
+
+    What each call finds decides: dropout at work, several active adapters, a merged or a
+    disabled one, another device or dtype, autocast and torch.compile take PEFT's own way.
+    """
+    if cpp.why_not_loaded() is not None:
+        return 0
+    count = 0
+    for module in model.modules():
+        plain = type(module) is LoraLinear and type(module.base_layer) is nn.Linear
+        if plain and "forward" not in vars(module):
+            module.forward = MethodType(_forward, module)
+            count += 1
+    return count
