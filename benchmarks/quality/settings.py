@@ -33,7 +33,7 @@ Q_ADAPTER: Settings = {
 ANCHORS: Settings = {
     "kl_budget": 0.02,  # nats a token; 0: no budget, a fixed coefficient
     "anchor_coef": 0.0,  # with a budget, where it begins: 0 is the trainer's usual one
-    "anchors_per_pair": 1.0,
+    "anchors_per_pair": 0.5,
     "anchor_count": 256,
     "anchor_tokens": 96,
 }
@@ -128,6 +128,7 @@ class Set:
     answered_strengths: tuple[float, ...] = (0.5, 2.0)  # of Q-Adapter, also answered
     answered_kls: tuple[float, ...] = ()  # every method is answered where its KL is this, too
     checkpoints: tuple[float, ...] = (0.5,)  # shares of the steps, scored; SFT's are answered too
+    precompute: bool = False  # the base cached for every run, which makes times another thing
     training: Settings = field(default_factory=dict)
 
     @property
@@ -172,7 +173,7 @@ FULL = Set(
 WIDE = replace(
     FULL,
     pairs=320,
-    steps=40,
+    steps=80,  # under an anchor the second time through the pairs still helps: all get it
     methods=(
         ("qadapter", "anchored", "dpo_own", "dpo_anchor"),
         ("anchored_coef", "dpo_nll", "tdpo", "selfaug", "sft", "replay", "released"),
@@ -186,6 +187,8 @@ WIDE = replace(
     answered_strengths=(),
     answered_kls=(0.03,),
     checkpoints=(),
+    precompute=True,
+    training={"max_length": 256},
 )
 SETS = {"quick": QUICK, "full": FULL, "wide": WIDE}
 

@@ -91,7 +91,11 @@ class Study:
         path = self.output / "study.json"
         about = cached(path, lambda: {"what": what, "environment": recording.environment(DEVICE)})
         # A set that was written before it had all of these.
-        about["what"]["set"] = {"answered_kls": [], **about["what"].get("set", {})}
+        about["what"]["set"] = {
+            "answered_kls": [],
+            "precompute": False,
+            **about["what"].get("set", {}),
+        }
         changed = [name for name in what if about["what"].get(name) != what[name]]
         if changed:
             raise ValueError(
@@ -228,7 +232,7 @@ def _trained(study: Study, run: Run, tell: Tell) -> Record:
         lambda step: tell(f"step {step}/{settings['steps']}"),
         str(study.output / "base-cache"),
         # Whose cost is shown pays for its base passes.
-        bool(run.noise or run.changes),
+        study.set.precompute or bool(run.noise or run.changes),
     )
     for step, values in weights.items():
         with files.replacing_file(study.file(run, f"step-{step}.safetensors")) as temporary:
