@@ -193,7 +193,13 @@ class AnchoredCollator:
         self.collate, self.anchors = collate, anchors
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
-        return self.with_anchors(features, [n for f in features for n in f.get("anchors", ())])
+        of_pairs = [list(f.get("anchors", ())) for f in features]
+        batch = self.with_anchors(features, [n for numbers in of_pairs for n in numbers])
+        if "anchors" in batch:
+            anchors = self.anchors.anchors
+            states = [0, *(sum(anchors[n].states for n in numbers) for numbers in of_pairs)]
+            batch["anchors"]["ends"] = torch.tensor(states).cumsum(0)
+        return batch
 
     def with_anchors(self, features: list[Any], numbers: list[int]) -> dict[str, Any]:
         if not numbers:

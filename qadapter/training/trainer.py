@@ -25,7 +25,7 @@ from qadapter import functional as QF
 from qadapter.model import saving
 from qadapter.model.modeling import QAdapterModel
 from qadapter.outputs import AnchoredValues
-from qadapter.training import arguments, base_cache, metrics
+from qadapter.training import arguments, base_cache, metrics, processes
 from qadapter.training.anchored import AnchoredTraining, AnchorWatch
 from qadapter.training.anchors import AnchoredCollator
 from qadapter.training.base_cache import BaseCache, CachedCollator
@@ -229,23 +229,16 @@ class QAdapterTrainer(AnchoredTraining):
     ) -> tuple[list, Any]:
         """Micro-batches of one update, each told the totals that its sums are divided by."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = sum((len(batch["cu_seqlens"]) - 1) // 2 for batch in batches)
-        actions = sum(int((batch["actions"] != -100).sum()) for batch in batches)
-        totals = torch.tensor([pairs, actions], dtype=torch.float32)
-        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
-            # Processes are averaged later: by their mean totals, every pair and action then counts
-            # the same, whichever process it is in.
-            totals = self.accelerator.reduce(totals.to(device), reduction="mean").cpu()
+        if not batches:
+            return batches, None
+        batches[-1] = processes.without_repeats(batches[-1], self.accelerator)
+        world = self.args.average_tokens_across_devices
+        counts = processes.totals(batches, self.accelerator, device, world)
         for batch in batches:
-            batch["denominators"] = totals
-        if self.args.anchored:
-            anchors = [batch["anchors"] for batch in batches if "anchors" in batch]
-            states = torch.tensor(float(sum(len(one["rows"]) for one in anchors)))
-            if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
-                states = self.accelerator.reduce(states.to(device), reduction="mean").cpu()
-            for one in anchors:
-                one["total"] = states
-        return batches, actions
+            batch["denominators"] = counts[:2]
+            if "anchors" in batch:
+                batch["anchors"]["total"] = counts[2]
+        return batches, int(counts[1])
 
     def compute_loss(
         self,
@@ -259,6 +252,7 @@ class QAdapterTrainer(AnchoredTraining):
         actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
         forward = {k: v for k, v in inputs.items() if k not in ("cu_seqlens", "denominators")}
         rows = metrics.spread(actions.shape[0], metrics.KL_ROWS if mode == "train" else None)
+        totals = inputs.get("denominators")
         made = model(**forward, kl_rows=rows.to(actions.device), use_logits=self.args.use_logits)
         values, kl = made.values, made.kl
         outputs = QF.preference_loss(
@@ -270,17 +264,20 @@ class QAdapterTrainer(AnchoredTraining):
             bt_scale=self.args.bt_scale,
             value_at=self.args.value_at,
             length_norm=self.args.length_norm,
-            denominators=inputs.get("denominators"),
+            denominators=None if totals is None else totals.float(),
         )
         self._record(mode, metrics.batch_sums(inputs, values, outputs, kl))
         if isinstance(made, AnchoredValues):
             outputs = outputs._replace(loss=outputs.loss + self._anchor_loss(made, inputs))
+        if totals is not None and self.args.average_tokens_across_devices:
+            # Gradients are averaged over processes, whose sums make up what the totals count.
+            outputs = outputs._replace(loss=outputs.loss * self.accelerator.num_processes)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _anchor_loss(self, made: AnchoredValues, inputs: dict[str, Any]) -> Tensor:
         kl = made.anchor_kl.sum()
         states = torch.tensor(float(made.anchor_kl.numel()), device=kl.device)
-        total = inputs["anchors"].get("total", states)
+        total = inputs["anchors"].get("total", states).float()
         self._record("train", {"anchor/train_kl": (kl, states)})
         return self.anchor_control.coef * kl / total.to(kl.device).clamp(min=1)
 
@@ -291,12 +288,15 @@ class QAdapterTrainer(AnchoredTraining):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
+        given = (len(inputs["cu_seqlens"]) - 1) // 2
+        inputs = processes.without_repeats(self._prepare_inputs(inputs), self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
         rewards = torch.stack([outputs.chosen_rewards, outputs.rejected_rewards], 1).detach()
+        # Of as many pairs in every process: the Trainer gathers them, and then drops the repeats.
+        rewards = nn.functional.pad(rewards, (0, 0, 0, given - len(rewards)))
         return loss.detach(), rewards, rewards.new_zeros(len(rewards), dtype=torch.int64)
 
     # Metrics: sums stay on the device until they are logged.

@@ -1,0 +1,65 @@
+"""What several processes that train or evaluate together must agree on, so that they are as one.
+
+An update of theirs is one process's update on all of their pairs: sums of the loss are divided by
+totals over the world (`totals`), and the pairs that accelerate repeats so that all processes take
+equally many batches count for nothing (`without_repeats`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BY_ROW = ("rows", "actions", "base_lse", "base_logp", "base_hidden")
+
+
+def first_pairs(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    """A collated batch whose loss knows its first ``count`` pairs alone, and their anchors.
+
+    All tokens go through the model as before: other processes take part in what that does.
+    """
+    ends = batch["cu_seqlens"].tolist()
+    pairs = (len(ends) - 1) // 2
+    if count >= pairs:
+        return batch
+    kept = [*range(count), *range(pairs, pairs + count)]
+    parts = [torch.arange(ends[s], ends[s + 1]) for s in kept]
+    index = torch.cat([torch.arange(0), *parts]).to(batch["actions"].device)
+    # Rows that are there once are numbered among all rows.
+    left_out = ("unique_rows", "unique_index")
+    made = {name: value for name, value in batch.items() if name not in left_out}
+    made |= {name: batch[name][index] for name in _BY_ROW if name in batch}
+    lengths = torch.tensor([0, *map(len, parts)], dtype=torch.int32)
+    made["cu_seqlens"] = lengths.cumsum(0, dtype=torch.int32).to(batch["cu_seqlens"].device)
+    if "anchors" in batch:
+        states = int(batch["anchors"]["ends"][count])
+        made["anchors"] = {
+            name: value[:states] if isinstance(value, Tensor) and name != "ends" else value
+            for name, value in batch["anchors"].items()
+        }
+        if states == 0:
+            del made["anchors"]
+    return made
+
+
+def without_repeats(batch: dict[str, Any], accelerator: Any) -> dict[str, Any]:
+    """The last batch of this process without the pairs that accelerate took from the beginning to
+    fill the last batch of all processes; any other batch as it is."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return batch
+    size = state.active_dataloader.total_batch_size // accelerator.num_processes
+    return first_pairs(batch, max(0, state.remainder - size * accelerator.process_index))
+
+
+def totals(batches: list[dict[str, Any]], accelerator: Any, device: Any, world: bool) -> Tensor:
+    """Pairs, actions and states of anchors in all micro-batches of an update, int64 [3]; over all
+    processes if ``world``. (Whole numbers: an engine may cast what floats to 16 bits.)"""
+    counts = torch.zeros(3, dtype=torch.int64)
+    for batch in batches:
+        anchors = batch["anchors"]["rows"] if "anchors" in batch else ()
+        pairs, actions = (len(batch["cu_seqlens"]) - 1) // 2, (batch["actions"] != -100).sum()
+        counts += torch.tensor([pairs, int(actions), len(anchors)])
+    if world and accelerator.num_processes > 1:
+        counts = accelerator.reduce(counts.to(device), reduction="sum").cpu()
+    return counts
