@@ -8,6 +8,7 @@ equally many batches count for nothing (`without_repeats`).
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 _BY_ROW = ("rows", "actions", "base_lse", "base_logp", "base_hidden")
@@ -50,6 +51,16 @@ def without_repeats(batch: dict[str, Any], accelerator: Any) -> dict[str, Any]:
         return batch
     size = state.active_dataloader.total_batch_size // accelerator.num_processes
     return first_pairs(batch, max(0, state.remainder - size * accelerator.process_index))
+
+
+def countable(dataset: Any, processes: int) -> Any:
+    """A data set to measure on, or a dict of them. A stream is read to its end where several
+    processes share it: of how many pairs its last batch is short is known then."""
+    if isinstance(dataset, dict):
+        return {name: countable(one, processes) for name, one in dataset.items()}
+    if processes == 1 or not isinstance(dataset, IterableDataset):
+        return dataset
+    return Dataset.from_list(list(dataset))
 
 
 def totals(batches: list[dict[str, Any]], accelerator: Any, device: Any, world: bool) -> Tensor:

@@ -133,7 +133,7 @@ class QAdapterTrainer(AnchoredTraining):
             args=args,
             data_collator=data_collator,
             train_dataset=prepared(train_dataset, "training"),
-            eval_dataset=prepared(eval_dataset, "evaluation"),
+            eval_dataset=processes.countable(prepared(eval_dataset, "evaluation"), args.world_size),
             processing_class=processing_class,
             **kwargs,
         )
@@ -177,8 +177,8 @@ class QAdapterTrainer(AnchoredTraining):
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
     def _prepared(self, dataset: Any, what: str) -> Any:
-        own = self._own
-        return prepare(dataset, what, own, self.args, self.processing_class)
+        made = prepare(dataset, what, self._own, self.args, self.processing_class)
+        return processes.countable(made, self.args.world_size)
 
     def _precomputed_base(self, collate: Any) -> BaseCache:
         own, dtype, directory = self._own, self._autocast_dtype, self._cache_directory()

@@ -62,6 +62,8 @@ def run(folder, processes, rows, anchored=False, base_cache=False, **config):
     figures = {**logged, **made.evaluate()}
     pairs = Dataset.from_list(preference_rows(7))
     predicted = made.predict(pairs).predictions
+    streamed = made.evaluate(pairs.to_iterable_dataset(), metric_key_prefix="streamed")
+    figures |= {k: v for k, v in streamed.items() if "/" in k or k.endswith("loss")}
     # Of the training KL some rows are taken in each process.
     own = ("runtime", "per_second")
     figures = {k: v for k, v in figures.items() if not k.endswith(own) and k != "kl"}
