@@ -20,6 +20,9 @@ MATRIX_ARGS ?=
 # Triton is pinned here and not in constraints.txt: a CUDA build of torch pins its own.
 TRITON ?= triton==3.9.0
 
+# Where Linux gives huge pages to those who ask for them alone, glibc asks for tensors.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.qadapter-installed

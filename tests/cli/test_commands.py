@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qadapter.cli import main
+from qadapter.cli.environment import huge_pages
 from qadapter.text.prompts import encode_prompts
 from qadapter.training import evaluation
 from tests.tiny_models import make_base
@@ -132,6 +133,18 @@ def test_errors_are_one_line(files, capsys, command, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("qadapter: error: ") and message in error
     assert not (files / "o").exists()
+
+
+def test_env_tells_how_to_get_huge_pages(tmp_path, monkeypatch):
+    file = tmp_path / "enabled"
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert huge_pages(file) == ""
+    file.write_text("[always] madvise never\n")
+    assert huge_pages(file) == "always"
+    file.write_text("always [madvise] never\n")
+    assert "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in huge_pages(file)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=1")
+    assert huge_pages(file) == "madvise"
 
 
 def test_env(capsys):
