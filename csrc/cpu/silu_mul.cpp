@@ -4,13 +4,13 @@
 //   d_up   = g silu(gate)                                        g: the gradient of out
 //   d_gate = g up sigmoid(gate) (1 + gate (1 - sigmoid(gate)))
 //
-// In float32, from exp(-|x|), which cannot overflow. Forward rounds as eager PyTorch does: silu to
-// the dtype, and the product again. Backward makes silu again and rounds once.
+// In float32. Forward rounds as eager PyTorch does: silu to the dtype, and the product again.
+// Backward makes silu again and rounds once.
 //
 // Bytes, s an element: forward reads two and writes one, 3 s; backward reads three and writes two,
-// 5 s. For 1400 x 1536 in bfloat16 12.9 and 21.5 MB. Operations: an exponential and a division an
-// element, some 50 and 60 vector instructions a 16 elements, so that one core is bound by them and
-// not by memory.
+// 5 s. For 1400 x 1536 in bfloat16 12.9 and 21.5 MB. Operations: 32 elements in bfloat16 take 59 and
+// 79 AVX-512 instructions, two divisions among them: at two a cycle some 35 and 45 cycles, about
+// what their 192 and 320 bytes take from memory.
 //
 // Elements do not depend on one another.
 
