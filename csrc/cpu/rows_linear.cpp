@@ -128,27 +128,6 @@ void for_each_columns(const RowsJob& job, int64_t element, const F& f) {
   });
 }
 
-// An uninitialized [sizes of x but the last.., o]. The dispatcher's way to it takes longer.
-Tensor new_rows(const Tensor& x, int64_t o) {
-  constexpr int64_t kMostDims = 8;
-  const auto sizes = x.sizes();
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  STD_TORCH_CHECK(dims <= kMostDims, "rows_linear: x: expected at most 8 dimensions, got ",
-                  shape_of(x));
-  int64_t size[kMostDims], stride[kMostDims], step = 1;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    size[d] = d == dims - 1 ? o : sizes[d];
-    stride[d] = step;
-    step *= std::max<int64_t>(1, size[d]);
-  }
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
-}
-
 }  // namespace
 
 LoraRows lora_for(int64_t isa, DType x, DType a) {

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -109,6 +110,27 @@ inline bool view_rows(const Tensor& t, int64_t element, RowView& view) {
   view.near = two ? stride[0] * element : 0;
   view.far = stride[two ? 1 : 0] * element;
   return true;
+}
+
+// An uninitialized [sizes of x but the last.., o]. The dispatcher's way to it takes longer.
+inline Tensor new_rows(const Tensor& x, int64_t o) {
+  constexpr int64_t kMostDims = 8;
+  const auto sizes = x.sizes();
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dims <= kMostDims, "qadapter: expected at most 8 dimensions, got ",
+                  shape_of(x));
+  int64_t size[kMostDims], stride[kMostDims], step = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    size[d] = d == dims - 1 ? o : sizes[d];
+    stride[d] = step;
+    step *= std::max<int64_t>(1, size[d]);
+  }
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 }  // namespace qadapter

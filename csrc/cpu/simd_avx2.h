@@ -107,6 +107,11 @@ struct Simd {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   }
+  // a as its dtype holds it
+  static inline F rounded(F a, float) { return a; }
+  static inline F rounded(F a, BF16) {
+    return _mm256_castsi256_ps(_mm256_and_si256(round_bf16(a), _mm256_set1_epi32(0xffff0000)));
+  }
   template <bool STREAM>
   static inline void store2(BF16* p, F a, F b) {
     const __m256i even = _mm256_srli_epi32(round_bf16(a), 16);

@@ -114,6 +114,11 @@ struct Simd {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   }
+  // a as its dtype holds it
+  static inline F rounded(F a, float) { return a; }
+  static inline F rounded(F a, BF16) {
+    return _mm512_castsi512_ps(_mm512_and_si512(round_bf16(a), _mm512_set1_epi32(0xffff0000)));
+  }
   template <bool STREAM>
   static inline void store2(BF16* p, F a, F b) {
     const __m512i even = _mm512_srli_epi32(round_bf16(a), 16);

@@ -100,6 +100,11 @@ struct Simd {
   }
   // round to nearest even; NaNs do not come here (the drivers fill such rows)
   static inline U round_bf16(F x) { return bits(x) + set1u(0x7fff) + ((bits(x) >> 16) & set1u(1)); }
+  // a as its dtype holds it
+  static inline F rounded(F a, float) { return a; }
+  static inline F rounded(F a, BF16) {
+    return (F)(round_bf16(a) & set1u(0xffff0000u));
+  }
   template <bool STREAM>
   static inline void store2(BF16* p, F a, F b) {
     const U out = (round_bf16(a) >> 16) | (round_bf16(b) & set1u(0xffff0000u));

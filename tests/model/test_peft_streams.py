@@ -10,6 +10,7 @@ from torch import nn
 
 from qadapter import QAdapterModel
 from qadapter.model.probe import BaseProbe
+from qadapter.model.recompute import recompute_cheap
 from tests.tiny_models import make_base, make_model, perturb
 
 IDS = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(5))
@@ -23,7 +24,10 @@ def lora(*targets, **options):
 
 @torch.no_grad()
 def base_logits(kind="llama"):
-    return make_base(kind)(IDS).logits.flatten(0, 1)
+    """By the same kernels, which a base of transformers alone does not have."""
+    base = make_base(kind).requires_grad_(False)
+    recompute_cheap(base)
+    return base(IDS).logits.flatten(0, 1)
 
 
 # Initialisations.
@@ -43,7 +47,7 @@ def test_a_base_that_would_be_moved_is_left_as_it_is(init):
     base = make_base()
     with pytest.raises(ValueError, match=f"init_lora_weights='{init}'.*no base stream left"):
         QAdapterModel.from_base(base, lora_config=lora(init_lora_weights=init))
-    assert torch.equal(base(IDS).logits.flatten(0, 1), base_logits())
+    assert torch.equal(base(IDS).logits, make_base()(IDS).logits)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
@@ -331,7 +335,8 @@ def test_all_linear_leaves_out_what_is_not_a_plain_product(kind, given, tmp_path
     assert "take no part" not in caplog.text
     perturb(model)
     out = model(IDS)
-    assert torch.equal(out.base_logits, want) and (out.q_logits - want).abs().max() > 0.01
+    torch.testing.assert_close(out.base_logits, want, rtol=1e-4, atol=1e-4)
+    assert (out.q_logits - want).abs().max() > 0.01
     model.save_pretrained(tmp_path / "adapter")
     again = QAdapterModel.from_pretrained(tmp_path / "adapter")
     assert torch.equal(again(IDS).q_logits, out.q_logits)

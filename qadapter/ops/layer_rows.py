@@ -1,0 +1,117 @@
+"""What a decoder layer does element by element, in one pass each: on the CPU, by csrc/cpu.
+
+No operations of torch.ops.qadapter: they run hundreds of times a step or token, where a dispatch
+more would be felt. Gradients are for activations alone, the weights of a norm are frozen.
+"""
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qadapter.ops import cpp
+
+
+@functools.cache
+def _operations() -> tuple[Any, Any, Any, Any, int]:
+    """The operations and the vector code for them: what leads to them is looked up once."""
+    extension = cpp.extension()
+    return (
+        extension.rms_norm_fwd.default,
+        extension.rms_norm_bwd.default,
+        extension.silu_mul_fwd.default,
+        extension.silu_mul_bwd.default,
+        cpp.isa(),
+    )
+
+
+def serves(x: Tensor, other: Tensor) -> bool:
+    """Whether an activation and what it meets can be taken here: float32 or bfloat16, both alike,
+    on the CPU, and nobody traces. The extension must be loaded."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and other.is_cpu
+        and x.dtype is other.dtype
+        and (x.dtype is torch.bfloat16 or x.dtype is torch.float32)
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        forward, _, _, _, isa = _operations()
+        return forward(x, weight, eps, isa)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        _, backward, _, _, isa = _operations()
+        return backward(grads[0], x, weight, ctx.eps, isa), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * round(x / sqrt(mean(x^2) + eps)) over the last dimension, as LlamaRMSNorm.
+
+    Arithmetic is float32; x / sqrt(..) is rounded to the dtype, and the product again. Backward
+    makes the statistic again, keeps x alone, and rounds once. QADAPTER_CPU_CAPABILITY is read at
+    the first call.
+
+    Args:
+        x: [..., D] float32 or bfloat16 on the CPU; differentiable once.
+        weight: [D] of the same dtype, contiguous; its gradient is not taken.
+        eps: Added to the mean of squares.
+
+    Returns:
+        [..., D], contiguous.
+
+    Raises:
+        RuntimeError: A dtype, device or shape that does not fit; the extension cannot be loaded.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _RmsNorm.apply(x, weight, eps))
+    forward, _, _, _, isa = _operations()
+    return forward(x, weight, eps, isa)
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        _, _, forward, _, isa = _operations()
+        return forward(gate, up, isa)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        _, _, _, backward, isa = _operations()
+        return backward(grads[0], gate, up, isa)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """round(silu(gate)) * up.
+
+    Arithmetic is float32; silu is rounded to the dtype, and the product again. Backward makes silu
+    again, keeps gate and up alone, and rounds once. QADAPTER_CPU_CAPABILITY is read at the first
+    call.
+
+    Args:
+        gate, up: [..., I], alike, float32 or bfloat16 on the CPU; differentiable once.
+
+    Returns:
+        [..., I], contiguous.
+
+    Raises:
+        RuntimeError: A dtype, device or shape that does not fit; the extension cannot be loaded.
+    """
+    if (gate.requires_grad or up.requires_grad) and torch.is_grad_enabled():
+        return cast(Tensor, _SiluMul.apply(gate, up))
+    _, _, forward, _, isa = _operations()
+    return forward(gate, up, isa)
