@@ -37,6 +37,7 @@
 namespace qadapter {
 namespace plain {
 #include "cpu/gemm_f32.h"
+#include "cpu/gemm_pack.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/linear_fwd_kernel.h"
 const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF16>(),
@@ -50,6 +51,7 @@ const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF
 namespace qadapter {
 namespace avx2 {
 #include "cpu/gemm_f32.h"
+#include "cpu/gemm_pack.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/linear_fwd_kernel.h"
 const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF16>(),
@@ -63,6 +65,7 @@ const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF
 namespace qadapter {
 namespace avx512 {
 #include "cpu/gemm_f32.h"
+#include "cpu/gemm_pack.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/linear_fwd_kernel.h"
 const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF16>(),
@@ -76,10 +79,24 @@ namespace qadapter {
 namespace avx512_bf16 {
 using Simd = avx512::Simd;
 #include "cpu/gemm_bf16.h"
+#include "cpu/gemm_pack.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/linear_fwd_kernel.h"
 const LinearKernel linear_kernels[3] = {{}, linear_kernel<BF16>(), {}};
 }  // namespace avx512_bf16
+}  // namespace qadapter
+#include "cpu/isa_end.h"
+
+#include "cpu/isa_begin_amx.h"
+namespace qadapter {
+namespace amx {
+using Simd = avx512::Simd;
+#include "cpu/gemm_bf16.h"
+#include "cpu/gemm_pack.h"
+#include "cpu/gemm_amx.h"
+#include "cpu/linear_fwd_kernel.h"
+const LinearKernel linear_kernels[3] = {{}, linear_kernel<BF16>(), {}};
+}  // namespace amx
 }  // namespace qadapter
 #include "cpu/isa_end.h"
 #endif
@@ -93,8 +110,9 @@ constexpr int64_t kThreadBytes = 14 << 20, kAllBytes = 56 << 20;
 const LinearKernel& kernel_for(int64_t isa, DType hidden, DType weight) {
   const int w = static_cast<int>(weight);
 #if QADAPTER_X86
-  if (choose_bf16_dot(isa) && hidden == DType::bf16 && weight == DType::bf16) {
-    return avx512_bf16::linear_kernels[w];
+  if (hidden == DType::bf16 && weight == DType::bf16) {
+    if (choose_isa(isa) == Isa::amx) return amx::linear_kernels[w];
+    if (choose_isa(isa) == Isa::avx512_bf16) return avx512_bf16::linear_kernels[w];
   }
 #endif
   return QADAPTER_FOR_ISA(choose_isa(isa), linear_kernels)[w];
@@ -109,7 +127,7 @@ Matrix matrix_of(const Tensor& t, int64_t columns) {
 
 // How rows are shared out. Only speed and memory depend on it.
 struct Blocks {
-  int64_t count, threads, floats;  // floats: memory of one thread
+  int64_t rows, count, threads, floats;  // rows of a block, the last has fewer; memory of a thread
 
   Blocks(const LinearJob& job, const LinearKernel& kernel, int64_t n, int64_t chunk_size) {
     constexpr double kWorthwhile = 1e6;  // multiply-adds, to start a thread for
@@ -124,11 +142,13 @@ struct Blocks {
     threads = std::max<int64_t>(1, std::min(threads, kAllBytes / bytes(few)));
     const int64_t room = std::min(kThreadBytes, kAllBytes / threads);
     const int64_t per_row = (bytes(64 + few) - bytes(few)) / 64 + 1;
-    const int64_t rows = std::max(few, std::min(most, few + (room - bytes(few)) / per_row));
+    const int64_t fit = std::max(few, std::min(most, few + (room - bytes(few)) / per_row));
+    count = (n + fit - 1) / fit;
+    count = std::max<int64_t>(1, (count + threads - 1) / threads * threads);  // as equal as possible
+    rows = kernel.filled(std::max<int64_t>(1, (n + count - 1) / count));
     count = (n + rows - 1) / rows;
-    count = std::min(n, (count + threads - 1) / threads * threads);
     threads = std::min(threads, count);
-    floats = count > 0 ? bytes((n + count - 1) / count) / static_cast<int64_t>(sizeof(float)) : 0;
+    floats = bytes(std::min(rows, n)) / static_cast<int64_t>(sizeof(float));
   }
 };
 
@@ -152,14 +172,14 @@ void store(float x, Half* out) {
 
 // u / sum, from panels to rows
 template <class T>
-void write_u(const float* u, const LinearRow* rows, int64_t count, int64_t dim, int width,
-             float scale, void* out_) {
+void write_u(const float* u, const LinearRow* rows, int64_t count, int64_t filled, int64_t dim,
+             int width, float scale, void* out_) {
   T* out = static_cast<T*>(out_);
   for (int64_t i = 0; i < count; ++i) {
     const double sum = rows[i].x.sum;
     const float factor = sum >= 0.5 ? static_cast<float>(scale / sum) : __builtin_nanf("");
     for (int64_t d = 0; d < dim; d += width) {
-      const float* from = u + d * count + i * width;
+      const float* from = u + d * filled + i * width;
       const int64_t n = std::min<int64_t>(width, dim - d);
       for (int64_t k = 0; k < n; ++k) store(factor * from[k], out + i * dim + d + k);
     }
@@ -218,15 +238,15 @@ Outputs linear_fwd(std::optional<Tensor> base_hidden, Tensor q_hidden, Tensor we
   torch::stable::parallel_for(0, blocks.threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks.count;) {
-        const int64_t first = i * n / blocks.count, count = (i + 1) * n / blocks.count - first;
+        const int64_t first = i * blocks.rows, count = std::min(blocks.rows, n - first);
         const float* sums =
             kernel.walk(job, first, count, out(memory) + t * blocks.floats, &rows[first]);
         if (!need_grad) continue;
         const auto write = job.q.dtype == DType::f32
                                ? &write_u<float>
                                : (job.q.dtype == DType::bf16 ? &write_u<BF16> : &write_u<Half>);
-        write(sums, &rows[first], count, job.dim, kernel.panel_width, job.scale,
-              u_out + first * u_bytes);
+        write(sums, &rows[first], count, kernel.filled(count), job.dim, kernel.panel_width,
+              job.scale, u_out + first * u_bytes);
       }
     }
   });

@@ -13,8 +13,9 @@ from torch import Tensor
 from qadapter.ops import cpp
 
 # The most rows for which rows_linear was measured to be faster than torch's product (oneDNN's or
-# MKL's), with bfloat16 dot products and by `cpp.capability`. CPUs with AMX were not measured.
+# MKL's), by `cpp.capability`. CPUs with AMX were not measured.
 _ROWS_LIMITS = {
+    "amx": {torch.bfloat16: 64, torch.float32: 32},
     "avx512_bf16": {torch.bfloat16: 64, torch.float32: 32},
     "avx512": {torch.bfloat16: 64, torch.float32: 32},
     "avx2": {torch.bfloat16: 64, torch.float32: 32},
@@ -26,7 +27,7 @@ _ROWS_LIMITS = {
 def _operations() -> tuple[Any, Any, int]:
     """Both operations and the vector code for them: what leads to them is looked up once."""
     extension = cpp.extension()
-    return extension.rows_linear.default, extension.lora_add_.default, cpp.product_isa()
+    return extension.rows_linear.default, extension.lora_add_.default, cpp.isa()
 
 
 @functools.cache
@@ -34,9 +35,7 @@ def rows_linear_limit(dtype: torch.dtype) -> int:
     """The most rows for which `rows_linear` is the faster product; 0 where it never is."""
     if cpp.why_not_loaded() is not None:
         return 0
-    isa = _operations()[2]
-    dots = isa < 0 and cpp.extension().has_bf16_dot()
-    return _ROWS_LIMITS["avx512_bf16" if dots else cpp.capability()].get(dtype, 0)
+    return _ROWS_LIMITS[cpp.CAPABILITIES[_operations()[2]]].get(dtype, 0)
 
 
 def rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
