@@ -11,7 +11,8 @@ namespace {
 constexpr int kMr = 32;         // rows of a block
 constexpr int kRowUnit = 16;    // blocks have a multiple of this many rows
 constexpr int kLeftSteps = 16;  // steps of a row that lie together
-constexpr int kDepth = 320;     // steps of a packed panel of W; logits are added up over more
+constexpr int kMostRows = 384;  // rows that go through the vocabulary together
+constexpr int kDepth = 160;     // steps of a packed panel of W; logits are added up over more
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

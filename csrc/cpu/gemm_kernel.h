@@ -13,6 +13,7 @@ namespace {
 constexpr int kMr = Simd::kWidth == 16 ? 14 : 6;  // rows of a register block
 constexpr int kRowUnit = 1;                       // blocks have a multiple of this many rows
 constexpr int kLeftSteps = 1;                     // steps of a row that lie together
+constexpr int kMostRows = 256;                    // rows that go through the vocabulary together
 constexpr int kDepth = 1024;  // steps of a packed panel of W; logits are added up over more
 constexpr int kChain = 256;
 

@@ -14,7 +14,7 @@ constexpr int kTileStride = kTile + 16;  // not a power of two: rows then differ
 
 static_assert(kTile % kNr == 0 && kTile % Simd::kGroup == 0, "tiles hold whole panels");
 
-// How the left side lies: packed, [k / kLeftSteps][rows][kLeftSteps], or rows of kTileStride dwords.
+// How the left side lies: [k / kLeftSteps][rows][kLeftSteps], or rows of kTileStride dwords.
 enum class Left { packed, rows };
 
 // What will be packed next, fetched on the way: a line a step, `pace` bytes apart.

@@ -5,17 +5,20 @@
 //   value = alpha_tilde lse(x / alpha_tilde) - alpha_0 lse(z_b)
 //   u = sum_{j != a} p_j slope_j W_j,  p = softmax(x / alpha_tilde)
 //
-// A thread takes a block of up to 256 rows through the vocabulary in tiles of 128 or 256 columns.
-// Of each tile it packs W, multiplies into a float32 tile of logits per stream, updates the rows'
-// running (max, sum) pairs, turns the tile into p (relative to the running maximum, the action's
-// column 0), and adds p W to u in float32; where a maximum grew, that row of u is multiplied first.
-// u is divided by the sum and rounded once, at the end.
+// A thread takes a block of up to 256 rows (AMX: 384) through the vocabulary in tiles of 128 or 256
+// columns. Of each tile it packs W, multiplies into a float32 tile of logits per stream, updates
+// the rows' running (max, sum) pairs, turns the tile into p (relative to the running maximum, the
+// action's column 0), and adds p W to u in float32; where a maximum grew, that row of u is
+// multiplied first. u is divided by the sum and rounded once, at the end.
 //
 // Operations: 2 N V D for each of up to three products (base, q, p W); a cached base_lse saves the
 // first. Floor: that over the rate of multiply-adds: one AVX-512 instruction a cycle on Zen 4, 32
 // operations in float32, 64 with AVX512_BF16. Beside it, of the products' cycles for R = 256: 1-2 %
 // to pack each element of W twice, 2-4 % for the logits (about 12 cycles per 16 of a stream,
 // against D / 2 a product in bf16). Bytes: W once per block, 1 byte per 256 operations a product.
+// AMX does 1024 operations a cycle while its operands are near: it is bound by the second-level
+// cache, which the left side comes from, and by memory, which W comes from; and the logits weigh six
+// times as much beside it.
 //
 // Memory per thread: R (4 D or 2 D for each stream, 4 D for u, 1 KB of tiles) and a panel of W,
 // bounded whatever N, V and the number of threads are. What a row gives depends on neither the
@@ -104,7 +107,6 @@ const LinearKernel linear_kernels[3] = {{}, linear_kernel<BF16>(), {}};
 namespace qadapter {
 namespace {
 
-constexpr int64_t kMostRows = 256;
 constexpr int64_t kThreadBytes = 14 << 20, kAllBytes = 56 << 20;
 
 const LinearKernel& kernel_for(int64_t isa, DType hidden, DType weight) {
@@ -137,14 +139,15 @@ struct Blocks {
     const auto bytes = [&](int64_t rows) {
       return kernel.memory(job, rows).total() * static_cast<int64_t>(sizeof(float));
     };
-    const int64_t most = chunk_size > 0 ? std::min(chunk_size, kMostRows) : kMostRows;
+    const int64_t most = chunk_size > 0 ? std::min<int64_t>(chunk_size, kernel.most_rows)
+                                        : kernel.most_rows;
     const int64_t few = std::min<int64_t>(most, kernel.max_height);
     threads = std::max<int64_t>(1, std::min(threads, kAllBytes / bytes(few)));
     const int64_t room = std::min(kThreadBytes, kAllBytes / threads);
     const int64_t per_row = (bytes(64 + few) - bytes(few)) / 64 + 1;
     const int64_t fit = std::max(few, std::min(most, few + (room - bytes(few)) / per_row));
     count = (n + fit - 1) / fit;
-    count = std::max<int64_t>(1, (count + threads - 1) / threads * threads);  // as equal as possible
+    count = std::max<int64_t>(1, (count + threads - 1) / threads * threads);
     rows = kernel.filled(std::max<int64_t>(1, (n + count - 1) / count));
     count = (n + rows - 1) / rows;
     threads = std::min(threads, count);

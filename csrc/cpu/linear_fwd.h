@@ -50,6 +50,7 @@ struct LinearMemory {
 struct LinearKernel {
   int max_height;   // rows of a register block
   int row_unit;     // what rows are filled up to a multiple of
+  int most_rows;    // of a block
   int panel_width;  // columns of a register block: u comes as [D / width][filled rows][width]
   LinearMemory (*memory)(const LinearJob&, int64_t rows);
   // Rows first .. first + count. Returns u, not yet divided by the sum, in `memory`.

@@ -23,6 +23,8 @@ template <class T>
 class Walk {
   using F = Simd::F;
   using Element = Product::Element;
+  static constexpr int kTogether = kLeftSteps * kStep;  // elements of a row of the left side
+  static constexpr int kLongest = std::max(16, kTogether);
 
  public:
   static LinearMemory memory(const LinearJob& job, int64_t rows) {
@@ -36,7 +38,7 @@ class Walk {
     m.panel = std::max<int64_t>(round_up(std::min<int64_t>(steps, kDepth), Simd::kWidth),
                                 kTile / kStep) *
               kNr;
-    m.vectors = 2 * kTile + 2 * round_up(job.dim, 16);
+    m.vectors = 2 * kTile + 2 * round_up(job.dim, kLongest);
     return m;
   }
 
@@ -59,9 +61,9 @@ class Walk {
     panel = take(m.panel);
     slopes = take(kTile);
     bias = take(kTile);
-    vector = take(round_up(job.dim, 16));
-    other = take(round_up(job.dim, 16));
-    std::fill(bias, bias + kTile, 0.0f);
+    vector = take(round_up(job.dim, kLongest));
+    other = take(round_up(job.dim, kLongest));
+    std::fill(bias, other, 0.0f);
   }
 
   const float* run() {
@@ -94,7 +96,6 @@ class Walk {
   // h, or h + m h_other rounded once, into [panel][k / kLeftSteps][rows of the panel][kLeftSteps];
   // rows that fill the block up are zeros
   void pack_left(const Matrix& h, const Matrix* h_other, float* out) {
-    constexpr int kTogether = kLeftSteps * kStep;
     std::memset(out, 0, panels.rows * steps * sizeof(float));
     for (int64_t p = 0; p < panels.count; ++p) {
       const int64_t start = panels.first(p), height = panels.height(p);
@@ -106,8 +107,9 @@ class Walk {
           widen(*h_other, row, job.dim, other);
           for (int64_t k = 0; k < job.dim; ++k) vector[k] += job.m * other[k];
         }
-        for (int64_t k = 0; k < job.dim; ++k) {
-          at[(k / kTogether * height + i) * kTogether + k % kTogether] = Product::round(vector[k]);
+        for (int64_t k = 0; k < job.dim; k += kTogether) {  // vector has zeros behind
+          Element* to = at + k * height + i * kTogether;
+          for (int j = 0; j < kTogether; ++j) to[j] = Product::round(vector[k + j]);
         }
       }
     }
@@ -376,7 +378,7 @@ const float* walk(const LinearJob& job, int64_t first, int64_t count, float* mem
 
 template <class T>
 constexpr LinearKernel linear_kernel() {
-  return {kMr, kRowUnit, kNr, &Walk<T>::memory, &walk<T>};
+  return {kMr, kRowUnit, kMostRows, kNr, &Walk<T>::memory, &walk<T>};
 }
 
 }  // namespace
