@@ -7,7 +7,6 @@ struct Product {
   using F = Simd::F;
   using Element = BF16;
   static constexpr int kStep = 2;
-  static constexpr int kMr = 14;
   static constexpr int kNv = 2;
   static constexpr int kTile = 256;
 

@@ -8,7 +8,6 @@ struct Product {
   using F = Simd::F;
   using Element = float;                                   // of packed operands
   static constexpr int kStep = 1;                          // elements in a dword
-  static constexpr int kMr = Simd::kWidth == 16 ? 14 : 6;  // rows of a register block
   static constexpr int kNv = 2;                            // vectors of columns of a register block
   static constexpr int kTile = 128;                        // columns of the vocabulary at a time
 

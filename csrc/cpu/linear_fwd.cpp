@@ -5,17 +5,20 @@
 //   value = alpha_tilde lse(x / alpha_tilde) - alpha_0 lse(z_b)
 //   u = sum_{j != a} p_j slope_j W_j,  p = softmax(x / alpha_tilde)
 //
-// A thread takes a block of up to 256 rows through the vocabulary in tiles of 128 or 256 columns.
-// Of each tile it packs W, multiplies into a float32 tile of logits per stream, updates the rows'
-// running (max, sum) pairs, turns the tile into p (relative to the running maximum, the action's
-// column 0), and adds p W to u in float32; where a maximum grew, that row of u is multiplied first.
-// u is divided by the sum and rounded once, at the end.
+// A thread takes a block of up to 256 rows (AMX: 384) through the vocabulary in tiles of 128 or 256
+// columns. Of each tile it packs W, multiplies into a float32 tile of logits per stream, updates
+// the rows' running (max, sum) pairs, turns the tile into p (relative to the running maximum, the
+// action's column 0), and adds p W to u in float32; where a maximum grew, that row of u is
+// multiplied first. u is divided by the sum and rounded once, at the end.
 //
 // Operations: 2 N V D for each of up to three products (base, q, p W); a cached base_lse saves the
 // first. Floor: that over the rate of multiply-adds: one AVX-512 instruction a cycle on Zen 4, 32
 // operations in float32, 64 with AVX512_BF16. Beside it, of the products' cycles for R = 256: 1-2 %
 // to pack each element of W twice, 2-4 % for the logits (about 12 cycles per 16 of a stream,
 // against D / 2 a product in bf16). Bytes: W once per block, 1 byte per 256 operations a product.
+// AMX does 1024 operations a cycle while its operands are near: it is bound by the second-level
+// cache, which the left side comes from, and by memory, which W comes from; and the logits weigh six
+// times as much beside it.
 //
 // Memory per thread: R (4 D or 2 D for each stream, 4 D for u, 1 KB of tiles) and a panel of W,
 // bounded whatever N, V and the number of threads are. What a row gives depends on neither the
@@ -37,6 +40,7 @@
 namespace qadapter {
 namespace plain {
 #include "cpu/gemm_f32.h"
+#include "cpu/gemm_pack.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/linear_fwd_kernel.h"
 const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF16>(),
@@ -50,6 +54,7 @@ const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF
 namespace qadapter {
 namespace avx2 {
 #include "cpu/gemm_f32.h"
+#include "cpu/gemm_pack.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/linear_fwd_kernel.h"
 const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF16>(),
@@ -63,6 +68,7 @@ const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF
 namespace qadapter {
 namespace avx512 {
 #include "cpu/gemm_f32.h"
+#include "cpu/gemm_pack.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/linear_fwd_kernel.h"
 const LinearKernel linear_kernels[3] = {linear_kernel<float>(), linear_kernel<BF16>(),
@@ -76,10 +82,24 @@ namespace qadapter {
 namespace avx512_bf16 {
 using Simd = avx512::Simd;
 #include "cpu/gemm_bf16.h"
+#include "cpu/gemm_pack.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/linear_fwd_kernel.h"
 const LinearKernel linear_kernels[3] = {{}, linear_kernel<BF16>(), {}};
 }  // namespace avx512_bf16
+}  // namespace qadapter
+#include "cpu/isa_end.h"
+
+#include "cpu/isa_begin_amx.h"
+namespace qadapter {
+namespace amx {
+using Simd = avx512::Simd;
+#include "cpu/gemm_bf16.h"
+#include "cpu/gemm_pack.h"
+#include "cpu/gemm_amx.h"
+#include "cpu/linear_fwd_kernel.h"
+const LinearKernel linear_kernels[3] = {{}, linear_kernel<BF16>(), {}};
+}  // namespace amx
 }  // namespace qadapter
 #include "cpu/isa_end.h"
 #endif
@@ -87,14 +107,14 @@ const LinearKernel linear_kernels[3] = {{}, linear_kernel<BF16>(), {}};
 namespace qadapter {
 namespace {
 
-constexpr int64_t kMostRows = 256;
 constexpr int64_t kThreadBytes = 14 << 20, kAllBytes = 56 << 20;
 
 const LinearKernel& kernel_for(int64_t isa, DType hidden, DType weight) {
   const int w = static_cast<int>(weight);
 #if QADAPTER_X86
-  if (choose_bf16_dot(isa) && hidden == DType::bf16 && weight == DType::bf16) {
-    return avx512_bf16::linear_kernels[w];
+  if (hidden == DType::bf16 && weight == DType::bf16) {
+    if (choose_isa(isa) == Isa::amx) return amx::linear_kernels[w];
+    if (choose_isa(isa) == Isa::avx512_bf16) return avx512_bf16::linear_kernels[w];
   }
 #endif
   return QADAPTER_FOR_ISA(choose_isa(isa), linear_kernels)[w];
@@ -109,7 +129,7 @@ Matrix matrix_of(const Tensor& t, int64_t columns) {
 
 // How rows are shared out. Only speed and memory depend on it.
 struct Blocks {
-  int64_t count, threads, floats;  // floats: memory of one thread
+  int64_t rows, count, threads, floats;  // rows of a block, the last has fewer; memory of a thread
 
   Blocks(const LinearJob& job, const LinearKernel& kernel, int64_t n, int64_t chunk_size) {
     constexpr double kWorthwhile = 1e6;  // multiply-adds, to start a thread for
@@ -119,16 +139,19 @@ struct Blocks {
     const auto bytes = [&](int64_t rows) {
       return kernel.memory(job, rows).total() * static_cast<int64_t>(sizeof(float));
     };
-    const int64_t most = chunk_size > 0 ? std::min(chunk_size, kMostRows) : kMostRows;
+    const int64_t most = chunk_size > 0 ? std::min<int64_t>(chunk_size, kernel.most_rows)
+                                        : kernel.most_rows;
     const int64_t few = std::min<int64_t>(most, kernel.max_height);
     threads = std::max<int64_t>(1, std::min(threads, kAllBytes / bytes(few)));
     const int64_t room = std::min(kThreadBytes, kAllBytes / threads);
     const int64_t per_row = (bytes(64 + few) - bytes(few)) / 64 + 1;
-    const int64_t rows = std::max(few, std::min(most, few + (room - bytes(few)) / per_row));
+    const int64_t fit = std::max(few, std::min(most, few + (room - bytes(few)) / per_row));
+    count = (n + fit - 1) / fit;
+    count = std::max<int64_t>(1, (count + threads - 1) / threads * threads);
+    rows = kernel.filled(std::max<int64_t>(1, (n + count - 1) / count));
     count = (n + rows - 1) / rows;
-    count = std::min(n, (count + threads - 1) / threads * threads);
     threads = std::min(threads, count);
-    floats = count > 0 ? bytes((n + count - 1) / count) / static_cast<int64_t>(sizeof(float)) : 0;
+    floats = bytes(std::min(rows, n)) / static_cast<int64_t>(sizeof(float));
   }
 };
 
@@ -152,14 +175,14 @@ void store(float x, Half* out) {
 
 // u / sum, from panels to rows
 template <class T>
-void write_u(const float* u, const LinearRow* rows, int64_t count, int64_t dim, int width,
-             float scale, void* out_) {
+void write_u(const float* u, const LinearRow* rows, int64_t count, int64_t filled, int64_t dim,
+             int width, float scale, void* out_) {
   T* out = static_cast<T*>(out_);
   for (int64_t i = 0; i < count; ++i) {
     const double sum = rows[i].x.sum;
     const float factor = sum >= 0.5 ? static_cast<float>(scale / sum) : __builtin_nanf("");
     for (int64_t d = 0; d < dim; d += width) {
-      const float* from = u + d * count + i * width;
+      const float* from = u + d * filled + i * width;
       const int64_t n = std::min<int64_t>(width, dim - d);
       for (int64_t k = 0; k < n; ++k) store(factor * from[k], out + i * dim + d + k);
     }
@@ -218,15 +241,15 @@ Outputs linear_fwd(std::optional<Tensor> base_hidden, Tensor q_hidden, Tensor we
   torch::stable::parallel_for(0, blocks.threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks.count;) {
-        const int64_t first = i * n / blocks.count, count = (i + 1) * n / blocks.count - first;
+        const int64_t first = i * blocks.rows, count = std::min(blocks.rows, n - first);
         const float* sums =
             kernel.walk(job, first, count, out(memory) + t * blocks.floats, &rows[first]);
         if (!need_grad) continue;
         const auto write = job.q.dtype == DType::f32
                                ? &write_u<float>
                                : (job.q.dtype == DType::bf16 ? &write_u<BF16> : &write_u<Half>);
-        write(sums, &rows[first], count, job.dim, kernel.panel_width, job.scale,
-              u_out + first * u_bytes);
+        write(sums, &rows[first], count, kernel.filled(count), job.dim, kernel.panel_width,
+              job.scale, u_out + first * u_bytes);
       }
     }
   });

@@ -49,11 +49,15 @@ struct LinearMemory {
 
 struct LinearKernel {
   int max_height;   // rows of a register block
-  int panel_width;  // columns of a register block: u comes as [D / width][rows][width]
+  int row_unit;     // what rows are filled up to a multiple of
+  int most_rows;    // of a block
+  int panel_width;  // columns of a register block: u comes as [D / width][filled rows][width]
   LinearMemory (*memory)(const LinearJob&, int64_t rows);
   // Rows first .. first + count. Returns u, not yet divided by the sum, in `memory`.
   const float* (*walk)(const LinearJob&, int64_t first, int64_t count, float* memory,
                        LinearRow* rows);
+
+  int64_t filled(int64_t rows) const { return (rows + row_unit - 1) / row_unit * row_unit; }
 };
 
 }  // namespace qadapter

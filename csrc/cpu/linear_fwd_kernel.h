@@ -3,63 +3,51 @@
 
 namespace {
 
-constexpr int kDepth = 1024;  // steps of a packed panel of W; logits are added up over more
+// Rows of a block, filled up to a multiple of kRowUnit, in panels of at most kMr, as equal as
+// possible.
+struct Panels {
+  int64_t rows, count;
 
-inline float to_float(float x) { return x; }
-inline float to_float(BF16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-inline float to_float(Half x) {
-  Half pad[Simd::kWidth] = {x};
-  return Simd::first(Simd::load1(pad));
-}
+  explicit Panels(int64_t rows_)
+      : rows(round_up(rows_, kRowUnit)), count((rows + kMr - 1) / kMr) {}
+  int64_t first(int64_t panel) const { return panel * (rows / kRowUnit) / count * kRowUnit; }
+  int height(int64_t panel) const { return static_cast<int>(first(panel + 1) - first(panel)); }
+};
 
-template <class T>
-void widen(const void* row, int64_t n, float* out) {
-  const T* in = static_cast<const T*>(row);
-  int64_t k = 0;
-  for (; k + Simd::kWidth <= n; k += Simd::kWidth) Simd::store1(out + k, Simd::load1(in + k));
-  for (; k < n; ++k) out[k] = to_float(in[k]);
+// Steps to sum over `n` elements in, with zeros behind.
+inline int64_t steps_of(int64_t n) {
+  return round_up(n, kStep * kLeftSteps) / kStep;
 }
-
-inline void widen(const Matrix& matrix, int64_t row, int64_t n, float* out) {
-  const char* at = matrix.row(row);
-  if (matrix.dtype == DType::f32) {
-    widen<float>(at, n, out);
-  } else if (matrix.dtype == DType::bf16) {
-    widen<BF16>(at, n, out);
-  } else {
-    widen<Half>(at, n, out);
-  }
-}
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <class T>
 class Walk {
   using F = Simd::F;
   using Element = Product::Element;
+  static constexpr int kTogether = kLeftSteps * kStep;  // elements of a row of the left side
+  static constexpr int kLongest = std::max(16, kTogether);
 
  public:
   static LinearMemory memory(const LinearJob& job, int64_t rows) {
-    const int64_t steps = round_up(job.dim, kStep) / kStep;
+    const int64_t steps = steps_of(job.dim);
+    rows = round_up(rows, kRowUnit);
     LinearMemory m;
     m.streams = job.two ? 2 : 1;
     m.left = round_up(rows * steps, 16);
     m.tile = rows * kTileStride;
     m.sums = job.need_grad ? round_up(round_up(job.dim, kNr) * rows, 16) : 0;
-    m.panel = std::max<int64_t>(std::min<int64_t>(steps, kDepth), kTile / kStep) * kNr;
-    m.vectors = 2 * kTile + 2 * round_up(job.dim, 16);
+    m.panel = std::max<int64_t>(round_up(std::min<int64_t>(steps, kDepth), Simd::kWidth),
+                                kTile / kStep) *
+              kNr;
+    m.vectors = 2 * kTile + 2 * round_up(job.dim, kLongest);
     return m;
   }
 
   Walk(const LinearJob& job_, int64_t first_, int64_t count_, float* memory_, LinearRow* rows_)
       : job(job_), first(first_), count(count_), panels(count_), rows(rows_) {
     const LinearMemory m = memory(job, count);
-    steps = round_up(job.dim, kStep) / kStep;
+    steps = steps_of(job.dim);
+    const int64_t cuts = (steps + kDepth - 1) / kDepth;
+    depth = round_up((steps + cuts - 1) / cuts, kLeftSteps);
     const auto take = [&memory_](int64_t n) {
       float* at = memory_;
       memory_ += n;
@@ -73,12 +61,13 @@ class Walk {
     panel = take(m.panel);
     slopes = take(kTile);
     bias = take(kTile);
-    vector = take(round_up(job.dim, 16));
-    other = take(round_up(job.dim, 16));
-    std::fill(bias, bias + kTile, 0.0f);
+    vector = take(round_up(job.dim, kLongest));
+    other = take(round_up(job.dim, kLongest));
+    std::fill(bias, other, 0.0f);
   }
 
   const float* run() {
+    [[maybe_unused]] const Tiles tiles{};
     for (int64_t i = 0; i < count; ++i) rows[i] = {Partial(), Partial(), 0, 0, 0, 1};
     if (job.action_dot) {
       if (job.base.data) {
@@ -92,7 +81,7 @@ class Walk {
       pack_left(job.q, nullptr, left_q);
       if (job.two) pack_left(job.base, nullptr, left_b);
     }
-    if (job.need_grad) std::memset(sums, 0, round_up(job.dim, kNr) * count * sizeof(float));
+    if (job.need_grad) std::memset(sums, 0, round_up(job.dim, kNr) * panels.rows * sizeof(float));
     for (int64_t column = 0; column < job.vocab; column += kTile) {
       tile(column, static_cast<int>(std::min<int64_t>(kTile, job.vocab - column)));
     }
@@ -104,22 +93,23 @@ class Walk {
     return reinterpret_cast<const T*>(job.weight.data) + row * job.weight.stride;
   }
 
-  // h, or h + m h_other rounded once, into [panel][k][rows of the panel]
+  // h, or h + m h_other rounded once, into [panel][k / kLeftSteps][rows of the panel][kLeftSteps];
+  // rows that fill the block up are zeros
   void pack_left(const Matrix& h, const Matrix* h_other, float* out) {
+    std::memset(out, 0, panels.rows * steps * sizeof(float));
     for (int64_t p = 0; p < panels.count; ++p) {
-      const int64_t start = panels.first(p);
-      const int height = panels.height(p);
+      const int64_t start = panels.first(p), height = panels.height(p);
       Element* at = reinterpret_cast<Element*>(out + start * steps);
-      for (int i = 0; i < height; ++i) {
+      for (int64_t i = 0; i < std::min(height, count - start); ++i) {
         const int64_t row = first + start + i;
         widen(h, row, job.dim, vector);
         if (h_other != nullptr) {
           widen(*h_other, row, job.dim, other);
           for (int64_t k = 0; k < job.dim; ++k) vector[k] += job.m * other[k];
         }
-        for (int64_t k = 0; k < steps * kStep; ++k) {
-          const Element x = Product::round(k < job.dim ? vector[k] : 0.0f);
-          std::memcpy(at + (k / kStep * height + i) * kStep + k % kStep, &x, sizeof(x));
+        for (int64_t k = 0; k < job.dim; k += kTogether) {  // vector has zeros behind
+          Element* to = at + k * height + i * kTogether;
+          for (int j = 0; j < kTogether; ++j) to[j] = Product::round(vector[k + j]);
         }
       }
     }
@@ -127,27 +117,33 @@ class Walk {
 
   // c[row][0 .. kNr) = left . the kNr given rows of W, for the panels from .. to
   void logits(const T* const* columns, const float* left, int64_t from, int64_t to, float* c) {
-    for (int64_t k = 0; k < steps; k += kDepth) {
-      const int64_t depth = std::min<int64_t>(kDepth, steps - k);
-      pack_columns(columns, k * kStep, std::min(depth * kStep, job.dim - k * kStep), panel);
+    for (int64_t k = 0; k < steps; k += depth) {
+      const int64_t now = pack_depth(columns, k);
       Ahead ahead = nothing();
-      multiply_panels(left, k, depth, from, to, c, ahead);
+      multiply_panels(left, k, now, from, to, c, ahead);
     }
   }
 
-  void multiply_panels(const float* left, int64_t k, int64_t depth, int64_t from, int64_t to,
+  // Packs steps k .. k + depth of columns; returns how many there are.
+  int64_t pack_depth(const T* const* columns, int64_t k) {
+    const int64_t now = std::min(depth, steps - k);
+    pack_columns(columns, k * kStep, std::min(now * kStep, job.dim - k * kStep), panel);
+    return now;
+  }
+
+  void multiply_panels(const float* left, int64_t k, int64_t now, int64_t from, int64_t to,
                        float* c, Ahead& ahead) {
-    static constexpr Multiplies<Left::packed> kernels{};
     for (int64_t p = from; p < to; ++p) {
       const int height = panels.height(p);
       const int64_t start = panels.first(p);
-      kernels.of[height](depth, left + start * steps + k * height, panel, c + start * kTileStride,
-                         kTileStride, k > 0, ahead);
-      ahead.at += ahead.pace * depth;
+      multiply_rows<Left::packed>(height, now, left + start * steps + k * height, panel,
+                                  c + start * kTileStride, kTileStride, k > 0, ahead);
+      ahead.at += ahead.pace * now;
     }
   }
 
   bool has_action(int64_t i) const {
+    if (i >= count) return false;
     const int64_t a = job.actions[first + i];
     return a >= 0 && a < job.vocab;
   }
@@ -265,7 +261,7 @@ class Walk {
   void rescale_sums(int64_t row, float factor) {
     const F by = Simd::set1(factor);
     for (int64_t d = 0; d < job.dim; d += kNr) {
-      float* at = sums + d * count + row * kNr;
+      float* at = sums + d * panels.rows + row * kNr;
       for (int j = 0; j < kNr; j += Simd::kWidth) {
         Simd::store1(at + j, Simd::mul(Simd::load1(at + j), by));
       }
@@ -318,11 +314,10 @@ class Walk {
       const T* rows_of_w[kNr] = {};
       for (int j = 0; j < std::min(kNr, columns - at); ++j) rows_of_w[j] = weight(column + at + j);
       Ahead ahead = next_columns(column + at + kNr);
-      for (int64_t k = 0; k < steps; k += kDepth) {
-        const int64_t depth = std::min<int64_t>(kDepth, steps - k);
-        pack_columns(rows_of_w, k * kStep, std::min(depth * kStep, job.dim - k * kStep), panel);
-        if (job.two) multiply_panels(left_b, k, depth, 0, panels.count, tile_b + at, ahead);
-        multiply_panels(left_q, k, depth, 0, panels.count, tile_q + at, ahead);
+      for (int64_t k = 0; k < steps; k += depth) {
+        const int64_t now = pack_depth(rows_of_w, k);
+        if (job.two) multiply_panels(left_b, k, now, 0, panels.count, tile_b + at, ahead);
+        multiply_panels(left_q, k, now, 0, panels.count, tile_q + at, ahead);
       }
     }
     for (int64_t i = 0; i < count; ++i) statistics(i, column, columns);
@@ -345,13 +340,12 @@ class Walk {
   // sums += p W for the columns of the tile. The next panel's lines lie a row of W apart; they are
   // fetched on the way, a row a step.
   void add_weights(int64_t column, int columns) {
-    static constexpr Multiplies<Left::rows> kernels{};
     constexpr int64_t kLine = kNr * sizeof(T);
-    const int64_t k = (columns + kStep - 1) / kStep;
+    const int64_t k = steps_of(columns);
     const int64_t stride = job.weight.stride * static_cast<int64_t>(sizeof(T));
     for (int64_t d = 0; d < job.dim; d += kNr) {
       pack_rows(weight(column), job.weight.stride, columns, d,
-                std::min<int64_t>(kNr, job.dim - d), panel);
+                std::min<int64_t>(kNr, job.dim - d), k, panel);
       const char* next = reinterpret_cast<const char*>(weight(column) + d + kNr);
       int64_t next_row = 0, line = 0;
       for (int64_t p = 0; p < panels.count; ++p) {
@@ -362,8 +356,8 @@ class Walk {
           next_row += k;
           if (next_row + k > columns) next_row = 0, line += 64;
         }
-        kernels.of[panels.height(p)](k, tile_q + start * kTileStride, panel,
-                                     sums + d * count + start * kNr, kNr, true, ahead);
+        multiply_rows<Left::rows>(panels.height(p), k, tile_q + start * kTileStride, panel,
+                                  sums + d * panels.rows + start * kNr, kNr, true, ahead);
       }
     }
   }
@@ -372,7 +366,7 @@ class Walk {
   const int64_t first, count;
   const Panels panels;
   LinearRow* rows;
-  int64_t steps;
+  int64_t steps, depth;
   float *left_q, *left_b, *tile_q, *tile_b, *sums, *panel, *slopes, *bias, *vector, *other;
 };
 
@@ -384,7 +378,7 @@ const float* walk(const LinearJob& job, int64_t first, int64_t count, float* mem
 
 template <class T>
 constexpr LinearKernel linear_kernel() {
-  return {Product::kMr, kNr, &Walk<T>::memory, &walk<T>};
+  return {kMr, kRowUnit, kMostRows, kNr, &Walk<T>::memory, &walk<T>};
 }
 
 }  // namespace

@@ -88,7 +88,7 @@ namespace {
 RowsColumns columns_for(int64_t isa, DType dtype) {
   const int d = static_cast<int>(dtype);
 #if QADAPTER_X86
-  if (dtype == DType::bf16 && choose_bf16_dot(isa)) return avx512_bf16::rows_bf16;
+  if (dtype == DType::bf16 && choose_isa(isa) >= Isa::avx512_bf16) return avx512_bf16::rows_bf16;
 #endif
   return QADAPTER_FOR_ISA(choose_isa(isa), rows_table)[d];
 }

@@ -1,8 +1,8 @@
 """The C++ backend: loads the CPU extension, and gives it the signatures that all backends share.
 
 The extension (csrc/cpu, built by setup.py) registers its operations under `torch.ops.qadapter_C`.
-It takes float32, bfloat16 and float16 on the CPU. AVX-512, AVX2 or plain code is chosen at run
-time; QADAPTER_CPU_CAPABILITY=avx512|avx2|plain forces a lower one.
+It takes float32, bfloat16 and float16 on the CPU. The instruction set is chosen at run time;
+QADAPTER_CPU_CAPABILITY, one of `CAPABILITIES`, forces a lower one.
 
 Each operation takes what its twin in `residual_torch`, `preference_torch`, `linear_torch` or
 `sample_torch` takes; the extension's own schema also has the instruction set, last.
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CAPABILITIES = ("plain", "avx2", "avx512")  # the extension's numbers for them
+# The extension's numbers for the instruction sets, each with all that is before it. The last two
+# add products of bfloat16; what has no such products takes avx512 there.
+CAPABILITIES = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def build_note(extension: str) -> str:
@@ -45,7 +47,7 @@ def why_not_loaded() -> str | None:
 
 
 def available() -> tuple[bool, str]:
-    """Whether kernels can run here, and the vector code they take, or the reason."""
+    """Whether kernels can run here, and the instruction set they take, or the reason."""
     reason = why_not_loaded()
     return (True, f"vector code: {capability()}") if reason is None else (False, reason)
 
@@ -63,7 +65,7 @@ def _best() -> int:
 
 
 def isa() -> int:
-    """The extension's number for the vector code that runs."""
+    """The extension's number for the instruction set that is used."""
     best = _best()
     forced = os.environ.get("QADAPTER_CPU_CAPABILITY")
     if not forced:
@@ -75,14 +77,8 @@ def isa() -> int:
     return min(CAPABILITIES.index(forced), best)
 
 
-def product_isa() -> int:
-    """As `isa` for matrix products, whose bfloat16 dot products (-1, the best of this CPU) are no
-    vector code of their own."""
-    return isa() if os.environ.get("QADAPTER_CPU_CAPABILITY") else -1
-
-
 def capability() -> str:
-    """The vector code that runs: avx512, avx2 or plain."""
+    """The instruction set that is used, one of CAPABILITIES."""
     return CAPABILITIES[isa()]
 
 
@@ -108,7 +104,7 @@ def linear_fwd(
 ) -> tuple[Tensor, ...]:
     bias = None if bias is None else bias.float().contiguous()
     operation = extension().linear_fwd
-    return operation(base_hidden, q_hidden, weight, actions, bias, *arguments, product_isa())
+    return operation(base_hidden, q_hidden, weight, actions, bias, *arguments, isa())
 
 
 def sample(*arguments: Any) -> tuple[Tensor, Tensor]:

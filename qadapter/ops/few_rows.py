@@ -13,8 +13,9 @@ from torch import Tensor
 from qadapter.ops import cpp
 
 # The most rows for which rows_linear was measured to be faster than torch's product (oneDNN's or
-# MKL's), with bfloat16 dot products and by `cpp.capability`. CPUs with AMX were not measured.
+# MKL's), by `cpp.capability`. CPUs with AMX were not measured.
 _ROWS_LIMITS = {
+    "amx": {torch.bfloat16: 64, torch.float32: 32},
     "avx512_bf16": {torch.bfloat16: 64, torch.float32: 32},
     "avx512": {torch.bfloat16: 64, torch.float32: 32},
     "avx2": {torch.bfloat16: 64, torch.float32: 32},
@@ -25,7 +26,7 @@ _ROWS_LIMITS = {
 @functools.cache
 def _operation() -> tuple[Any, int]:
     """The operation and the vector code for it: what leads to them is looked up once."""
-    return cpp.extension().rows_linear.default, cpp.product_isa()
+    return cpp.extension().rows_linear.default, cpp.isa()
 
 
 @functools.cache
@@ -33,9 +34,7 @@ def rows_linear_limit(dtype: torch.dtype) -> int:
     """The most rows for which `rows_linear` is the faster product; 0 where it never is."""
     if cpp.why_not_loaded() is not None:
         return 0
-    isa = _operation()[1]
-    dots = isa < 0 and cpp.extension().has_bf16_dot()
-    return _ROWS_LIMITS["avx512_bf16" if dots else cpp.capability()].get(dtype, 0)
+    return _ROWS_LIMITS[cpp.CAPABILITIES[_operation()[1]]].get(dtype, 0)
 
 
 def rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from qadapter.ops import cpp
 def _operations() -> tuple[Any, Any, int]:
     """Both operations and the vector code for them: what leads to them is looked up once."""
     extension = cpp.extension()
-    return extension.lora_add_.default, extension.lora_outer.default, cpp.product_isa()
+    return extension.lora_add_.default, extension.lora_outer.default, cpp.isa()
 
 
 def lora_add_(

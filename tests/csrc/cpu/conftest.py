@@ -6,7 +6,9 @@ from qadapter.ops import cpp
 
 # QADAPTER_CPU_CAPABILITY in the environment of the tests keeps them to it and what is below.
 HAS_CPP = cpp.available()[0]
-VECTOR_CODE = cpp.CAPABILITIES[cpp.isa() :: -1] if HAS_CPP else ()
+SETS = cpp.CAPABILITIES[cpp.isa() :: -1] if HAS_CPP else ()
+# What kernels without products differ in.
+VECTOR_CODE = tuple(name for name in SETS if name in ("plain", "avx2", "avx512"))
 
 
 @pytest.fixture(params=VECTOR_CODE)
@@ -16,15 +18,8 @@ def isa(request, monkeypatch):
     return request.param
 
 
-# What runs where nothing is forced: products take dot products of bfloat16, where there are any.
-BEST = ("best",) if HAS_CPP and cpp.product_isa() < 0 else ()
-
-
-@pytest.fixture(params=BEST + VECTOR_CODE)
+@pytest.fixture(params=SETS)
 def product_isa(request, monkeypatch):
-    """As `isa`, for matrix products."""
-    if request.param == "best":
-        monkeypatch.delenv("QADAPTER_CPU_CAPABILITY", raising=False)
-    else:
-        monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
+    """As `isa`, for matrix products, which bfloat16 has instructions of its own for."""
+    monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
     return request.param

@@ -147,6 +147,19 @@ def test_dimensions(product_isa, dim):
         check(run(*inputs), inputs)
 
 
+@pytest.mark.parametrize("rows", [2, 14, 15, 16, 17, 31, 32, 33, 48, 49, 257, 385])
+def test_row_counts(product_isa, rows):
+    """Blocks of registers, of tiles and of a thread, full and not: bitwise as among other rows."""
+    for dtype in (F32, BF16):
+        base, q, head, actions = make(400, 300, 97, dtype, dtype)
+        whole = run(base, q, head, actions, (0.3, 1.0, 1.0))
+        inputs = (base[:rows], q[:rows], head, actions[:rows])
+        got = run(*inputs, (0.3, 1.0, 1.0))
+        check(got, inputs, (0.3, 1.0, 1.0))
+        for name in NAMES:
+            assert torch.equal(got[name], whole[name][:rows]), name
+
+
 @pytest.mark.parametrize("cap", [0.0, 5.0, 0.05])
 @pytest.mark.parametrize("alphas", [ONES, (0.3, 1.0, 1.0), (1.5, 0.7, 0.5)])
 def test_bias_scale_and_cap(product_isa, alphas, cap):
