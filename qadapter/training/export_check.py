@@ -88,8 +88,8 @@ class Adapters:
                 ids = torch.tensor([text.ids], device=self.base.device)
                 base, scaled = self._logits(None, ids), of_exported(ids)
                 streams = [base if name is None else self._logits(name, ids) for name in names]
-                of_states = [logits[0, text.first :] for logits in (base, scaled, *streams)]
-                sums.append(_sums(*of_states[:2], of_states[2:], counts[:, 0].tolist()))
+                b, e, *each = (logits[0, text.first :] for logits in (base, scaled, *streams))
+                sums.append(_sums(b, e, each, counts[:, 0].tolist()))
         blend_of, exported_of, between = torch.stack(sums, 1)
         states = torch.tensor([text.states for text in texts])
         return ExportKL(blend_of, exported_of, between, states)
