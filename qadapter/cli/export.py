@@ -68,7 +68,7 @@ def export(options: argparse.Namespace) -> int:
 
     for folder in weights:
         trained = trained_strength(folder)
-        if trained != strength:
+        if trained not in (1.0, strength):
             print(f"{folder} was trained at strength {trained:g}", file=sys.stderr)
     adapters, texts = _texts(options, weights) if options.check else (None, [])
     output = export_adapter(
@@ -79,7 +79,7 @@ def export(options: argparse.Namespace) -> int:
         base_model=options.base_model,
         dtype=options.dtype,
     )
-    print(_summary(options, strength, output))
+    print(_summary(options, weights, strength, output))
     if adapters is not None:
         from qadapter.training.export_check import table
 
@@ -131,14 +131,17 @@ def _texts(options: argparse.Namespace, weights: dict[str, float]) -> tuple[Any,
     return adapters, texts
 
 
-def _summary(options: argparse.Namespace, strength: float, output: Path) -> str:
+def _summary(
+    options: argparse.Namespace, weights: dict[str, float], strength: float, output: Path
+) -> str:
     if options.merge:
         what = "merged model"
     else:
         config = files.read_json(output / "adapter_config.json")
         what = f"plain LoRA of rank {config['r']}, alpha {config['lora_alpha']:g},"
     line = f"{what} in {output}: strength {strength:g}"
-    if options.check is None:
+    exact = strength == 0 or [strength * weight for weight in weights.values()] == [1.0]
+    if options.check is None and not exact:
         line += "; not the blend of logits at this strength, --check FILE measures the difference"
     return line
 

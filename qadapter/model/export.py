@@ -43,6 +43,7 @@ _MORE_THAN_A_PRODUCT = {
     "trainable_token_indices": "rows of the embedding that are trained whole have no alpha",
     "target_parameters": "a LoRA on bare parameters (of experts) is not scaled here",
 }
+LARGEST = 1e12  # scale of a LoRA; far above anything that is meant, far below what overflows
 _ONLY_IN_TRAINING = ("velora_config",)
 _KEY = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|"
@@ -271,6 +272,8 @@ def _combined(sources: list[_Source], factors: list[Fraction]) -> _Lora:
     }
     rank = max(sum(layer.a.shape[0] for layer, _ in of_path[path]) for path in paths)
     scales = {scale for parts in of_path.values() for _, scale in parts}
+    if max(map(abs, scales)) > LARGEST:
+        raise ValueError(f"strength: with the weights a LoRA's scale comes to {LARGEST:g} or more")
     # One scale for all is alpha's, and no weight is touched. Else it is 1, and that is B's. So it
     # is for 0: llama.cpp takes an alpha of 0 for none, which is a scale of 1.
     common = scales.pop() if len(scales) == 1 else Fraction(1)

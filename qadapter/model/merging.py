@@ -15,12 +15,14 @@ from qadapter.model.checkpoint import quantisation, read_config, resolve_model
 
 logger = logging.getLogger(__name__)
 NAME = "exported"  # of the LoRA beside the adapter that was trained
+NOTICEABLE = 0.1  # rounding, as a share of the change
 
 
 def merged(
     adapter: str, lora: str | Path, base_model: str | Path | None, dtype: torch.dtype | str
 ) -> tuple[PreTrainedModel, Any]:
-    """The base of a saved adapter with a LoRA of its kind added to its weights, and its tokenizer.
+    """The base of a saved adapter with a LoRA of its kind added to its weights, and its tokenizer;
+    says so where rounding takes away much of what the LoRA changes.
 
     Args:
         adapter: folder of a saved adapter, which knows the base.
@@ -44,11 +46,21 @@ def merged(
     refuse_quantised(quantisation(base))
     adapter_files.load(peft_model, lora, NAME, trainable=False)
     uses = Counter(id(weight) for _, weight in base.named_parameters(remove_duplicate=False))
+    lost = changed = 0.0
     for path, layer in base.named_modules():
         if isinstance(layer, LoraLayer) and (
             NAME in layer.lora_B or NAME in layer.lora_embedding_B
         ):
-            _add(path, layer, uses)
+            off, size = _add(path, layer, uses)
+            lost, changed = lost + off, changed + size
+    if lost > (NOTICEABLE**2) * changed:
+        logger.warning(
+            "merge: weights rounded to %s are off by %.0f %% of what the adapter changes them "
+            "(root mean square), and the model may move less than the adapter does. The LoRA alone "
+            "or a merged model in float32 keeps it",
+            str(base.dtype).removeprefix("torch."),
+            100 * (lost / changed) ** 0.5,
+        )
     model: Any = peft_model.unload()
     return model, _tokenizer(adapter, source)
 
@@ -65,7 +77,8 @@ def refuse_quantised(how: Any) -> None:
 
 
 @torch.no_grad()
-def _add(path: str, layer: LoraLayer, uses: Counter[int]) -> None:
+def _add(path: str, layer: LoraLayer, uses: Counter[int]) -> tuple[float, float]:
+    """Returns the squares, summed over the weight, of what rounding is off, and of the change."""
     base: Any = layer.get_base_layer()
     if uses[id(base.weight)] > 1:
         raise ValueError(
@@ -73,7 +86,10 @@ def _add(path: str, layer: LoraLayer, uses: Counter[int]) -> None:
             "which would change too. Export the LoRA (without merge)"
         )
     delta: Any = layer.get_delta_weight  # type: ignore[attr-defined]
-    base.weight.copy_(_sum(base.weight, delta(NAME)))
+    change = delta(NAME)
+    exact = _sum(base.weight, change)
+    base.weight.copy_(exact)
+    off = float((exact - base.weight).double().square().sum())
     bias = getattr(layer.lora_B[NAME], "bias", None) if NAME in layer.lora_B else None
     if bias is not None:
         if base.bias is None:
@@ -82,12 +98,12 @@ def _add(path: str, layer: LoraLayer, uses: Counter[int]) -> None:
                 "the LoRA (without merge)"
             )
         base.bias.copy_(_sum(base.bias, bias * layer.scaling[NAME]))
+    return off, float(change.double().square().sum())
 
 
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:
-    """Rounded once, to the dtype of ``weight``."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+    return weight.to(wide) + delta.to(wide)
 
 
 def _tokenizer(adapter: str, base: str) -> Any:

@@ -61,7 +61,7 @@ def test_a_plain_lora(run, folder, tmp_path):
     status, printed, config = run("--strength", "0.5")
     assert (status, config["lora_alpha"], config["r"]) == (0, 4, 4)
     assert "plain LoRA of rank 4, alpha 4, in" in printed.out and "--check FILE" in printed.out
-    assert printed.err == f"{folder / 'plain'} was trained at strength 1\n"
+    assert "trained at" not in printed.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -76,7 +76,8 @@ def test_strengths_by_name_and_default(run, tmp_path):
     (tmp_path / "out").rename(tmp_path / "first")
     status, printed, config = run(adapter="half")  # trained at strength 0.5
     assert (status, config["lora_alpha"]) == (0, 8)
-    assert "was trained at strength 0.5" in printed.err and "strength 1;" in printed.out
+    assert "was trained at strength 0.5" in printed.err
+    assert printed.out.endswith(": strength 1\n")  # the blend itself
 
 
 def test_several(folder, tmp_path):

@@ -245,6 +245,20 @@ def test_merged_logits_are_those_of_the_lora(folder, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(again).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("bfloat16", 1e-3), ("bfloat16", 1.0), ("float32", 1e-3)]
+)
+def test_a_change_that_rounding_takes_away_is_said(tmp_path, caplog, dtype, size):
+    make_base(dtype=getattr(torch, dtype)).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=ATTENTION)
+    model = moved(QAdapterModel.from_pretrained(tmp_path / "base", lora_config=lora), 1)
+    model.save_pretrained(tmp_path / "adapter")
+    qadapter.export_adapter(tmp_path / "adapter", tmp_path / "out", strength=size, merge=True)
+    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("merge: ")]
+    assert len(said) == (dtype == "bfloat16" and size < 1)
+    assert not said or "rounded to bfloat16 are off by " in said[0]
+
+
 def test_a_bias_is_merged_where_the_base_has_one(folder, tmp_path):
     base = make_base("qwen2")
     base.save_pretrained(tmp_path / "base")
@@ -356,6 +370,7 @@ def test_recommended(folder, tmp_path):
     [
         ({"strength": -1}, "strength: expected 0 .the base. or more, got -1"),
         ({"strength": float("nan")}, "strength: "),
+        ({"strength": 1e300}, "strength: with the weights a LoRA's scale comes to"),
         ({"strength": "much"}, "strength: expected a number or 'recommended', got 'much'"),
         ({"adapter": {}}, "adapter: expected a folder, or weights by folder"),
         ({"adapter": "nowhere"}, "adapter: nowhere is not the folder of a saved adapter"),
