@@ -14,6 +14,7 @@ from qadapter.outputs import PreferenceLoss, ResidualValues, Sample
 from qadapter.version import __version__
 
 if TYPE_CHECKING:
+    from qadapter.model.export import export_adapter
     from qadapter.model.modeling import QAdapterModel
     from qadapter.model.packaged import packaged_model
     from qadapter.modules import QAdapterLinearLoss, QAdapterLoss
@@ -31,6 +32,7 @@ __all__ = [
     "Sample",
     "__version__",
     "backends",
+    "export_adapter",
     "functional",
     "packaged_model",
     "reference",
@@ -43,6 +45,7 @@ _LAZY = {
     "QAdapterLoss": "qadapter.modules",
     "QAdapterModel": "qadapter.model.modeling",
     "QAdapterTrainer": "qadapter.training.trainer",
+    "export_adapter": "qadapter.model.export",
     "packaged_model": "qadapter.model.packaged",
 }
 

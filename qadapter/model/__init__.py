@@ -10,6 +10,7 @@ locking.py           calls on one model take turns
 wrapping.py          which models can be composed; adapters.py: which of PEFT's adapters;
                      probe.py: both tried on a few tokens
 saving.py            an adapter's files; adapter_files.py: do they fit; checkpoint.py: its base
+export.py            a plain LoRA or, by merging.py, whole weights for servers; export_card.py
 precision.py         the dtype in which a base is fast on this machine
 packaged.py          a small real model that comes as a package
 """

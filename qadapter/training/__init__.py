@@ -5,4 +5,5 @@ arguments.py, preparation.py      which arguments are followed; models, data and
 base_cache.py, base_identity.py   what the base says, computed once and kept on disk
 anchor_texts.py, anchor_files.py  texts of the base itself, that it should keep
 evaluation.py, frontier.py        preference and forgetting; over strengths; plots.py: pictures
+export_check.py                   what an exported adapter is off its policy
 """
