@@ -213,7 +213,7 @@ class _NllTrainer(QAdapterTrainer):
             reg_coef=0.0,
             bt_scale=self.study["beta"],
             length_norm="none",
-            denominators=inputs["denominators"][:2],
+            denominators=inputs["denominators"][:2].float(),
         )
         nll = -values.policy_logp[_chosen_rows(inputs)].sum() / inputs["denominators"][2]
         loss = outputs.loss + self.study["nll_coef"] * nll

@@ -146,15 +146,15 @@ def test_resuming_by_the_argument(tmp_path, tiny_tokenizer):
 
 
 def test_totals_of_all_processes(tmp_path, tiny_tokenizer, monkeypatch):
-    """Gradients are averaged over processes, so each divides by the mean of their totals."""
+    """Each divides by the totals of all; gradients are averaged, so its loss counts twice."""
     run = trainer(tmp_path, tiny_tokenizer)
-    theirs = torch.tensor([2.0, 100.0])
+    theirs = torch.tensor([2, 100, 7])
     monkeypatch.setattr(type(run.accelerator), "num_processes", property(lambda _: 2))
-    monkeypatch.setattr(run.accelerator, "reduce", lambda totals, reduction: (totals + theirs) / 2)
+    monkeypatch.setattr(run.accelerator, "reduce", lambda totals, reduction: totals + theirs)
     one = run.data_collator([run.train_dataset[i] for i in range(4)])
     actions = int((one["actions"] != -100).sum())
     batches, _ = run.get_batch_samples(iter([dict(one)]), 1, torch.device("cpu"))
-    assert batches[0]["denominators"].tolist() == [(4 + 2) / 2, (actions + 100) / 2]
+    assert batches[0]["denominators"].tolist() == [4 + 2, actions + 100]
     run.args.average_tokens_across_devices = False
     batches, _ = run.get_batch_samples(iter([dict(one)]), 1, torch.device("cpu"))
     assert batches[0]["denominators"].tolist() == [4, actions]

@@ -56,7 +56,9 @@ def test_trained_saved_loaded(folder, tiny_tokenizer, name, kind):
 
     plain = PeftModel.from_pretrained(make_base("llama"), str(folder / "out"))
     with torch.no_grad():
-        assert torch.equal(plain(IDS).logits.flatten(0, 1), want.q_logits)
+        # norms and gates by their own kernels there
+        got = plain(IDS).logits.flatten(0, 1)
+        torch.testing.assert_close(got, want.q_logits, rtol=1e-4, atol=1e-4)
 
     again = wrapped(folder, name, **SAVED[kind])
     resumed = trainer(folder, tiny_tokenizer, model=again, save_strategy="steps", save_steps=2)
