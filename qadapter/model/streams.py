@@ -80,7 +80,8 @@ class Streams:
         self.takes_positions = "position_ids" in parameters
         self.shared_layers = 0
         self._rows = self._tokens = 0
-        self._few = False  # the C++ kernels for few rows serve this forward
+        self._kernels = False  # the C++ kernels serve this forward,
+        self._few = False  # those for few rows too
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._layers: list[nn.Module] = []
         self._refusal = self.reason = _why_not(self.hf_model, names)
@@ -148,13 +149,15 @@ class Streams:
     ) -> dict[str, Any]:
         count = len(self.names)
         self._rows, self._tokens = count * input_ids.shape[0], count * input_ids.numel()
-        self._few = (
-            not torch.compiler.is_compiling()
+        limit = few_rows.rows_linear_limit(self.hf_model.dtype)
+        self._kernels = (
+            limit > 0
+            and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
             and input_ids.device.type == "cpu"
-            and self._tokens <= few_rows.rows_linear_limit(self.hf_model.dtype)
             and not torch.is_autocast_enabled("cpu")
         )
+        self._few = self._kernels and self._tokens <= limit
         if count > 1 and not self._layers:
             input_ids = input_ids.repeat(count, 1)
             if attention_mask is not None:
@@ -194,10 +197,10 @@ class Streams:
                 module.__dict__["forward"] = forward
             yield
         finally:
-            for (module, _), forward in zip(self._forwards, before, strict=True):
+            for (module, _), was in zip(self._forwards, before, strict=True):
                 module.__dict__.pop("forward", None)
-                if forward is not None:
-                    module.__dict__["forward"] = forward
+                if was is not None:
+                    module.__dict__["forward"] = was
             for hook in hooks:
                 hook.remove()
 
@@ -228,7 +231,7 @@ class Streams:
                 a, b = cast(Any, module.lora_A[name]), cast(Any, module.lora_B[name])
                 scaling = module.scaling[name]
                 start, stop = i * rows, (i + 1) * rows
-                kernel = self._few and dense and b.bias is None and out.dtype == x.dtype
+                kernel = self._kernels and dense and b.bias is None and out.dtype == x.dtype
                 if kernel and a.weight.dtype in (torch.float32, torch.bfloat16):
                     low_rank.lora_add_(out, x, a.weight, b.weight, float(scaling), start, stop)
                 else:

@@ -13,9 +13,9 @@ from torch import Tensor
 from qadapter.ops import cpp
 
 # The most rows for which rows_linear was measured to be faster than torch's product (oneDNN's or
-# MKL's), by `cpp.capability`. CPUs with AMX were not measured.
+# MKL's), by `cpp.capability`. oneDNN's takes AMX for any number of rows.
 _ROWS_LIMITS = {
-    "amx": {torch.bfloat16: 64, torch.float32: 32},
+    "amx": {torch.bfloat16: 8, torch.float32: 32},
     "avx512_bf16": {torch.bfloat16: 64, torch.float32: 32},
     "avx512": {torch.bfloat16: 64, torch.float32: 32},
     "avx2": {torch.bfloat16: 64, torch.float32: 32},
