@@ -149,15 +149,16 @@ class Streams:
     ) -> dict[str, Any]:
         count = len(self.names)
         self._rows, self._tokens = count * input_ids.shape[0], count * input_ids.numel()
-        limit = few_rows.rows_linear_limit(self.hf_model.dtype)
         self._kernels = (
-            limit > 0
-            and not torch.compiler.is_compiling()
+            not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
             and input_ids.device.type == "cpu"
+            and few_rows.rows_linear_limit(self.hf_model.dtype) > 0
             and not torch.is_autocast_enabled("cpu")
         )
-        self._few = self._kernels and self._tokens <= limit
+        self._few = self._kernels and self._tokens <= few_rows.rows_linear_limit(
+            self.hf_model.dtype
+        )
         if count > 1 and not self._layers:
             input_ids = input_ids.repeat(count, 1)
             if attention_mask is not None:
