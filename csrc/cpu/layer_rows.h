@@ -1,4 +1,4 @@
-// What the elementwise kernels of a decoder layer share (rms_norm.cpp, silu_mul.cpp, rotary.cpp).
+// What the elementwise kernels of a decoder layer share (rms_norm.cpp, silu_mul.cpp).
 #pragma once
 
 #include <algorithm>

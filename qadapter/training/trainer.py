@@ -42,6 +42,8 @@ __all__ = ["RELEASED_PRESET", "QAdapterConfig", "QAdapterTrainer", "last_complet
 
 logger = logging.getLogger(__name__)
 
+ANCHOR_KL = "anchor/train_kl"
+
 
 class QAdapterTrainer(AnchoredTraining):
     """Train the adapter of a `QAdapterModel` on preference pairs.
@@ -278,7 +280,7 @@ class QAdapterTrainer(AnchoredTraining):
         kl = made.anchor_kl.sum()
         states = torch.tensor(float(made.anchor_kl.numel()), device=kl.device)
         total = inputs["anchors"].get("total", states).float()
-        self._record("train", {"anchor/train_kl": (kl, states)})
+        self._record("train", {ANCHOR_KL: (kl, states)})
         return self.anchor_control.coef * kl / total.to(kl.device).clamp(min=1)
 
     def prediction_step(
@@ -311,10 +313,16 @@ class QAdapterTrainer(AnchoredTraining):
         sums, self._sums[mode] = self._sums[mode], {}
         if not sums:
             return {}
+        if mode == "train" and self.args.anchored and ANCHOR_KL not in sums:
+            # A process without anchors in these batches takes part in the sum of the others.
+            sums[ANCHOR_KL] = [next(iter(sums.values()))[0].new_zeros(2)]
         totals = torch.stack([torch.stack(pairs).sum(0) for pairs in sums.values()])
         totals = self.accelerator.reduce(totals, reduction="sum").cpu()
         means = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
-        return dict(zip(sums, means, strict=True))
+        found = dict(zip(sums, means, strict=True))
+        if ANCHOR_KL in found and totals[list(sums).index(ANCHOR_KL), 1] == 0:
+            del found[ANCHOR_KL]
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
