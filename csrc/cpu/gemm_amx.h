@@ -1,5 +1,5 @@
 // Products on packed operands by AMX. Included in the place of gemm_kernel.h, after gemm_bf16.h and
-// gemm_pack.h, inside namespace qadapter::amx.
+// gemm_pack.h and amx_tiles.h, inside namespace qadapter::amx.
 //
 // A tile is 16 rows of 64 bytes. tdpbf16ps multiplies 16 rows of 16 pairs of bfloat16 with 16 pairs
 // for each of 16 columns, and adds them to float32, rounded to nearest; subnormal numbers count as
@@ -13,20 +13,6 @@ constexpr int kRowUnit = 16;    // blocks have a multiple of this many rows
 constexpr int kLeftSteps = 16;  // steps of a row that lie together
 constexpr int kMostRows = 384;  // rows that go through the vocabulary together
 constexpr int kDepth = 160;     // steps of a packed panel of W; logits are added up over more
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64, "as ldtilecfg reads it");
-const TileConfig kTileConfig;
-
-// The tiles of this thread, as long as this lives.
-struct Tiles {
-  Tiles() { _tile_loadconfig(&kTileConfig); }
-  ~Tiles() { _tile_release(); }
-};
 
 // c = a b, or c += a b, for 16 or 32 rows; c has `stride` floats from row to row. Not inlined: to
 // the compiler, a tile's load does not read memory.

@@ -96,6 +96,7 @@ namespace amx {
 using Simd = avx512::Simd;
 #include "cpu/gemm_bf16.h"
 #include "cpu/gemm_pack.h"
+#include "cpu/amx_tiles.h"
 #include "cpu/gemm_amx.h"
 #include "cpu/linear_fwd_kernel.h"
 const LinearKernel linear_kernels[3] = {{}, linear_kernel<BF16>(), {}};

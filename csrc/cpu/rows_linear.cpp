@@ -8,9 +8,11 @@
 // Bytes: W once, 2 O K in bfloat16; x and y are small beside it and stay in the cache. Floor: that
 // over the read bandwidth. Operations: 2 M O K; at one vdpbf16ps (64 operations) a cycle they take
 // M / 64 cycles per byte of W. A core that reads 4 bytes a cycle is bound by them from M = 16 on.
-// For many rows a blocked product, which packs W, is faster: qadapter/ops/cpp.py has the limits.
+// AMX (rows_linear_amx.h) has sixteen times that, and takes over above 4 rows. For many rows a
+// blocked product, which packs W, is faster: qadapter/ops/few_rows.py has the limits.
 //
-// What a row gives depends neither on the other rows, their number nor the threads.
+// What a row gives depends neither on the other rows nor on the threads, and on the number of rows
+// only where AMX takes over, which adds up in another order.
 
 #include "cpu/rows_linear.h"
 
@@ -80,14 +82,35 @@ const RowsColumns rows_bf16 = &rows_columns<BF16>;
 #undef QADAPTER_ROWS_BF16_DOT
 #include "cpu/isa_end.h"
 #undef QADAPTER_ROWS_BITS
+
+#include "cpu/isa_begin_amx.h"
+namespace qadapter {
+namespace amx {
+using Simd = avx512::Simd;
+#include "cpu/amx_tiles.h"
+#include "cpu/rows_linear_amx.h"
+}  // namespace amx
+}  // namespace qadapter
+#include "cpu/isa_end.h"
 #endif
 
 namespace qadapter {
 namespace {
 
-RowsColumns columns_for(int64_t isa, DType dtype) {
+// Rows of W that a tile of AMX's has; it takes no fewer.
+constexpr int64_t kTileRows = 16;
+// Of x, AMX takes more than these: vectors read W up to a third faster (docs/kernels-cpu.md).
+constexpr int64_t kVectorRows = 4;
+
+bool by_tiles(Isa isa, DType dtype, const RowsJob& job) {
+  return isa == Isa::amx && dtype == DType::bf16 && job.o >= kTileRows &&
+         job.x.count > kVectorRows;
+}
+
+RowsColumns columns_for(int64_t isa, DType dtype, const RowsJob& job) {
   const int d = static_cast<int>(dtype);
 #if QADAPTER_X86
+  if (by_tiles(choose_isa(isa), dtype, job)) return &amx::rows_columns;
   if (dtype == DType::bf16 && choose_isa(isa) >= Isa::avx512_bf16) return avx512_bf16::rows_bf16;
 #endif
   return QADAPTER_FOR_ISA(choose_isa(isa), rows_table)[d];
@@ -95,16 +118,16 @@ RowsColumns columns_for(int64_t isa, DType dtype) {
 
 // Calls f(first, end) for pieces of the columns of out. Each thread walks a slice of W from its
 // start, so that it reads one stream and its fetching ahead crosses pieces. Who is done takes what
-// is left of the others' slices.
+// is left of the others' slices. Pieces are multiples of `unit` columns.
 template <class F>
-void for_each_columns(const RowsJob& job, int64_t element, const F& f) {
+void for_each_columns(const RowsJob& job, int64_t element, int64_t unit, const F& f) {
   constexpr int64_t kMostThreads = 64;
   constexpr int64_t kPiece = 32768;         // bytes of W
   constexpr int64_t kWorthwhile = 1 << 19;  // work to wake another thread for
   // One row of x takes about a fourth of the time in which W is read.
   const int64_t row_bytes = std::max<int64_t>(1, job.k * element);
   const int64_t work = job.o * row_bytes * (4 + job.x.count);
-  const int64_t length = (kPiece / row_bytes / 4 + 1) * 4, count = (job.o + length - 1) / length;
+  const int64_t length = (kPiece / row_bytes / unit + 1) * unit, count = (job.o + length - 1) / length;
   const int64_t threads =
       std::min<int64_t>({kMostThreads, count, std::max<int64_t>(1, work / kWorthwhile),
                          static_cast<int64_t>(torch::stable::get_num_threads())});
@@ -177,9 +200,18 @@ Tensor rows_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t 
   job.w_stride = weight.stride(0);
   job.k = k;
   job.o = o;
-  const RowsColumns run = columns_for(isa, dtype);
+  const RowsColumns run = columns_for(isa, dtype, job);
+  const bool tiles = by_tiles(choose_isa(isa), dtype, job);
+#if QADAPTER_X86
+  std::optional<Tensor> packed;
+  if (tiles) {
+    packed = torch::stable::new_empty(x, {amx::packed_elements(job)});
+    job.packed = static_cast<BF16*>(packed->mutable_data_ptr());
+    amx::pack_x(job, job.packed);
+  }
+#endif
 
-  for_each_columns(job, element, [&](int64_t first, int64_t end) { run(job, first, end); });
+  for_each_columns(job, element, tiles ? 2 * kTileRows : 4, [&](int64_t first, int64_t end) { run(job, first, end); });
   return result;
 }
 

@@ -34,6 +34,7 @@ struct RowsJob {
   int64_t w_stride;  // elements
   int64_t k;
   int64_t o;
+  BF16* packed = nullptr;  // x as AMX's kernel wants it, for all threads
 };
 
 // Columns [first, end) of out, for all rows.

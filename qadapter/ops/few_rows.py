@@ -13,9 +13,9 @@ from torch import Tensor
 from qadapter.ops import cpp
 
 # The most rows for which rows_linear was measured to be faster than torch's product (oneDNN's or
-# MKL's), by `cpp.capability`. oneDNN's takes AMX for any number of rows.
+# MKL's), by `cpp.capability`.
 _ROWS_LIMITS = {
-    "amx": {torch.bfloat16: 8, torch.float32: 32},
+    "amx": {torch.bfloat16: 256, torch.float32: 32},
     "avx512_bf16": {torch.bfloat16: 64, torch.float32: 32},
     "avx512": {torch.bfloat16: 64, torch.float32: 32},
     "avx2": {torch.bfloat16: 64, torch.float32: 32},
@@ -40,7 +40,8 @@ def rows_linear_limit(dtype: torch.dtype) -> int:
 def rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T (+ bias) for few rows x, as nn.functional.linear; without gradients.
 
-    Sums are float32 and rounded once. What a row gives does not depend on the other rows.
+    Sums are float32 and rounded once. What a row gives does not depend on the other rows, and on
+    their number only where AMX takes over, above 4 rows in bfloat16.
     QADAPTER_CPU_CAPABILITY is read at the first call.
 
     Args:
