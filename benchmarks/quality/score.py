@@ -1,8 +1,9 @@
 """Log-likelihoods and KL of many policies made of the same two streams, sequence by sequence."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,14 +15,15 @@ from qadapter import QAdapterModel, reference
 from qadapter import functional as QF
 from qadapter.composition import StreamWeights, stream_weights
 from qadapter.model import packed_attention
-from qadapter.outputs import BaseMoments
+from qadapter.ops import cpp
+from qadapter.outputs import BaseMoments, ResidualValues
 from qadapter.text.collator import PreferenceCollator
 from qadapter.text.packing import PackedPreferenceCollator
 from qadapter.text.tokenization import pad_token_id
 
 CHUNK = 256  # rows whose float32 logits exist at a time
 PAIR = ("chosen", "rejected")
-Logits = Callable[[slice], list[Tensor]]  # float32, of the base and the LoRA, of some rows
+Part = tuple[slice, Callable[..., ResidualValues]]  # some rows, and their values by composition
 
 
 class Stream(NamedTuple):
@@ -114,8 +116,6 @@ def score(
     made = {name: np.zeros((len(blends), count)) for name in ("policy_logp", "kl")}
     made |= {"tokens": np.zeros(count, dtype=int), "base_logp": np.zeros(count)}
     lengths = [len(row["prompt_ids"]) + sum(len(row[f"{c}_ids"]) for c in columns) for row in rows]
-    head: Any = model.hf_model.get_output_embeddings()
-    weights = [None if w is None else w.float() for w in (head.weight, head.bias)]
     for place, part in enumerate(batches_by_length(lengths, batch_size)):
         pairs = [
             {"prompt_ids": row["prompt_ids"]}
@@ -128,8 +128,15 @@ def score(
         at, actions = (batch.pop(name)[: ends[-1]] for name in ("rows", "actions"))
         for name in ("unique_rows", "unique_index"):
             batch.pop(name, None)
-        logits = _logits(model, batch, at, weights, known, own, place, with_kl)
-        figures = _figures(*logits, actions, blends, with_kl)
+        if model.selects_hidden_rows:
+            base, lora = _streams(model, batch, at, known, own, place, with_kl)
+            parts = _parts(base, lora, model.hf_model.get_output_embeddings(), actions)
+            kl = partial(_kl_of_moments, base, lora)
+        else:
+            z = [z.float() for z in model(batch.pop("input_ids"), rows=at, **batch)]
+            parts = [(slice(None), partial(QF.residual_values, *z, actions))]
+            kl = partial(_kl_of_logits, z)
+        figures = _figures(parts, blends, kl if with_kl else None)
         numbers = [c * len(rows) + i for c in range(len(columns)) for i in part]
         for i, (begin, end) in zip(numbers, itertools.pairwise(ends), strict=True):
             made["tokens"][i] = end - begin
@@ -138,47 +145,65 @@ def score(
     return made
 
 
-def _logits(
+def _streams(
     model: QAdapterModel,
     batch: dict[str, Any],
     rows: Tensor,
-    weights: list[Tensor | None],
     known: dict[int, Stream],
     own: dict[int, Stream],
     place: int,
     with_kl: bool,
-) -> tuple[Logits, Stream, Stream]:
-    """Where the head is plain, logits are a float32 product of hidden states (bfloat16 logits would
-    add a KL of their own), made once for all blends: the fused operation, which makes them once
-    for each, takes longer."""
-    ids, none = batch.pop("input_ids"), Stream(torch.empty(0))
-    if not model.selects_hidden_rows:
-        both = model(ids, rows=rows, **batch)
-        return lambda part: [z[part].float() for z in both], none, none
+) -> tuple[Stream, Stream]:
+    """The base's, and what these weights of the LoRA make of the same rows."""
+    ids = batch.pop("input_ids")
     if place not in known:
         hidden, head = model._base_hidden(ids, rows, batch), model.hf_model.get_output_embeddings()
         made = QF.base_moments(hidden, head.weight, bias=head.bias) if with_kl else None
         known[place] = Stream(hidden, made and BaseMoments(*made))
     if place not in own:
         own[place] = Stream(model._stream_hidden(ids, rows, batch))
-    streams, linear = (known[place], own[place]), torch.nn.functional.linear
-    return lambda part: [linear(s.hidden[part].float(), *weights) for s in streams], *streams
+    return known[place], own[place]
+
+
+def _parts(base: Stream, own: Stream, head: Any, actions: Tensor) -> Iterator[Part]:
+    """Of a plain head. Sums are float32: logits in bfloat16 would add a KL of their own.
+
+    The fused operation makes its products once for each composition: where those of 16 bits are
+    not fast, it takes longer than float32 logits made once for all.
+    """
+    weight, bias, linear = head.weight, head.bias, torch.nn.functional.linear
+    if weight.is_cuda or (weight.dtype == torch.bfloat16 and cpp.capability() == "amx"):
+        operands = (base.hidden, own.hidden, weight, actions)
+        yield slice(None), partial(QF.linear_residual_values, *operands, bias=bias)
+        return
+    weight, bias = (None if w is None else w.float() for w in (weight, bias))
+    for start in range(0, len(actions), CHUNK):
+        at = slice(start, start + CHUNK)
+        logits = [linear(stream.hidden[at].float(), weight, bias) for stream in (base, own)]
+        yield at, partial(QF.residual_values, *logits, actions[at])
+
+
+def _kl_of_moments(
+    base: Stream, own: Stream, at: slice, values: ResidualValues, **composition: float
+) -> Tensor:
+    moments = cast(BaseMoments, base.moments).rows(at)
+    return QF.kl_to_base(values.value, own.hidden[at], moments, **composition)
+
+
+def _kl_of_logits(
+    logits: list[Tensor], at: slice, values: ResidualValues, **composition: float
+) -> Tensor:
+    return reference.kl_base_policy(*logits, **composition)
 
 
 def _figures(
-    logits: Logits,
-    base: Stream,
-    own: Stream,
-    actions: Tensor,
-    blends: Sequence[StreamWeights],
-    with_kl: bool,
+    parts: Iterable[Part], blends: Sequence[StreamWeights], kl: Callable[..., Tensor] | None
 ) -> dict[str, Tensor]:
-    """base_logp [N], policy_logp and (``with_kl``) kl [blends, N], float64 on the CPU."""
-    parts = []
-    for start in range(0, len(actions), CHUNK):
-        at = slice(start, start + CHUNK)
-        z_b, z_q = logits(at)
-        base_logp = QF.residual_values(z_b, z_q, actions[at]).base_logp
+    """base_logp [N], policy_logp and, by ``kl(rows, values, **composition)``, kl [blends, N];
+    float64 on the CPU."""
+    parts_made = []
+    for at, values in parts:
+        base_logp = values().base_logp
         logp, kls = [], []
         for q, b in blends:
             if q == 0.0:  # the base itself
@@ -186,13 +211,10 @@ def _figures(
                 kls.append(torch.zeros_like(base_logp))
                 continue
             composition = {"alpha_0": 1.0 + b / q, "alpha_tilde": 1.0 / q, "center": 1.0}
-            values = QF.residual_values(z_b, z_q, actions[at], **composition)
-            logp.append(values.policy_logp)
-            if base.moments is not None:
-                moments = base.moments.rows(at)
-                kls.append(QF.kl_to_base(values.value, own.hidden[at], moments, **composition))
-            elif with_kl:
-                kls.append(reference.kl_base_policy(z_b, z_q, **composition))
+            found = values(**composition)
+            logp.append(found.policy_logp)
+            if kl:
+                kls.append(kl(at, found, **composition))
         part = {"base_logp": base_logp, "policy_logp": torch.stack(logp)}
-        parts.append(part | ({"kl": torch.stack(kls)} if kls else {}))
-    return {n: torch.cat([p[n] for p in parts], -1).double().cpu() for n in parts[0]}
+        parts_made.append(part | ({"kl": torch.stack(kls)} if kl else {}))
+    return {n: torch.cat([p[n] for p in parts_made], -1).double().cpu() for n in parts_made[0]}
