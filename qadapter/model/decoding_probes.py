@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from qadapter.model.growing_cache import grow_in_place
 from qadapter.model.streams import Streams, evaluating
 
 LONG = 64  # tokens; what attention windows of more do with a cache is not tried
@@ -66,7 +67,9 @@ class _Base:
         """As transformers' generate prepares it."""
         if self.streams.cache_name is None or not self.model._supports_default_dynamic_cache():
             return None
-        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        grow_in_place(cache)
+        return cache
 
     def hidden(
         self,

@@ -15,6 +15,7 @@ from transformers.generation.configuration_utils import CompileConfig, Generatio
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from qadapter.model.decoding import GenerateOutput, TwoStreamDecoder, decode, row_keys
+from qadapter.model.growing_cache import grow_in_place
 from qadapter.model.streams import Streams, evaluating
 from qadapter.ops import checks
 
@@ -136,6 +137,7 @@ def generate(
         cache = model_kwargs.get(streams.cache_name or "")
         if not model_kwargs.get("use_cache", True):
             cache = None
+        grow_in_place(cache)
         compile_config = None
         if cache is not None and generation_config.cache_implementation == "static":
             compile_config = generation_config.compile_config
