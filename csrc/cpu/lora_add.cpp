@@ -9,19 +9,59 @@
 // (64 shuffles with AVX-512, for any r up to 16), so that no sum runs across lanes. A call for one
 // or two rows is bound by its overhead. Rows do not depend on one another.
 //
+// With AMX, 32 rows of bfloat16 or more go through its tiles (lora_amx.h), A, B and x A^T as sums of
+// three bfloat16 each, which are theirs exactly. What a row gives then depends on the number of rows
+// in that one place.
+//
 // lora_outer is what training needs beside it, the gradients of A and B: low^T x, summed in float32
 // over all rows by one thread a piece of columns, so that threads do not change the sums.
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <optional>
 #include <vector>
 
 #include "cpu/drivers.h"
+#include "cpu/isa.h"
 #include "cpu/rows_linear.h"
+
+#if QADAPTER_X86
+#include "cpu/simd_plain.h"
+#include "cpu/isa_begin_avx512.h"
+#include "cpu/simd_avx512.h"
+#include "cpu/isa_end.h"
+
+#include "cpu/isa_begin_amx.h"
+namespace qadapter {
+namespace amx {
+using Simd = avx512::Simd;
+#include "cpu/amx_tiles.h"
+#include "cpu/lora_amx.h"
+}  // namespace amx
+}  // namespace qadapter
+#include "cpu/isa_end.h"
+#endif
 
 namespace qadapter {
 namespace {
+
+// Of this thread, until it asks again.
+float* memory_of(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (memory.size() < static_cast<size_t>(floats)) memory.resize(floats);
+  return memory.data();
+}
+
+constexpr int64_t kTileRows = 32;    // of a block of AMX's; it takes no fewer
+constexpr int64_t kOuterRows = 256;  // from which on AMX is faster in lora_outer
+
+// Whether AMX takes rows of x, which lie `stride` bytes apart.
+bool by_tiles(int64_t isa, DType dtype, const RowView& x, int64_t least, int64_t& stride) {
+  stride = x.inner == 1 ? x.far : x.near;
+  const bool even = x.inner == 1 || x.count <= x.inner || x.far == x.inner * x.near;
+  return choose_isa(isa) == Isa::amx && dtype == DType::bf16 && x.count >= least && even;
+}
 
 DType lora_dtype(const Tensor& t, const char* name, const char* op = "lora_add_") {
   const ScalarType type = t.scalar_type();
@@ -93,14 +133,25 @@ void lora_add_(Tensor out, Tensor x, Tensor lora_a, Tensor lora_b, double scalin
   }
   if (rows == 0 || job.r == 0 || (job.o == 0 && job.low == nullptr)) return;
 
+#if QADAPTER_X86
+  int64_t x_stride;
+  if (by_tiles(isa, dtype, job.x, kTileRows, x_stride)) {
+    Tensor packed = torch::stable::new_empty(x, {amx::lora_elements(job)});
+    BF16* tiles = static_cast<BF16*>(packed.mutable_data_ptr());
+    BF16* room = reinterpret_cast<BF16*>(memory_of(amx::pack_memory(job) / 2 + 1));
+    (low_rank == DType::f32 ? amx::pack_lora<float> : amx::pack_lora<BF16>)(job, tiles, room);
+    const int64_t work = kTileRows * job.r * (job.k + job.o), floats = amx::block_memory(job);
+    for_each_piece((rows + kTileRows - 1) / kTileRows, work, [&](int64_t piece) {
+      amx::lora_block(job, tiles, x_stride, piece * kTileRows, memory_of(floats));
+    });
+    return;
+  }
+#endif
   const LoraRows run = lora_for(isa, dtype, low_rank);
   const int64_t work = std::min(rows, kLoraRows) * job.r * (job.k + job.o);
   for_each_piece((rows + kLoraRows - 1) / kLoraRows, work, [&](int64_t piece) {
-    thread_local std::vector<float> memory;
-    const size_t floats = static_cast<size_t>(kLoraRows * lora_stride(job.r));
-    if (memory.size() < floats) memory.resize(floats);
     const int64_t first = piece * kLoraRows;
-    run(job, first, std::min(rows, first + kLoraRows), memory.data());
+    run(job, first, std::min(rows, first + kLoraRows), memory_of(kLoraRows * lora_stride(job.r)));
   });
 }
 
@@ -123,6 +174,21 @@ Tensor lora_outer(Tensor low, Tensor x, double scaling, int64_t isa) {
   job.k = x.size(1);
   job.r = low.size(1);
   job.scaling = static_cast<float>(scaling);
+#if QADAPTER_X86
+  int64_t x_stride;
+  if (by_tiles(isa, dtype, job.x, kOuterRows, x_stride)) {
+    constexpr int64_t kColumns = 64;
+    Tensor packed = torch::stable::new_empty(x, {amx::low_elements(job)});
+    BF16* tiles = static_cast<BF16*>(packed.mutable_data_ptr());
+    amx::pack_low(job, tiles);
+    const int64_t pieces = (job.k + kColumns - 1) / kColumns;
+    for_each_piece(pieces, x.size(0) * job.r * kColumns, [&](int64_t piece) {
+      const int64_t first = piece * kColumns, end = std::min(job.k, first + kColumns);
+      amx::outer_tiles(job, tiles, first, end, memory_of(amx::outer_memory(job)));
+    });
+    return out;
+  }
+#endif
   const OuterColumns run = outer_for(isa, dtype);
   const int64_t pieces = (job.k + kOuterColumns - 1) / kOuterColumns;
   for_each_piece(pieces, x.size(0) * job.r * kOuterColumns, [&](int64_t piece) {
