@@ -5,7 +5,8 @@ hundred tokens and heads of 64 forward and backward take 1.5 to 2.7 times as lon
 here (docs/training-step.md). Scores exist for one sequence at a time, and are made again in
 backward instead of kept; query heads that share a key head are rows of one product, so nothing is
 repeated. As in the eager attention of transformers, scores are in the model's dtype, and the
-softmax sums in float32.
+softmax sums in float32; in bfloat16 csrc/cpu/causal_softmax.cpp takes it, over the keys that a
+query sees.
 """
 
 import functools
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qadapter.ops import cpp, layer_rows
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -47,6 +50,9 @@ def _probabilities(q: Tensor, k: Tensor, scaling: float, window: int | None) -> 
     nothing = q.new_empty(1, 1, 1)
     rows = q.reshape(heads, group * queries, dim)
     scores = torch.baddbmm(nothing, rows, k.transpose(1, 2), beta=0, alpha=scaling)
+    if scores.dtype == torch.bfloat16 and cpp.why_not_loaded() is None and scores.numel():
+        layer_rows.causal_softmax_(scores, queries, window)
+        return scores
     mask = _additive_mask(queries, keys, window, q.dtype)
     scores.view(heads, group, queries, keys).add_(mask)
     return torch.softmax(scores, -1)

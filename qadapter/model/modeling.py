@@ -22,6 +22,7 @@ from qadapter.model.decoding_probes import Needs, sees_later_tokens
 from qadapter.model.generate import check_prompts, generate, without_settings
 from qadapter.model.lora_linear import fuse_lora
 from qadapter.model.recompute import recompute_cheap
+from qadapter.model.rotary import fuse_rotary
 from qadapter.model.streams import Streams, switches
 from qadapter.model.trainer_hooks import without_dropout
 from qadapter.model.two_streams import TwoStreamForward
@@ -88,6 +89,7 @@ class QAdapterModel(TwoStreamForward):
         without_dropout(self.hf_model)
         recompute_cheap(self.hf_model)
         fuse_lora(self.hf_model)
+        fuse_rotary(self.hf_model)
 
     # Construction and files.
 

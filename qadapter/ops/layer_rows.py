@@ -1,4 +1,4 @@
-"""What a decoder layer does element by element, in one pass each: on the CPU, by csrc/cpu.
+"""What a decoder layer does beside its products, in one pass each: on the CPU, by csrc/cpu.
 
 No operations of torch.ops.qadapter: they run hundreds of times a step or token, where a dispatch
 more would be felt. Gradients are for activations alone, the weights of a norm are frozen.
@@ -115,3 +115,68 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         return cast(Tensor, _SiluMul.apply(gate, up))
     _, _, forward, _, isa = _operations()
     return forward(gate, up, isa)
+
+
+@functools.cache
+def _rotary() -> tuple[Any, int]:
+    return cpp.extension().rotary.default, cpp.isa()
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        operation, isa = _rotary()
+        return operation(x, cos, sin, False, isa)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        operation, isa = _rotary()
+        return operation(grads[0], *ctx.saved_tensors, True, isa), None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + [-x2, x1] sin, [x1, x2] the halves of x: rotary position embedding.
+
+    Values are those of transformers' apply_rotary_pos_emb bit for bit: arithmetic is float32, and
+    both products and their sum are rounded to the dtype. Backward rounds once.
+    QADAPTER_CPU_CAPABILITY is read at the first call.
+
+    Args:
+        x: [B, H, T, D], D even, float32 or bfloat16 on the CPU; differentiable once.
+        cos, sin: [1 or B, T, D] of the same dtype, dense rows; their gradient is not taken.
+
+    Returns:
+        [B, H, T, D], contiguous.
+
+    Raises:
+        RuntimeError: A dtype, device or shape that does not fit; the extension cannot be loaded.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _Rotary.apply(x, cos, sin))
+    operation, isa = _rotary()
+    return operation(x, cos, sin, False, isa)
+
+
+@functools.cache
+def _causal_softmax() -> tuple[Any, int]:
+    return cpp.extension().causal_softmax_.default, cpp.isa()
+
+
+def causal_softmax_(scores: Tensor, queries: int, window: int | None = None) -> None:
+    """Softmax of attention scores over the keys that each query sees, in place; no gradient.
+
+    Arithmetic is float32, rounded once; keys that are not seen get 0.
+
+    Args:
+        scores: [H, G queries, keys] bfloat16 on the CPU, contiguous. Row i is that of query
+            i mod ``queries``; the last query and the last key are the same token.
+        queries: How many, at most the number of keys.
+        window: How many keys a query sees at most, its own among them; None for all before it.
+
+    Raises:
+        RuntimeError: A dtype, device or shape that does not fit; the extension cannot be loaded.
+    """
+    operation, isa = _causal_softmax()
+    operation(scores, queries, scores.shape[-1] if window is None else window, isa)

@@ -1,0 +1,26 @@
+// What rotary.cpp and its vector code share.
+#pragma once
+
+#include "cpu/rows_linear.h"
+
+namespace qadapter {
+
+// Rows x [B, H, T] of D elements, and the rows of cos and sin [1 or B, T] that they meet.
+struct RotaryJob {
+  const char* x;
+  int64_t x_strides[3];  // bytes, over B, H, T
+  char* out;             // dense [B, H, T, D]
+  const char *cos, *sin;
+  int64_t cos_strides[2], sin_strides[2];  // bytes, over B, T
+  int64_t heads, tokens, half;             // D = 2 half
+  float one = 1.0f;
+};
+
+// Rows [first, end) of B H T.
+using RotaryRows = void (*)(const RotaryJob&, int64_t first, int64_t end);
+
+struct RotaryTable {
+  RotaryRows fwd, bwd;
+};
+
+}  // namespace qadapter
