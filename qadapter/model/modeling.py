@@ -176,7 +176,7 @@ class QAdapterModel(TwoStreamForward):
 
         Raises:
             ValueError: ``directory`` is not a saved adapter, or one of another base; ``name`` is
-                taken or empty or has a dot.
+                taken or empty, has a dot, or begins a part of a layer's path ("1", "layers").
         """
         with locking.alone(self.hf_model):
             composition = saving.attach(self.peft_model, directory, name)

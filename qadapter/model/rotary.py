@@ -5,6 +5,7 @@ is given the same code with another function under that name: only that module c
 where the two were tried and gave the same bits.
 """
 
+import functools
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -64,7 +65,7 @@ def fuse_rotary(model: nn.Module) -> int:
     """Change the attention modules of ``model`` in place; how many."""
     if cpp.why_not_loaded() is not None:
         return 0
-    made: dict[Any, FunctionType | None] = {}  # by the class's forward
+    made: dict[Any, Callable[..., Any] | None] = {}  # by the class's forward
     count = 0
     for module in model.modules():
         forward = type(module).forward
@@ -79,7 +80,7 @@ def fuse_rotary(model: nn.Module) -> int:
     return count
 
 
-def _with_kernel(forward: Any) -> FunctionType | None:
+def _with_kernel(forward: Any) -> Callable[..., Any] | None:
     """The same code, with the kernel's function in its globals; None where it would differ."""
     original = forward.__globals__.get(_NAME)
     if not callable(original) or not _same(original):
@@ -89,4 +90,11 @@ def _with_kernel(forward: Any) -> FunctionType | None:
         forward.__code__, seen, forward.__name__, forward.__defaults__, forward.__closure__
     )
     made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+
+    @functools.wraps(forward)
+    def chosen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # torch.compile looks a function's globals up in its module.
+        function = forward if torch.compiler.is_compiling() else made
+        return function(self, *args, **kwargs)
+
+    return chosen

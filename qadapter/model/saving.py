@@ -101,6 +101,9 @@ def attach(peft_model: PeftModel, directory: str | Path, name: str) -> Compositi
         raise ValueError(f"name: expected a name without dots, got {name!r}")
     if name in peft_model.peft_config:
         raise ValueError(f"name: there is an adapter {name!r} already")
+    for path, _ in peft_model.get_base_model().named_parameters():
+        if f".{name}" in f".{path}":  # PEFT cuts the name out of its keys wherever it stands
+            raise ValueError(f"name: {name!r} is in the path of {path}: give it another")
     saved = _saved_for(peft_model, directory)
     alphas = checks.composition(saved["alpha_0"], saved["alpha_tilde"], saved["center"])
     base = peft_model.get_base_model()

@@ -350,7 +350,8 @@ def test_refuses_adapters(tmp_path):
     with pytest.raises(ValueError, match="not the folder of a saved adapter"):
         model.load_adapter(tmp_path, "x")
     model.save_pretrained(tmp_path / "a")
-    for name, message in (("default", "already"), ("", "name"), ("a.b", "without dots")):
+    in_paths = [(name, "in the path of") for name in ("1", "layers", "v", "lora_A")]
+    for name, message in (("default", "already"), ("", "name"), ("a.b", "without dots"), *in_paths):
         with pytest.raises(ValueError, match=message):
             model.load_adapter(tmp_path / "a", name)
 
