@@ -24,7 +24,7 @@
 
 #include "cpu/drivers.h"
 #include "cpu/isa.h"
-#include "cpu/rows_linear.h"
+#include "cpu/layer_rows.h"
 
 #if QADAPTER_X86
 #include "cpu/simd_plain.h"
@@ -163,12 +163,8 @@ Tensor lora_outer(Tensor low, Tensor x, double scaling, int64_t isa) {
                   "lora_outer: expected contiguous float32 low [N, r] and x [N, K], got ",
                   name_of(low.scalar_type()), " ", shape_of(low), " and ", shape_of(x));
   OuterJob job;
-  if (!view_rows(x, bytes_of(dtype), job.x)) {
-    x = torch::stable::contiguous(x);
-    view_rows(x, bytes_of(dtype), job.x);
-  }
+  job.x = layer_rows(x, bytes_of(dtype));
   Tensor out = torch::stable::new_empty(low, {low.size(1), x.size(1)});
-  job.x.data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
   job.low = static_cast<const float*>(low.const_data_ptr());
   job.out = static_cast<float*>(out.mutable_data_ptr());
   job.k = x.size(1);

@@ -52,17 +52,23 @@ void run_rows(const NormJob& job, NormRows run) {
   });
 }
 
+// x may become a dense copy of itself.
+NormJob norm_job(Tensor& x, const Tensor& weight, double eps, Tensor& out) {
+  NormJob job;
+  job.x = layer_rows(x, bytes_of(layer_dtype(x, "rms_norm: x")));
+  job.out = static_cast<char*>(out.mutable_data_ptr());
+  job.weight = weight.const_data_ptr();
+  job.columns = weight.size(0);
+  job.eps = static_cast<float>(eps);
+  return job;
+}
+
 }  // namespace
 
 Tensor rms_norm_fwd(Tensor x, Tensor weight, double eps, int64_t isa) {
   const DType dtype = check_norm(x, weight);
   Tensor y = new_rows(x, weight.size(0));
-  NormJob job;
-  job.x = layer_rows(x, bytes_of(dtype));
-  job.out = static_cast<char*>(y.mutable_data_ptr());
-  job.weight = weight.const_data_ptr();
-  job.columns = weight.size(0);
-  job.eps = static_cast<float>(eps);
+  const NormJob job = norm_job(x, weight, eps, y);
   if (job.columns > 0) run_rows(job, tables_for(isa, dtype).fwd);
   return y;
 }
@@ -71,13 +77,8 @@ Tensor rms_norm_bwd(Tensor grad, Tensor x, Tensor weight, double eps, int64_t is
   const DType dtype = check_norm(x, weight);
   check_alike(grad, "rms_norm: grad", x, "x");
   Tensor dx = new_rows(x, weight.size(0));
-  NormJob job;
-  job.x = layer_rows(x, bytes_of(dtype));
+  NormJob job = norm_job(x, weight, eps, dx);
   job.grad = layer_rows(grad, bytes_of(dtype));
-  job.out = static_cast<char*>(dx.mutable_data_ptr());
-  job.weight = weight.const_data_ptr();
-  job.columns = weight.size(0);
-  job.eps = static_cast<float>(eps);
   if (job.columns > 0) run_rows(job, tables_for(isa, dtype).bwd);
   return dx;
 }
