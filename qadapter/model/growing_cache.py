@@ -30,15 +30,15 @@ class GrowingLayer(DynamicLayer):
         self.values = self._appended(1, self.values, value_states)
         return self.keys, self.values
 
-    def _appended(self, which: int, held: Tensor, new: Tensor) -> Tensor:
-        length = held.shape[-2] if held.numel() else 0
+    def _appended(self, which: int, held: Tensor | None, new: Tensor) -> Tensor:
+        length = held.shape[-2] if held is not None and held.numel() else 0
         total = length + new.shape[-2]
         room = self._rooms[which]
         # Whoever changes the rows or cuts the text puts another tensor in the place of `held`.
         if room is None or room.shape[-2] < total or (length and not _begins(room, held)):
             sizes = (*new.shape[:-2], total + max(_SPARE, total // 4), new.shape[-1])
             self._rooms[which] = room = new.new_empty(sizes)
-            if length:
+            if held is not None and length:
                 room[..., :length, :] = held
         room[..., length:total, :] = new
         return room[..., :total, :]
@@ -48,9 +48,10 @@ class GrowingLayer(DynamicLayer):
         self._rooms = [None, None]
 
 
-def _begins(room: Tensor, held: Tensor) -> bool:
+def _begins(room: Tensor, held: Tensor | None) -> bool:
     return (
-        held.data_ptr() == room.data_ptr()
+        held is not None
+        and held.data_ptr() == room.data_ptr()
         and held.stride() == room.stride()
         and held.shape[:-2] == room.shape[:-2]
     )
