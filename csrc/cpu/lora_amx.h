@@ -1,8 +1,8 @@
 // The products of a low-rank adapter for many rows of bfloat16, by AMX. Included after amx_tiles.h,
 // inside namespace qadapter::amx.
 //
-// A, B and x A^T are float32. Such a number is the sum of three bfloat16 (of two to 2^-17 of it), and
-// a product with it the sum of products with its parts, which lie side by side in the tiles:
+// A, B and x A^T are float32. Such a number is the sum of three bfloat16, and a product with it the
+// sum of products with its parts, which lie side by side in the tiles:
 //
 //   h = x A^T     x [16, 32 k] by (A_1, A_2, A_3)^T [32 k, 3 r]
 //   out += s h B^T    the six products of parts that count: kLow of s h by kHigh of B, 6 r deep
@@ -14,14 +14,9 @@
 
 namespace {
 
-constexpr int kSide = 16;
-constexpr int kDeep = 32;  // elements of a tile's row
-constexpr int kTileElements = kSide * kDeep;
 // Of two numbers in three parts each, what is above 2^-24 of their product.
 constexpr int kProducts = 6;
 constexpr int kLow[kProducts] = {0, 0, 1, 1, 0, 2}, kHigh[kProducts] = {0, 1, 0, 1, 2, 0};
-
-inline int64_t tiles_of(int64_t n, int64_t side) { return (n + side - 1) / side; }
 
 // Up to 16 floats as the sum of three bfloat16; what is infinite or NaN is in the first one.
 struct Parts {
@@ -60,15 +55,12 @@ void split_row(const T* p, int64_t n, BF16* out, int64_t stride) {
   }
 }
 
-// 16 rows of 32 elements, `stride` elements apart, as the right side of a product: [pair][row].
+// Rows that lie `stride` elements apart.
 inline void pack_tile(const BF16* rows, int64_t stride, BF16* out) {
   Simd::F r[kSide];
 #pragma GCC unroll 16
   for (int i = 0; i < kSide; ++i) r[i] = _mm512_loadu_ps(rows + i * stride);
-  Simd::transpose(r);
-  float* to = reinterpret_cast<float*>(out);
-#pragma GCC unroll 16
-  for (int i = 0; i < kSide; ++i) Simd::store1(to + i * kSide, r[i]);
+  put_transposed(r, out);
 }
 
 int64_t a_tiles(const LoraJob& job) { return tiles_of(3 * job.r, kSide); }
@@ -157,8 +149,9 @@ int64_t block_memory(const LoraJob& job) {
 void lora_block(const LoraJob& job, const BF16* packed, int64_t x_stride, int64_t first,
                 float* memory) {
   const Tiles tiles;
-  const int64_t r = job.r, deep = tiles_of(job.k, kDeep), whole = job.k / kDeep, rest = job.k % kDeep;
-  const int64_t width = b_depth(job) * kDeep, rows = std::min<int64_t>(2 * kSide, job.x.count - first);
+  const int64_t r = job.r, deep = tiles_of(job.k, kDeep), width = b_depth(job) * kDeep;
+  const int64_t whole = job.k / kDeep, rest = job.k % kDeep;
+  const int64_t rows = std::min<int64_t>(2 * kSide, job.x.count - first);
   // The last rows are those of whole tiles, too; what is not asked for is not used.
   const int64_t from = std::min(first, job.x.count - 2 * kSide), skipped = first - from;
   const char* x = job.x.data + from * x_stride;
@@ -283,8 +276,10 @@ void outer_tiles(const OuterJob& job, const BF16* packed, int64_t first, int64_t
     for (int64_t d = 0; d < deep; ++d) {
       for (int p = 0; p < kSide; ++p) {
         const int64_t i = d * kDeep + 2 * p;
-        const BF16* even = i < n ? reinterpret_cast<const BF16*>(job.x.row(i)) + first : nullptr;
-        const BF16* odd = i + 1 < n ? reinterpret_cast<const BF16*>(job.x.row(i + 1)) + first : nullptr;
+        const auto row = [&](int64_t k) {
+          return k < n ? reinterpret_cast<const BF16*>(job.x.row(k)) + first : nullptr;
+        };
+        const BF16 *even = row(i), *odd = row(i + 1);
 #pragma GCC unroll 2
         for (int s = 0; s < 2; ++s) {
           const __m512i a = _mm512_maskz_loadu_epi16(even ? masks[s] : 0, even + s * 32);

@@ -56,7 +56,8 @@ Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool back, int64_t isa) {
   job.half = x.size(3) / 2;
   const int64_t rows = x.size(0) * job.heads * job.tokens;
   if (rows == 0 || job.half == 0) return out;
-  const RotaryTable& table = QADAPTER_FOR_ISA(choose_isa(isa), rotary_tables)[static_cast<int>(dtype)];
+  const RotaryTable* tables = QADAPTER_FOR_ISA(choose_isa(isa), rotary_tables);
+  const RotaryTable& table = tables[static_cast<int>(dtype)];
   const RotaryRows run = back ? table.bwd : table.fwd;
   const int64_t each = kLayerPiece / (2 * job.half) + 1;
   for_each_piece((rows + each - 1) / each, each * 2 * job.half, [&](int64_t piece) {

@@ -40,7 +40,8 @@ void rotary_rows(const RotaryJob& job, int64_t first, int64_t end) {
   const int64_t half = job.half;
   const Simd::F one = Simd::set1(job.one);
   for (int64_t i = first; i < end; ++i) {
-    const int64_t t = i % job.tokens, h = i / job.tokens % job.heads, b = i / job.tokens / job.heads;
+    const int64_t t = i % job.tokens, h = i / job.tokens % job.heads;
+    const int64_t b = i / job.tokens / job.heads;
     const T* x = reinterpret_cast<const T*>(job.x + b * job.x_strides[0] + h * job.x_strides[1] +
                                             t * job.x_strides[2]);
     const T* c =

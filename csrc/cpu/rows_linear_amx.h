@@ -8,17 +8,11 @@
 
 namespace {
 
-constexpr int kSide = 16;                    // rows of a tile, and rows of x in a group
-constexpr int kDeep = 32;                    // elements of k in a tile
-constexpr int kTileElements = kSide * kDeep;
-constexpr int kBlock = 2 * kSide;            // rows of W in a block
-
-inline int64_t rows_groups(int64_t count) { return (count + kSide - 1) / kSide; }
-inline int64_t rows_depth(int64_t k) { return (k + kDeep - 1) / kDeep; }
+constexpr int kBlock = 2 * kSide;  // rows of W in a block
 
 // Elements that pack_x writes.
 int64_t packed_elements(const RowsJob& job) {
-  return rows_groups(job.x.count) * rows_depth(job.k) * kTileElements;
+  return tiles_of(job.x.count, kSide) * tiles_of(job.k, kDeep) * kTileElements;
 }
 
 // Group by group [k / 32][pair of elements][row]; zeros where x ends.
@@ -39,10 +33,7 @@ void pack_x(const RowsJob& job, BF16* packed) {
           rows[i] = _mm512_load_ps(rest);
         }
       }
-      Simd::transpose(rows);
-      float* to = reinterpret_cast<float*>(packed);
-#pragma GCC unroll 16
-      for (int i = 0; i < kSide; ++i) Simd::store1(to + i * kSide, rows[i]);
+      put_transposed(rows, packed);
     }
   }
 }
@@ -130,8 +121,8 @@ inline void put_tile(const RowsJob& job, const float* sums, int64_t first, int64
 void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
   const Tiles tiles;
   const BF16* data = reinterpret_cast<const BF16*>(job.w);
-  const int64_t depth = rows_depth(job.k), whole = job.k / kDeep, left = job.k % kDeep;
-  const int64_t group = depth * kTileElements, groups = rows_groups(job.x.count);
+  const int64_t whole = job.k / kDeep, left = job.k % kDeep, groups = tiles_of(job.x.count, kSide);
+  const int64_t group = tiles_of(job.k, kDeep) * kTileElements;
   // The next block is fetched in equal parts.
   const int64_t bytes = kBlock * job.w_stride * static_cast<int64_t>(sizeof(BF16));
   const int64_t turns = (groups + 1) / 2 * whole;
