@@ -29,8 +29,9 @@ const char* check_angles(const Tensor& t, const char* name, const Tensor& x, int
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == x.scalar_type() && t.dim() == 3 &&
                       (t.size(0) == 1 || t.size(0) == x.size(0)) && t.size(1) == x.size(2) &&
                       t.size(2) == x.size(3) && (t.size(2) <= 1 || t.stride(2) == 1),
-                  "rotary: ", name, ": expected ", name_of(x.scalar_type()), " [1 or B, T, D] like x ",
-                  shape_of(x), " with dense rows, got ", name_of(t.scalar_type()), " ", shape_of(t));
+                  "rotary: ", name, ": expected ", name_of(x.scalar_type()),
+                  " [1 or B, T, D] like x ", shape_of(x), " with dense rows, got ",
+                  name_of(t.scalar_type()), " ", shape_of(t));
   strides[0] = t.size(0) == 1 ? 0 : t.stride(0) * element;
   strides[1] = t.stride(1) * element;
   return static_cast<const char*>(t.const_data_ptr());
