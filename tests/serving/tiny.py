@@ -39,7 +39,9 @@ def config(kind: str, **options: Any) -> Any:
         # Logits far from flat; Gemma scales its embeddings up.
         "initializer_range": 0.1 if kind.startswith("gemma") else 0.2,
         "tie_word_embeddings": kind == "qwen3",
-        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
     }
     if kind == "mistral":
         settings["sliding_window"] = None

@@ -7,16 +7,12 @@
     llm.generate(prompts, vllm.SamplingParams(extra_args={"strength": 0.5}))
 
 vLLM finds what is here by its entry points (pyproject.toml) and imports it; nothing here imports
-vLLM before. `settings` is what is served, `two_streams` what becomes of a model of vLLM's, `models`
-which ones, `strength` how a request's strength reaches the forward. docs/serving.md says what it
-costs and what is refused.
+vLLM before. `qadapter.model.serving` says what is served, `two_streams` makes streams of a model of
+vLLM's, `models` says of which, `strength` brings a request's strength to the forward.
+docs/serving.md has what it costs and what is refused.
 """
 
-from qadapter.integrations.vllm.settings import (
-    ARCHITECTURES,
-    engine_arguments,
-    served_architecture,
-)
+from qadapter.model.serving import ARCHITECTURES, engine_arguments, served_architecture
 
 __all__ = ["engine_arguments", "register"]
 

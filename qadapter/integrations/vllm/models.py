@@ -17,9 +17,9 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from qadapter.integrations.vllm import strength, two_streams
-from qadapter.integrations.vllm.settings import Settings
 from qadapter.model import lora_files
 from qadapter.model.checkpoint import check_same_base
+from qadapter.model.serving import Settings
 from qadapter.model.streamed_fingerprint import StreamedFingerprint
 
 

@@ -19,7 +19,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1Processor
 from vllm.v1.sample.logits_processor import MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Processor
 
-from qadapter.integrations.vllm.settings import Settings, checked_strength
+from qadapter.model.serving import Settings, checked_strength
 
 NAME = "strength"
 
@@ -57,9 +57,9 @@ class RequestStrength(V1Processor, V2Processor):
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool = False) -> None:
         # The V2 runner passes its request states in the place of a device.
         settings = Settings.from_config(vllm_config.model_config.hf_config)
-        if settings is None or not isinstance(device, str | torch.device):
+        self._settings = settings if isinstance(device, str | torch.device) else None
+        if settings is None or self._settings is None:
             return
-        self._settings = settings
         count = vllm_config.scheduler_config.max_num_seqs
         self._host = torch.tensor([settings.stream_weights(None)]).repeat(count, 1)
         self.rows = self._host.to(device, copy=True)
@@ -81,7 +81,7 @@ class RequestStrength(V1Processor, V2Processor):
 
     def update_state(self, batch_update: Any) -> None:
         """V1: a row of a request that has ended keeps its weights, which nobody reads."""
-        if batch_update is None or RequestStrength.newest is not self:
+        if batch_update is None or self._settings is None:
             return
         host = self._host
         for row, params, *_ in batch_update.added:

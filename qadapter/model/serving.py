@@ -1,7 +1,8 @@
-"""What an engine serves: adapters, their weights, the strength of requests that name none.
+"""What a server serves: adapters, their weights, the strength of requests that name none.
 
-They travel from the command line into vLLM's processes as a part of the model's config
-(``hf_overrides``). Nothing here imports vLLM.
+These travel from the command line into vLLM's processes as a part of the model's config
+(``hf_overrides``), where `qadapter.integrations.vllm` finds them. vLLM imports this file in every
+environment that has qadapter, also for other models: what takes seconds to import waits.
 """
 
 import math
@@ -10,19 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qadapter.composition import RECOMMENDED, Names, blend
-from qadapter.model.checkpoint import is_adapter_folder, read_config, resolve_model
-from qadapter.model.saving import recommendation
 from qadapter.ops import checks
 
 ARCHITECTURES = (
     *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     *("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
 )
-"""Of the bases that are served. `models` has a class for each, named as `served_architecture`."""
+"""Of the bases that vLLM serves with streams, as their configs call them."""
 
 LARGEST = 1e3
-"""A strength above it is refused: hidden states times it would leave what float16 holds, and what
-it asks for is greedy decoding of Q long before."""
+"""A strength above it is refused: hidden states times it leave what float16 holds."""
 
 
 class Settings(NamedTuple):
@@ -80,6 +78,9 @@ def settings(
     Raises:
         ValueError: what does not fit, named.
     """
+    from qadapter.model.checkpoint import is_adapter_folder, read_config
+    from qadapter.model.saving import recommendation
+
     if not folders:
         raise ValueError("adapter: expected at least one")
     for folder in folders.values():
@@ -152,13 +153,14 @@ def engine_arguments(
     Raises:
         ValueError: what does not fit, or a base that is not served.
     """
+    from transformers import AutoConfig
+
+    from qadapter.model.checkpoint import read_config, resolve_model
+
     folders = adapter if isinstance(adapter, Mapping) else {"default": adapter}
     made = settings(folders, weights, strength)
     first = next(iter(made.folders.values()))
     source = resolve_model(base_model or read_config(first)["base_model"])
-
-    from transformers import AutoConfig
-
     (architecture, *_) = AutoConfig.from_pretrained(source).architectures or ["no architecture"]
     own = (Path(first) / "tokenizer_config.json").exists()
     return {
