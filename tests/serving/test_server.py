@@ -1,12 +1,14 @@
 """The whole way of a user: `qadapter serve`, and the official client of OpenAI's interface."""
 
 import asyncio
+import importlib
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,3 +182,13 @@ def test_many_requests_in_a_row(client):
             extra_body={"vllm_xargs": {"strength": i / 50}},
         )
         assert made.choices[0].finish_reason in ("length", "stop")
+
+
+def test_the_example(address, monkeypatch, capsys):
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    example = importlib.import_module("serve_strengths")
+    command = ["--server", address, "--question", "tell me about it", "--strength", "0", "2"]
+    base, more = asyncio.run(example.main(command))
+    assert base != more
+    assert capsys.readouterr().out == f"strength 0: {base}\n\nstrength 2: {more}\n\n"
