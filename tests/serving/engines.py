@@ -79,10 +79,8 @@ def check(model: Any, requests: list[Request], answers: list[Any], **generate: A
     assert len(answers) == len(requests)
     for request, answer in zip(requests, answers, strict=True):
         ids = torch.tensor([request.prompt])
-        options = {"max_new_tokens": request.tokens, "min_new_tokens": request.tokens}
-        made = model.generate(
-            ids, strength=request.strength, do_sample=False, **options, **generate
-        )
+        options = {"max_new_tokens": request.tokens, "do_sample": False, **generate}
+        made = model.generate(ids, strength=request.strength, **options)
         (got,) = answer.outputs
         assert list(got.token_ids) == made[0, ids.shape[1] :].tolist(), request
         if not generate:
@@ -100,7 +98,7 @@ def check_logprobs(model: Any, request: Request, got: Any) -> None:
 @torch.no_grad()
 def policy(model: Any, ids: list[int], strength: float | None) -> torch.Tensor:
     """Log-probabilities [T, V] in float64, of two forwards of the whole sequence."""
-    base, q = (logits.double()[0] for logits in model(torch.tensor([ids])))
+    base, q = (logits.double() for logits in model(torch.tensor([ids])))
     if strength is None:
         blend = (q + (model.alpha_0 - model.center) * base) / model.alpha_tilde
     else:

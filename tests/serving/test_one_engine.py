@@ -99,7 +99,7 @@ def test_what_is_no_strength_is_refused_and_the_engine_goes_on(llm, model, stren
 
 def test_strength_0_is_the_base_and_1_the_lora(llm, model):
     ids = torch.tensor([prompt(11)])
-    length = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    length = {"max_new_tokens": 8, "do_sample": False}
     answers = ask(llm, [Request(prompt(11), strength, 8) for strength in (0.0, 1.0)])
     peft = model.peft_model
     with peft.disable_adapter():

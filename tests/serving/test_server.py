@@ -76,7 +76,7 @@ def answers(port: int) -> bool:
 
 
 def expected(model, ids: list[int], strength: float, tokens: int) -> list[int]:
-    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    options = {"max_new_tokens": tokens, "do_sample": False}
     made = model.generate(torch.tensor([ids]), strength=strength, **options)
     return made[0, len(ids) :].tolist()
 

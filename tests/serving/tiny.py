@@ -40,7 +40,7 @@ def config(kind: str, **options: Any) -> Any:
         "initializer_range": 0.1 if kind.startswith("gemma") else 0.2,
         "tie_word_embeddings": kind == "qwen3",
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": None,  # answers are as long as they are asked to be
         "pad_token_id": 0,
     }
     if kind == "mistral":

@@ -19,6 +19,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from qadapter.integrations.vllm import strength, two_streams
 from qadapter.model import lora_files
 from qadapter.model.checkpoint import check_same_base
+from qadapter.model.lora_files import SavedLora
 from qadapter.model.serving import Settings
 from qadapter.model.streamed_fingerprint import StreamedFingerprint
 
@@ -46,6 +47,10 @@ def refusal(vllm_config: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def _shapes(lora: SavedLora) -> dict[str, list[Any]]:
+    return {path: [layer.a.shape[0], layer.bias is not None] for path, layer in lora.layers.items()}
+
+
 class _Streams:
     """Comes before a class of vLLM's. The engine's `Settings` are in ``hf_config.qadapter``."""
 
@@ -59,6 +64,9 @@ class _Streams:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         loras = [lora_files.read(folder, "served") for folder in settings.folders.values()]
         two_streams.widen(cast(nn.Module, self), loras, vllm_config)
+        config = vllm_config.model_config.hf_config
+        # vLLM keeps what it compiled under a hash of the config: what a folder holds belongs in it.
+        config.qadapter = {**config.qadapter, "layers": [_shapes(lora) for lora in loras]}
         self._saved = {lora.folder: lora.saved["base_fingerprint"] for lora in loras}
 
     @staticmethod
