@@ -153,14 +153,15 @@ class StreamLoRA(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         """Adds to y [streams * T, out], of x [streams * T, in]."""
-        xs, ys = _by_stream(x, self.count), _by_stream(y, self.count)
+        rows = x.shape[0] // self.count
         for stream, shares in self.shares.items():
-            reduced = F.linear(xs[stream], getattr(self, f"a_{stream}"))
+            own = slice(stream * rows, (stream + 1) * rows)
+            reduced = F.linear(x[own], getattr(self, f"a_{stream}"))
             if self.reduces:
                 reduced = tensor_model_parallel_all_reduce(reduced)
             for b, bias, ranks, columns in shares:
-                own = None if bias is None else getattr(self, bias)
-                ys[stream][:, columns] += F.linear(reduced[:, ranks], getattr(self, b), own)
+                addend = None if bias is None else getattr(self, bias)
+                y[own, columns].add_(F.linear(reduced[:, ranks], getattr(self, b), addend))
 
 
 def _inputs(linear: Any, a: Tensor) -> Tensor:
