@@ -8,7 +8,7 @@ head, sampling, log-probabilities and all that follows are vLLM's.
 from collections.abc import Iterable
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -61,9 +61,9 @@ class _Streams:
             reason = "no adapter: start it by `qadapter serve` or with `engine_arguments`"
         if settings is None or reason is not None:
             raise ValueError(f"{type(self).__name__}: {reason}")
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        cast(Any, super()).__init__(vllm_config=vllm_config, prefix=prefix)
         loras = [lora_files.read(folder, "served") for folder in settings.folders.values()]
-        two_streams.widen(cast(nn.Module, self), loras, vllm_config)
+        two_streams.widen(self, loras, vllm_config)
         config = vllm_config.model_config.hf_config
         # vLLM keeps what it compiled under a hash of the config: what a folder holds belongs in it.
         config.qadapter = {**config.qadapter, "layers": [_shapes(lora) for lora in loras]}
@@ -106,7 +106,7 @@ class _Streams:
         """vLLM's own, which also looks whether this is the base that the adapters are for."""
         model: Any = self
         seen = StreamedFingerprint(model.config)
-        loaded: set[str] = super().load_weights(seen.watch(weights))  # type: ignore[misc]
+        loaded: set[str] = cast(Any, super()).load_weights(seen.watch(weights))
         for folder, saved in self._saved.items():
             check_same_base(saved, seen.compared_with(saved), folder, "the model that vLLM loads")
         return loaded

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.linear import (
 from qadapter.model.lora_files import SavedLayer, SavedLora
 
 
-def widen(model: nn.Module, loras: Sequence[SavedLora], vllm_config: Any) -> None:
+def widen(model: Any, loras: Sequence[SavedLora], vllm_config: Any) -> None:
     """Give a freshly made model of vLLM's a stream for each LoRA, before its weights are loaded.
 
     Args:
@@ -40,7 +40,7 @@ def widen(model: nn.Module, loras: Sequence[SavedLora], vllm_config: Any) -> Non
         ValueError: a LoRA on what is no linear layer of the trunk, or an attention of another kind.
     """
     count = 1 + len(loras)
-    layers: Any = model.model.layers  # type: ignore[union-attr]
+    layers = model.model.layers
     targets: dict[str, _Target] = {}
     for stream, lora in enumerate(loras, start=1):
         for path, layer in lora.layers.items():
