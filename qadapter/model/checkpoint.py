@@ -62,20 +62,25 @@ def fingerprint(model: Any) -> dict[str, Any]:
     of each of some weights between, and how it is quantised.
     """
     embedding = _base_layer(model.get_input_embeddings()).weight.detach()
-    matrices = {
-        name_without_peft(name): parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and _is_plain(parameter) and not is_adapter_name(name)
-    }
+    matrices = plain_matrices(model)
     last = list(matrices.values())[-1] if matrices else embedding
     return {
         "model_type": model.config.get_text_config().model_type,
         "hidden_size": int(embedding.shape[1]),
         "vocab_size": int(embedding.shape[0]),
-        "embedding_probe": _probe(embedding),
-        "layer_probe": _probe(last),
+        "embedding_probe": probe(embedding),
+        "layer_probe": probe(last),
         "body_probe": _body_probe(matrices),
         "quantisation": quantisation(model),
+    }
+
+
+def plain_matrices(model: Any) -> dict[str, Tensor]:
+    """The base's two-dimensional weights that are not quantised, by their names in its files."""
+    return {
+        name_without_peft(name): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and _is_plain(parameter) and not is_adapter_name(name)
     }
 
 
@@ -93,28 +98,41 @@ def _is_plain(parameter: Tensor) -> bool:
     return parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def _probe(weight: Tensor) -> list[float]:
+def probe(weight: Tensor) -> list[float]:
+    """A few entries of a weight."""
     index = torch.linspace(0, weight.numel() - 1, PROBE_SIZE, dtype=torch.float64).long()
     row, column = index // weight.shape[1], index % weight.shape[1]
     values = weight[row.to(weight.device), column.to(weight.device)].float().cpu()
     return [round(value, 7) for value in values.tolist()]
 
 
-def _body_probe(matrices: dict[str, Tensor]) -> dict[str, float]:
-    """An entry of each of up to PROBE_SIZE of the matrices that are not offloaded.
+def body_entries(matrices: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Row and column of an entry of each of up to PROBE_SIZE of the matrices.
 
     A base into which a LoRA was merged, or that was quantised and is not any more, has the
     embedding and the head of the original. By name: another release may cut weights otherwise.
     """
     names = list(matrices)
-    values = {}
+    entries: dict[str, tuple[int, int]] = {}
     for i in range(PROBE_SIZE if names else 0):
         name = names[i * len(names) // PROBE_SIZE]
         weight = matrices[name]
-        row, column = divmod(weight.numel() * (2 * i + 1) // (2 * PROBE_SIZE), weight.shape[1])
-        if not weight.is_meta and name not in values:
-            values[name] = float(f"{weight[row, column].item():.6g}")
-    return values
+        entry = divmod(weight.numel() * (2 * i + 1) // (2 * PROBE_SIZE), weight.shape[1])
+        entries.setdefault(name, entry)
+    return entries
+
+
+def body_value(weight: Tensor, entry: tuple[int, int]) -> float:
+    return float(f"{weight[entry].item():.6g}")
+
+
+def _body_probe(matrices: dict[str, Tensor]) -> dict[str, float]:
+    """Of those that are not offloaded."""
+    return {
+        name: body_value(matrices[name], entry)
+        for name, entry in body_entries(matrices).items()
+        if not matrices[name].is_meta
+    }
 
 
 def name_without_peft(name: str) -> str:

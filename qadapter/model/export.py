@@ -6,8 +6,6 @@
 At strength 1 both are the adapter's stream. Elsewhere they agree to first order in dW, not more.
 """
 
-import math
-import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -16,14 +14,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig
-from peft.utils import load_peft_weights
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qadapter import files
 from qadapter.composition import RECOMMENDED
-from qadapter.model import adapter_files, merging
+from qadapter.model import lora_files, merging
 from qadapter.model.checkpoint import (
     check_same_base,
     is_adapter_folder,
@@ -31,43 +27,11 @@ from qadapter.model.checkpoint import (
     resolve_model,
 )
 from qadapter.model.export_card import model_card
+from qadapter.model.lora_files import SavedLayer, SavedLora
 from qadapter.model.saving import recommendation
 from qadapter.ops import checks
 
-# Options of a LoraConfig with which the product B A is not all that is added to a layer, beside
-# those that PEFT marks as variants, and why no alpha makes a strength of them.
-_MORE_THAN_A_PRODUCT = {
-    "use_dora": "DoRA scales whole rows of the weights, also those of the base, which a strength "
-    "would have to scale back",
-    "modules_to_save": "weights that are trained whole have no alpha",
-    "trainable_token_indices": "rows of the embedding that are trained whole have no alpha",
-    "target_parameters": "a LoRA on bare parameters (of experts) is not scaled here",
-}
 LARGEST = 1e12  # scale of a LoRA; far above anything that is meant, far below what overflows
-_ONLY_IN_TRAINING = ("velora_config",)
-_KEY = re.compile(
-    r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|"
-    r"lora_embedding_A|lora_embedding_B)"
-)
-
-
-class _Layer(NamedTuple):
-    """Of one layer: A [r, in, ...], B [out, r, ...], the bias of B [out], and their scale."""
-
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None
-    embedding: bool
-    scale: Fraction
-
-
-class _Source(NamedTuple):
-    """A saved adapter: its config, what was saved beside it, its layers by their path."""
-
-    folder: str
-    saved: dict[str, Any]
-    config: LoraConfig
-    layers: dict[str, _Layer]
 
 
 class _Lora(NamedTuple):
@@ -115,7 +79,10 @@ def export_adapter(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"output: {target} is there and no empty folder; give a new one")
     at = _checked_strength(strength, weights)
-    sources = [_read(folder) for folder in weights]
+    sources = []
+    for folder in weights:
+        trained_strength(folder)  # refuses alphas that are none
+        sources.append(lora_files.read(folder, "exported"))
     for other in sources[1:]:
         first = sources[0]
         then, here = first.saved["base_fingerprint"], other.saved["base_fingerprint"]
@@ -196,70 +163,10 @@ def trained_strength(folder: str | Path) -> float:
     return 1.0 / float(alpha_tilde)
 
 
-# What was saved.
-
-
-def _read(folder: str) -> _Source:
-    saved = read_config(folder)
-    trained_strength(folder)
-    config = adapter_files.read_adapter_config(folder)
-    _refuse_more(folder, config)
-    lora = cast(LoraConfig, config)
-    return _Source(folder, saved, lora, _layers(folder, lora))
-
-
-def _refuse_more(folder: str, config: Any) -> None:
-    """ValueError where scaling alpha does not scale what the adapter does, with the option."""
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder}: a {config.peft_type} adapter; only a LoRA can be exported")
-    variants = [
-        name
-        for name, field in config.__dataclass_fields__.items()
-        if field.metadata.get("is_lora_variant") and name not in _ONLY_IN_TRAINING
-    ]
-    for name in (*_MORE_THAN_A_PRODUCT, *variants):
-        value = getattr(config, name, None)
-        if value:
-            why = _MORE_THAN_A_PRODUCT.get(name, "more than a product B A is added to a layer")
-            raise ValueError(f"{folder}: {name}={value!r} cannot be exported: {why}")
-
-
-def _layers(folder: str, config: LoraConfig) -> dict[str, _Layer]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_peft_weights(folder, device="cpu").items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"{folder}: {key} in its file is no weight of a LoRA")
-        parts.setdefault(match[1], {})[match[2]] = tensor
-    layers = {}
-    for path, part in parts.items():
-        embedding = "lora_embedding_A" in part
-        names = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if embedding
-            else ("lora_A.weight", "lora_B.weight")
-        )
-        if not part.keys() >= set(names):
-            raise ValueError(f"{folder}: A or B of {path} is missing in its file: incomplete copy?")
-        a, b = (part[name] for name in names)
-        scale = _scale(config, path, a.shape[0])
-        layers[path] = _Layer(a, b, part.get("lora_B.bias"), embedding, scale)
-    if not layers:
-        raise ValueError(f"{folder}: its file has no weights")
-    return layers
-
-
-def _scale(config: LoraConfig, path: str, rank: int) -> Fraction:
-    """What PEFT multiplies the product with; exact, but for the root."""
-    pattern = config.alpha_pattern or {}
-    alpha = Fraction(pattern.get(get_pattern_key(list(pattern), path), config.lora_alpha))
-    return alpha / (Fraction(math.sqrt(rank)) if config.use_rslora else rank)
-
-
 # What is written.
 
 
-def _combined(sources: list[_Source], factors: list[Fraction]) -> _Lora:
+def _combined(sources: list[SavedLora], factors: list[Fraction]) -> _Lora:
     """The sum of the sources' changes, each times its factor: their A and B side by side."""
     paths = list(dict.fromkeys(path for source in sources for path in source.layers))
     of_path = {
@@ -300,7 +207,7 @@ def _combined(sources: list[_Source], factors: list[Fraction]) -> _Lora:
 
 
 def _side_by_side(
-    layers: list[_Layer], factors: list[Fraction], rank: int
+    layers: list[SavedLayer], factors: list[Fraction], rank: int
 ) -> tuple[Tensor, Tensor]:
     """A and B of the sum of factor * B A, with zeros up to ``rank``."""
     a = torch.cat([layer.a for layer in layers])
@@ -324,7 +231,7 @@ def _plain(number: Fraction) -> int | float:
 
 
 def _config(
-    sources: list[_Source], rank: int, alpha: int | float, lora_bias: bool, paths: Iterable[str]
+    sources: list[SavedLora], rank: int, alpha: int | float, lora_bias: bool, paths: Iterable[str]
 ) -> LoraConfig:
     names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     where = [{name: getattr(source.config, name) for name in names} for source in sources]
