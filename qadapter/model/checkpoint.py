@@ -1,5 +1,6 @@
 """What lies beside a saved LoRA: how it is composed, and which base it belongs to."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def fingerprint(model: Any) -> dict[str, Any]:
         "body_probe": _body_probe(matrices),
         "quantisation": quantisation(model),
     }
+
+
+def fingerprint_digest(found: dict[str, Any]) -> str:
+    """A fingerprint in one word."""
+    octets = json.dumps(found, sort_keys=True).encode()
+    return f"{found['model_type']} {hashlib.blake2b(octets, digest_size=4).hexdigest()}"
 
 
 def _base_layer(module: Any) -> Any:
