@@ -1,5 +1,5 @@
-# make demo | test | test-slow | wheel-test | cuda-sanitize | lint | format | typecheck | bench
-#      | quality | peft-table | model-table | clean
+# make demo | test | test-slow | scale-test | wheel-test | cuda-sanitize | lint | format | typecheck
+#      | bench | quality | peft-table | model-table | scale-table | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -32,7 +32,7 @@ SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow wheel-test cuda-sanitize lint format typecheck bench
-.PHONY: quality peft-table model-table clean
+.PHONY: quality peft-table model-table scale-test scale-table clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -83,6 +83,15 @@ test: lint
 
 test-slow: install
 	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+# Several processes on this machine, by gloo; ZeRO where DeepSpeed is installed.
+scale-test: install
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow \
+	    tests/training/test_processes.py tests/training/test_engines.py $(PYTEST_ARGS)
+
+# One process against two: the table of docs/scaling.md.
+scale-table: install
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(PY) -m tests.training.engine_table
 
 # What every causal LM class of transformers does: docs/models.json and docs/models.md.
 model-table: install

@@ -28,7 +28,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from qadapter.functional import sample
-from qadapter.model.sharded import anywhere
+from qadapter.model.sharded import anywhere, vocab_rows
 from qadapter.model.streams import Streams
 from qadapter.ops.philox import philox_4x32
 
@@ -291,8 +291,7 @@ def decode(
         positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
 
     # Ids in the padding need not be the model's own: what it reads there does not count.
-    words: Any = decoder.streams.hf_model.get_input_embeddings()
-    largest = int(words.weight.shape[0]) - 1
+    largest = vocab_rows(decoder.streams.hf_model) - 1
 
     rows: Tensor | None = None  # the rows of the batch that still run; None is all
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)

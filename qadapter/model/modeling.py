@@ -68,7 +68,6 @@ class QAdapterModel(TwoStreamForward):
         self.recommended_strength: float | None = None
         """At which training found ``kl_budget`` kept; None where there was none."""
         self.kl_budget: float | None = None
-        sharded.refuse_partitioned(peft_model)
         refuse_unsupported(peft_model)
         self.base_fingerprint = fingerprint(self.hf_model)
         """Of the base, now: an engine may take it apart later."""
@@ -278,8 +277,7 @@ class QAdapterModel(TwoStreamForward):
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: ids that the model takes."""
-        words: Any = self.hf_model.get_input_embeddings()
-        return int(words.weight.shape[0])
+        return sharded.vocab_rows(self.hf_model)
 
     def set_composition(self, alpha_0: float, alpha_tilde: float, center: float) -> None:
         """Set alpha_0, alpha_tilde and center together, checked."""

@@ -4,7 +4,7 @@ The adapter is small and is put together whole wherever it is read or written; t
 Collective functions here must be called by all processes in the same order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,12 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
+def vocab_rows(model: Any) -> int:
+    """Rows of a transformers model's embedding, whole or in parts."""
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
 def refuse_partitioned(base: nn.Module) -> None:
     """ValueError for a base that was loaded in parts: what it is could not be looked at."""
     for name, parameter in base.named_parameters():
@@ -50,23 +56,30 @@ def outside_forward(model: nn.Module, *methods: str) -> None:
 
 
 @contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, those of the parameters that ZeRO-3 has in parts are whole. Collective."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+@contextmanager
 def whole_head(model: Any) -> Iterator[None]:
     """Inside, the head of a `QAdapterModel` is whole in every process. Collective."""
     head = model.hf_model.get_output_embeddings()
-    partitioned = [p for p in head.parameters() if is_partitioned(p)]
-    if partitioned:
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters(partitioned):
-            yield
-        return
     at_once = isinstance(model, FSDPModule) and any(
         isinstance(parameter, DTensor) for parameter in head.parameters()
     )
     if at_once:
         model.unshard()  # the embedding and the last norm with it: they are one unit
     try:
-        yield
+        with gathered(head.parameters()):
+            yield
     finally:
         if at_once:
             model.reshard()
@@ -86,26 +99,25 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
         model.reshard()  # between forwards the root is as its last one left it
     state, prefix = model.state_dict(), "peft_model."
     parameters = dict(model.named_parameters())
-    found = {}
-    for name, tensor in state.items():
-        if is_adapter_name(name) and isinstance(tensor, Tensor):
-            parameter = parameters.get(name, tensor)
-            found[name.removeprefix(prefix)] = _whole(parameter).detach().to("cpu", copy=True)
-    return found
+    found = {
+        name: parameters.get(name, value)
+        for name, value in state.items()
+        if is_adapter_name(name) and isinstance(value, Tensor)
+    }
+    with gathered(found.values()):
+        return {
+            name.removeprefix(prefix): _whole(value).detach().to("cpu", copy=True)
+            for name, value in found.items()
+        }
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, DTensor):
-        at: Any = tensor
-        if at.device.type != at.device_mesh.device_type:  # offloaded
-            at = at.to(at.device_mesh.device_type)
-        return at.full_tensor()
-    if is_partitioned(tensor):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    return tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    at: Any = tensor
+    if at.device.type != at.device_mesh.device_type:  # offloaded
+        at = at.to(at.device_mesh.device_type)
+    return at.full_tensor()
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from qadapter.training.engines import EngineTraining
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class KeptBase(EngineTraining):
     """A base class of `QAdapterTrainer`."""
@@ -21,15 +23,13 @@ class KeptBase(EngineTraining):
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
         """Of the autocast that the model runs under. These engines have none: they cast weights."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return None
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        casts = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return None if casts else _DTYPES.get(self.accelerator.mixed_precision)
 
     def _check_base_dtype(self) -> None:
         """ValueError where what is kept of the base before training would not be what the engine
         computes: it casts weights to 16 bits, which a base in float32 is not in yet."""
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = kinds.get(self.accelerator.mixed_precision)
+        dtype = _DTYPES.get(self.accelerator.mixed_precision)
         engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if engine and dtype is not None and self._own.hf_model.dtype != dtype:
             name = str(dtype).removeprefix("torch.")

@@ -86,8 +86,11 @@ def model_of(kind="llama", dtype=torch.float32):
 def made(folder, processes, rows=9, kind="llama", dtype=torch.float32, **config):
     """A trainer whose updates are of 4 pairs in all."""
     from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     AcceleratorState._reset_state()
+    # What an earlier trainer has set: a base made now would be in parts (zero.Init).
+    unset_hf_deepspeed_config()
     accumulated = config.get("gradient_accumulation_steps", 1)
     if config.get("anchor_coef") or config.get("kl_budget"):
         config["anchors"] = anchor_rows()
@@ -103,13 +106,14 @@ def made(folder, processes, rows=9, kind="llama", dtype=torch.float32, **config)
     )
 
 
+def flat(model):
+    """The adapter's weights, whole, in all processes."""
+    state = sharded.adapter_state(model)
+    return torch.cat([w.float().flatten() for _, w in sorted(state.items())])
+
+
 def weights(run):
-    """The adapter's, whole, in all processes."""
-    return torch.cat([w.float().flatten() for _, w in sorted(whole(run).items())])
-
-
-def whole(run):
-    return sharded.adapter_state(run._own)
+    return flat(run._own)
 
 
 def figures_of(run):
@@ -159,9 +163,10 @@ def evaluated_first(folder, processes, **config):
 
 
 def generated(folder, processes, **config):
-    """After training, text of 6 prompts that end at different lengths; each process has its own,
-    the first one more than the others and padding."""
-    run = made(folder, processes, **config)
+    """Text of 6 prompts that end at different lengths, when an engine has sharded the model (for a
+    training that leaves it as it is); each process has its own, the first one more of them, and
+    padding."""
+    run = made(folder, processes, learning_rate=0.0, **config)
     run.train()
     rank = run.accelerator.process_index
     ids, mask = torch.full((6, 5), 7), torch.ones(6, 5, dtype=torch.int64)
@@ -172,10 +177,8 @@ def generated(folder, processes, **config):
     else:
         mine = [slice(0, 4), slice(4, 6)][rank]
     seeds = torch.arange(6) + 5
-    # Compared are texts, so that a token's probability must not be at the edge of a draw.
-    out = run._own.generate(
-        ids[mine], mask[mine], do_sample=True, seed=seeds[mine], max_new_tokens=40, top_k=5
-    )
+    how = {"do_sample": True, "max_new_tokens": 40, "top_k": 5, "eos_token_id": [2, 23]}
+    out = run._own.generate(ids[mine], mask[mine], seed=seeds[mine], **how)
     rows = [row.tolist() for row in out[:, 5:]]
     if processes > 1:
         from accelerate.utils import gather_object
@@ -215,6 +218,8 @@ def failing(folder, processes, **config):
     said["left"] = [str(path) for path in folders if path.exists()]
     kind = "qwen2" if rank == processes - 1 > 0 else "llama"
     of("base", lambda: made(folder, processes, kind=kind, **config))
+    if config.get("deepspeed", {}).get("zero_optimization", {}).get("stage") == 3:
+        of("zero.Init", model_of)  # while the settings of ZeRO-3 are there
     return {}, said
 
 
@@ -276,6 +281,9 @@ def start(folder, engine, names, processes=2, timeout=900, python=sys.executable
 
 
 def main(folder, engine, names):
+    import faulthandler
+
+    faulthandler.dump_traceback_later(240, exit=True)  # DEBUG
     folder, processes = Path(folder), int(os.environ["WORLD_SIZE"])
     if engine == "fsdp2":
         fsdp_on_cpu()

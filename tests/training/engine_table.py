@@ -1,0 +1,109 @@
+"""The table of docs/scaling.md, one process against two, measured.
+
+    python -m tests.training.engine_table [--engines fsdp2 ...] [--keep FOLDER]
+
+What cannot run here says so in its cells. With --keep, what an earlier call has measured of other
+engines stays.
+"""
+
+import argparse
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+
+from tests.training import engine_runs
+from tests.training.test_engines import start_of, update_error
+
+PAGE = engine_runs.ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- engines: made by make scale-table -->\n", "<!-- end of engines -->\n"
+COLUMNS = ("save", "resume", "evaluate", "generate", "cache")
+LABELS = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+# Cases in float32, and the same in bfloat16.
+CASES = {
+    "train": "bf16",
+    "resume": "bf16, resume",
+    "generate": "bf16, generate",
+    "cached": "bf16, cached",
+}
+
+
+def evaluated(figures, one):
+    """Largest relative difference of what an evaluation says."""
+    names = [name for name in one if name.startswith("eval_")]
+    return max(abs(figures[name] - one[name]) / (abs(one[name]) + 1e-2) for name in names)
+
+
+def cells(ranks, alone, sixteen):
+    """Of an engine and a dtype: a figure by column."""
+    train, resume, generate, cached = CASES.values() if sixteen else CASES
+    tensors, figures = ranks
+    tensors_one, figures_one = alone
+    start = start_of("train")
+
+    def against_one(case, plain):
+        found = update_error(tensors[case]["weights"], tensors_one[plain]["weights"], start)
+        if not sixteen:
+            return f"{found:.0e}"
+        of_one = update_error(tensors_one[case]["weights"], tensors_one[plain]["weights"], start)
+        return f"{found:.2f} ({of_one:.2f})"
+
+    saved = (tensors[resume]["saved"] - tensors[resume]["resumed"]).abs().max()
+    again = update_error(tensors[resume]["resumed"], tensors[resume]["weights"], start)
+    said = f"{evaluated(figures[train], figures_one['train']):.0e}"
+    if sixteen:
+        found = (evaluated(each[train], figures_one["train"]) for each in (figures, figures_one))
+        said = "{:.2f} ({:.2f})".format(*found)
+    texts, texts_one = figures[generate]["rows"], figures_one[generate]["rows"]
+    same = sum(a == b for a, b in zip(texts, texts_one, strict=True))
+    made = (f"{float(saved):.0e}", f"{again:.0e}", said, f"{same} of {len(texts_one)}")
+    return dict(zip(COLUMNS, (*made, against_one(cached, "cached")), strict=True))
+
+
+def measured(engines):
+    """Cells by engine and dtype."""
+    names = [*CASES, *CASES.values()]
+    folder = Path(tempfile.mkdtemp())
+    alone: tuple[dict, dict] = ({}, {})
+    for name in names:
+        alone[0][name], alone[1][name] = engine_runs.case(name, folder / "one" / name, "ddp", 1)
+    found = {}
+    for engine in engines:
+        if "zero" in engine and importlib.util.find_spec("deepspeed") is None:
+            reason = dict.fromkeys(COLUMNS, "not run here: DeepSpeed is not installed")
+            found[engine] = {"float32": reason, "bf16": reason}
+            continue
+        (folder / engine).mkdir()
+        ranks = engine_runs.start(folder / engine, engine, names)
+        found[engine] = {
+            dtype: cells(ranks, alone, dtype == "bf16") for dtype in ("float32", "bf16")
+        }
+    return found
+
+
+def table(found):
+    lines = ["| engine | dtype | " + " | ".join(COLUMNS) + " |", "|" + "---|" * 7]
+    for engine, label in LABELS.items():
+        for dtype, row in found.get(engine, {}).items():
+            lines.append(f"| {label} | {dtype} | " + " | ".join(row[c] for c in COLUMNS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--engines", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--keep", type=Path, help="JSON file of what was measured")
+    options = parser.parse_args()
+    kept = {}
+    if options.keep and options.keep.exists():
+        kept = json.loads(options.keep.read_text())
+    found = {**kept, **measured(options.engines)}
+    if options.keep:
+        options.keep.write_text(json.dumps(found))
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    PAGE.write_text(before + BEGIN + table(found) + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()
