@@ -260,17 +260,18 @@ def start(folder, engine, names, processes=2, timeout=900, python=sys.executable
     """What several processes make of these cases: tensors and figures by name."""
     command = [python, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", "-m", "tests.training.engine_runs"]
-    done = subprocess.run(
-        [*command, str(folder), engine, *names],
-        env=dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-    )
-    path = Path(folder) / "made.json"
+    log, path = Path(folder) / "log.txt", Path(folder) / "made.json"
+    with log.open("w") as out:
+        subprocess.run(
+            [*command, str(folder), engine, *names],
+            env=dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            cwd=ROOT,
+        )
     # DeepSpeed may abort at exit, when all is written.
-    assert path.exists(), done.stdout[-2000:] + done.stderr[-6000:]
+    assert path.exists(), log.read_text()[-8000:]
     figures = json.loads(path.read_text())
     found = load_file(Path(folder) / "made.safetensors")
     tensors = {name: {} for name in names}
@@ -281,9 +282,6 @@ def start(folder, engine, names, processes=2, timeout=900, python=sys.executable
 
 
 def main(folder, engine, names):
-    import faulthandler
-
-    faulthandler.dump_traceback_later(240, exit=True)  # DEBUG
     folder, processes = Path(folder), int(os.environ["WORLD_SIZE"])
     if engine == "fsdp2":
         fsdp_on_cpu()

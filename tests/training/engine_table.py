@@ -61,24 +61,21 @@ def cells(ranks, alone, sixteen):
 
 
 def measured(engines):
-    """Cells by engine and dtype."""
+    """Engines, each with its cells by dtype."""
     names = [*CASES, *CASES.values()]
     folder = Path(tempfile.mkdtemp())
     alone: tuple[dict, dict] = ({}, {})
     for name in names:
         alone[0][name], alone[1][name] = engine_runs.case(name, folder / "one" / name, "ddp", 1)
-    found = {}
     for engine in engines:
         if "zero" in engine and importlib.util.find_spec("deepspeed") is None:
             reason = dict.fromkeys(COLUMNS, "not run here: DeepSpeed is not installed")
-            found[engine] = {"float32": reason, "bf16": reason}
+            yield engine, {"float32": reason, "bf16": reason}
             continue
         (folder / engine).mkdir()
-        ranks = engine_runs.start(folder / engine, engine, names)
-        found[engine] = {
-            dtype: cells(ranks, alone, dtype == "bf16") for dtype in ("float32", "bf16")
-        }
-    return found
+        ranks = engine_runs.start(folder / engine, engine, names, timeout=3000)
+        dtypes = ("float32", "bf16")
+        yield engine, {dtype: cells(ranks, alone, dtype == "bf16") for dtype in dtypes}
 
 
 def table(found):
@@ -94,15 +91,15 @@ def main():
     parser.add_argument("--engines", nargs="+", choices=LABELS, default=list(LABELS))
     parser.add_argument("--keep", type=Path, help="JSON file of what was measured")
     options = parser.parse_args()
-    kept = {}
+    found = {}
     if options.keep and options.keep.exists():
-        kept = json.loads(options.keep.read_text())
-    found = {**kept, **measured(options.engines)}
-    if options.keep:
-        options.keep.write_text(json.dumps(found))
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(before + BEGIN + table(found) + END + rest.split(END)[1])
+        found = json.loads(options.keep.read_text())
+    for engine, row in measured(options.engines):
+        found[engine] = row
+        if options.keep:
+            options.keep.write_text(json.dumps(found))
+        before, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(before + BEGIN + table(found) + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":
