@@ -192,7 +192,7 @@ def linear_residual_values(
     base_logp: Tensor | None = None,
     chunk_size: int | None = None,
     memory_mib: float | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: "dist.ProcessGroup | None" = None,
     vocab_offset: int | None = None,
 ) -> ResidualValues:
     """`residual_values` from hidden states and a frozen head, without the logits.

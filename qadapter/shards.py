@@ -114,3 +114,18 @@ def residual_values(
         of_action((xs_a.sum(-1) - whole_x) / alpha_tilde),
         lse,
     )
+
+
+def whole_logits(shard: Tensor, group: Any) -> Tensor:
+    """Logits [B, V] of a decoding step, in all processes of a group, from the columns [B, V_s] that
+    each of them has, in the order of their ranks: for `functional.sample`, which with one ``seed``
+    everywhere draws the same tokens everywhere. Collective; no gradient."""
+    width = torch.tensor([shard.shape[-1]], device=shard.device)
+    widths = [torch.empty_like(width) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(widths, width, group=group)
+    columns = [int(one) for one in widths]
+    padded = shard.new_zeros(*shard.shape[:-1], max(columns))
+    padded[..., : shard.shape[-1]] = shard.detach()
+    slots = [torch.empty_like(padded) for _ in columns]
+    dist.all_gather(slots, padded, group=group)
+    return torch.cat([one[..., :count] for one, count in zip(slots, columns, strict=True)], -1)

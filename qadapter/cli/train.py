@@ -150,6 +150,8 @@ def train(argv: Sequence[str]) -> int:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(config.output_dir)
     trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return 0
     plot = plot_training(trainer.state.log_history, Path(config.output_dir) / "training.png")
     if model.recommended_strength is not None:
         print(

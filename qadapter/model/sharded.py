@@ -42,8 +42,9 @@ def refuse_partitioned(base: nn.Module) -> None:
         if is_partitioned(parameter):
             raise ValueError(
                 f"the base was loaded under DeepSpeed's zero.Init, which has {name} in parts "
-                "already, so that it can be neither identified nor tried: set zero3_init_flag to "
-                "false, or load the model before QAdapterConfig is made; ZeRO-3 shards it then"
+                "already, so that it can be neither identified nor tried: take settings with "
+                "zero3_init_flag: false (qadapter train --accelerate-config zero3), or load the "
+                "model before QAdapterConfig is made; ZeRO-3 shards it then"
             )
 
 

@@ -225,6 +225,10 @@ class AnchoredTraining(KeptBase):
         if self.args.anchored:
             files.write_json(folder / STATE_NAME, self.anchor_control.state())
 
+    def _load_engine(self, folder: str) -> None:
+        super()._load_engine(folder)
+        self._load_anchor_state(folder)
+
     def _load_anchor_state(self, folder: str | Path) -> None:
         if self.args.anchored and (Path(folder) / STATE_NAME).exists():
             self.anchor_control.load(files.read_json(Path(folder) / STATE_NAME))

@@ -73,6 +73,7 @@ class EngineTraining(Trainer):
         return made
 
     def _load_engine(self, folder: str) -> None:
+        """Weights and optimiser from a checkpoint of DeepSpeed."""
         deepspeed_load_checkpoint(self.model_wrapped, folder, load_module_strict=False)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,4 +135,5 @@ class EngineTraining(Trainer):
         folder = str(self.state.best_model_checkpoint)
         if self.is_deepspeed_enabled:
             self._load_engine(folder)
-        self._load_from_checkpoint(folder)
+        else:
+            self._load_from_checkpoint(folder)

@@ -7,6 +7,7 @@ import torch
 from torch import distributed as dist
 
 from qadapter import functional as QF
+from qadapter import shards
 
 N, D, V = 37, 24, 101  # no multiples of anything
 CU_SEQLENS = torch.tensor([0, 9, 20, 29, 37], dtype=torch.int32)
@@ -132,6 +133,17 @@ def check_edges(group):
     assert all(len(value) == 0 for value in none)
 
 
+def check_sampling(group):
+    weight, base, q, _, _ = inputs(torch.float32, False)
+    part = shard_of(dist.get_rank(group), dist.get_world_size(group))[1]
+    logits = [rows @ weight.T for rows in (base, q)]
+    gathered = [shards.whole_logits(one[:, part], group) for one in logits]
+    assert all(torch.equal(a, b) for a, b in zip(logits, gathered, strict=True))
+    how = {"alpha_0": 0.5, "center": 0.0, "top_p": 0.9, "top_k": 20, "seed": 3}
+    one, other = QF.sample(*logits, **how), QF.sample(*gathered, **how)
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.logprobs, other.logprobs)
+
+
 def process(rank, world, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=world)
@@ -143,6 +155,7 @@ def process(rank, world, path):
             check_case(group, *case)
         check_collectives(group)
         check_edges(group)
+        check_sampling(group)
     dist.destroy_process_group()
 
 

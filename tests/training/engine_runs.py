@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
+from qadapter import functional as QF
 from qadapter.model import sharded
 from qadapter.model.modeling import QAdapterModel
 from tests.tiny_models import make_base, perturb
@@ -187,6 +189,30 @@ def generated(folder, processes, **config):
     return {}, {"rows": [[t for t in row if t != 0] for row in rows]}
 
 
+def units(folder, processes, **config):
+    """What FSDP2 shards at a time, the kinds of the head that the loss reads, and the share of the
+    model that a process holds."""
+    run = made(folder, processes, rows=4, **config)
+    kinds, plain = set(), QF.linear_residual_values
+
+    def spy(base, q, weight, *args, **kwargs):
+        kinds.add(type(weight).__name__)
+        return plain(base, q, weight, *args, **kwargs)
+
+    QF.linear_residual_values = spy
+    try:
+        run.train()
+    finally:
+        QF.linear_residual_values = plain
+    parts = [type(m).__name__ for m in run.model.modules() if isinstance(m, FSDPModule)]
+    if isinstance(run.model, FSDPModule):
+        run.model.reshard()
+    parameters = list(run.model.parameters())
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in parameters)
+    share = held / sum(p.numel() for p in parameters)
+    return {}, {"units": parts, "head": sorted(kinds), "share": share}
+
+
 def failing(folder, processes, **config):
     """Errors of one process: what each of them says."""
     from accelerate.utils import gather_object
@@ -234,6 +260,7 @@ CASES = {
     "padded": (trained, {"packing": False}),
     "evaluate first": (evaluated_first, {}),
     "generate": (generated, {}),
+    "units": (units, {}),
     "fail": (failing, {}),
     "bf16": (trained, {"dtype": torch.bfloat16}),
     "bf16, cached": (trained, {"dtype": torch.bfloat16, "precompute_base": True}),
