@@ -191,7 +191,7 @@ class QAdapterModel(TwoStreamForward):
                 taken or empty or has a dot.
         """
         with locking.alone(self.hf_model):
-            composition = saving.attach(self, directory, name)
+            composition = saving.attach(self.peft_model, self.base_fingerprint, directory, name)
             self._others[name] = self.peft_model.peft_config[name], composition
 
     @property

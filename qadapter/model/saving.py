@@ -109,18 +109,19 @@ def load_weights(model: Any, directory: str | Path) -> None:
         raise
 
 
-def attach(model: Any, directory: str | Path, name: str) -> Composition:
+def attach(
+    peft_model: PeftModel, base_fingerprint: dict[str, Any], directory: str | Path, name: str
+) -> Composition:
     """See `QAdapterModel.load_adapter`; returns how the adapter is composed."""
-    peft_model: PeftModel = model.peft_model
     if not is_adapter_folder(str(directory)):
         raise ValueError(f"directory: {directory} is not the folder of a saved adapter")
     if not name or "." in name:
         raise ValueError(f"name: expected a name without dots, got {name!r}")
     if name in peft_model.peft_config:
         raise ValueError(f"name: there is an adapter {name!r} already")
-    if sharded.is_sharded(model):
+    if sharded.is_sharded(peft_model):
         raise ValueError(f"{directory}: attach it before an engine shards the model")
-    saved = _saved_for(model.base_fingerprint, directory)
+    saved = _saved_for(base_fingerprint, directory)
     alphas = checks.composition(saved["alpha_0"], saved["alpha_tilde"], saved["center"])
     base = peft_model.get_base_model()
     adapter = adapter_files.read_adapter_config(directory)
