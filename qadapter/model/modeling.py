@@ -69,8 +69,7 @@ class QAdapterModel(TwoStreamForward):
         """At which training found ``kl_budget`` kept; None where there was none."""
         self.kl_budget: float | None = None
         refuse_unsupported(peft_model)
-        self.base_fingerprint = fingerprint(self.hf_model)
-        """Of the base, now: an engine may take it apart later."""
+        self._fingerprint = fingerprint(self.hf_model)
         if (reason := sees_later_tokens(self.hf_model)) is not None:
             raise ValueError(
                 f"{type(self.hf_model).__name__} is no causal model: {reason} (of an encoder's "
@@ -278,6 +277,13 @@ class QAdapterModel(TwoStreamForward):
     def vocab_size(self) -> int:
         """Rows of the embedding: ids that the model takes."""
         return sharded.vocab_rows(self.hf_model)
+
+    @property
+    def base_fingerprint(self) -> dict[str, Any]:
+        """Of the base as it is; as it was where an engine has since taken it apart."""
+        if not sharded.is_sharded(self):
+            self._fingerprint = fingerprint(self.hf_model)
+        return self._fingerprint
 
     def set_composition(self, alpha_0: float, alpha_tilde: float, center: float) -> None:
         """Set alpha_0, alpha_tilde and center together, checked."""

@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from tests.training import engine_runs
@@ -34,6 +35,10 @@ def evaluated(figures, one):
     return max(abs(figures[name] - one[name]) / (abs(one[name]) + 1e-2) for name in names)
 
 
+def short(figure):
+    return "0" if figure == 0 else f"{float(figure):.0e}".replace("e-0", "e-")
+
+
 def cells(ranks, alone, sixteen):
     """Of an engine and a dtype: a figure by column."""
     train, resume, generate, cached = CASES.values() if sixteen else CASES
@@ -44,19 +49,19 @@ def cells(ranks, alone, sixteen):
     def against_one(case, plain):
         found = update_error(tensors[case]["weights"], tensors_one[plain]["weights"], start)
         if not sixteen:
-            return f"{found:.0e}"
+            return short(found)
         of_one = update_error(tensors_one[case]["weights"], tensors_one[plain]["weights"], start)
         return f"{found:.2f} ({of_one:.2f})"
 
     saved = (tensors[resume]["saved"] - tensors[resume]["resumed"]).abs().max()
     again = update_error(tensors[resume]["resumed"], tensors[resume]["weights"], start)
-    said = f"{evaluated(figures[train], figures_one['train']):.0e}"
+    said = short(evaluated(figures[train], figures_one["train"]))
     if sixteen:
         found = (evaluated(each[train], figures_one["train"]) for each in (figures, figures_one))
         said = "{:.2f} ({:.2f})".format(*found)
     texts, texts_one = figures[generate]["rows"], figures_one[generate]["rows"]
     same = sum(a == b for a, b in zip(texts, texts_one, strict=True))
-    made = (f"{float(saved):.0e}", f"{again:.0e}", said, f"{same} of {len(texts_one)}")
+    made = (short(saved), short(again), said, f"{same} of {len(texts_one)}")
     return dict(zip(COLUMNS, (*made, against_one(cached, "cached")), strict=True))
 
 
@@ -83,7 +88,10 @@ def table(found):
     for engine, label in LABELS.items():
         for dtype, row in found.get(engine, {}).items():
             lines.append(f"| {label} | {dtype} | " + " | ".join(row[c] for c in COLUMNS) + " |")
-    return "\n".join(lines) + "\n"
+    names = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+    there = [name for name in names if importlib.util.find_spec(name) is not None]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in there)
+    return "\n".join(lines) + f"\n\n{versions}.\n"
 
 
 def main():
