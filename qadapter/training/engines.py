@@ -59,6 +59,12 @@ class EngineTraining(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
         folder = resume_from_checkpoint
+        evaluated = self.is_deepspeed_enabled and self.deepspeed is not None
+        if evaluated and self.accelerator.deepspeed_engine_wrapped is None:
+            raise ValueError(
+                "train: under DeepSpeed a model that was evaluated before is made ready for that "
+                "alone; take eval_on_start=True, or a trainer of its own"
+            )
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # what was evaluated before is as its last forward left it
         if folder is None or not self.is_deepspeed_enabled:

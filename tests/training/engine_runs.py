@@ -244,6 +244,10 @@ def failing(folder, processes, **config):
     said["left"] = [str(path) for path in folders if path.exists()]
     kind = "qwen2" if rank == processes - 1 > 0 else "llama"
     of("base", lambda: made(folder, processes, kind=kind, **config))
+    if "deepspeed" in config:
+        early = made(folder, processes, **config)
+        early.evaluate()
+        of("train", early.train)
     if config.get("deepspeed", {}).get("zero_optimization", {}).get("stage") == 3:
         of("zero.Init", model_of)  # while the settings of ZeRO-3 are there
     return {}, said
