@@ -130,7 +130,7 @@ class EngineTraining(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
-            with processes.together(self.accelerator, f"save {folder}"):
+            with processes.together(self.accelerator, "save a checkpoint"):
                 super()._save_checkpoint(model, trial)
         except Exception as error:
             if self.accelerator.is_main_process:
