@@ -1,5 +1,5 @@
-# make demo | test | test-slow | serve-test | wheel-test | cuda-sanitize | lint | format | typecheck
-#      | bench | quality | peft-table | model-table | clean
+# make demo | test | test-slow | serve-test | scale-test | wheel-test | cuda-sanitize | lint | format
+#      | typecheck | bench | quality | peft-table | model-table | scale-table | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -33,8 +33,8 @@ BUILT := build/.extension-built
 SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc/common/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow serve-test wheel-test cuda-sanitize lint format typecheck
-.PHONY: bench quality peft-table model-table clean
+.PHONY: help install demo test test-slow serve-test scale-test wheel-test cuda-sanitize lint format
+.PHONY: typecheck bench quality peft-table model-table scale-table clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -99,6 +99,15 @@ $(SERVE_STAMP): pyproject.toml tests/serving/requirements.txt | $(PY)
 
 serve-test: $(SERVE_STAMP)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest -q tests/serving $(PYTEST_ARGS)
+
+# Several processes on this machine, by gloo; ZeRO where DeepSpeed is installed.
+scale-test: install
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow \
+	    tests/training/test_processes.py tests/training/test_engines.py $(PYTEST_ARGS)
+
+# One process against two: the table of docs/scaling.md.
+scale-table: install
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(PY) -m tests.training.engine_table
 
 # What every causal LM class of transformers does: docs/models.json and docs/models.md.
 model-table: install

@@ -27,6 +27,7 @@ __all__ = [
     "PerRow",
     "StreamWeights",
     "blend",
+    "recommended",
     "stream_weights",
 ]
 
@@ -176,3 +177,29 @@ def blend(
         return (None,), weights[:1]
     kept = [i for i, counted in enumerate(counts) if counted]
     return tuple(names[i] for i in kept), weights[kept]
+
+
+def recommended(
+    strength: str,
+    found: float | None,
+    own: str,
+    adapters: Mapping[str, PerRow] | None,
+) -> float:
+    """The strength that training has ``found``, where "recommended" is asked for. ValueError for
+    another word, where there is none, and where ``adapters`` are more than ``own`` with weight 1.
+    """
+    if strength != RECOMMENDED:
+        raise ValueError(f"strength: expected a number or {RECOMMENDED!r}, got {strength!r}")
+    if adapters is not None:
+        weight = adapters.get(own)
+        if len(adapters) > 1 or not isinstance(weight, int | float) or weight != 1:
+            raise ValueError(
+                f"strength: {RECOMMENDED!r} is of the model's own adapter alone, with weight 1; "
+                f"got adapters={dict(adapters)!r}"
+            )
+    if found is None:
+        raise ValueError(
+            f"strength: {RECOMMENDED!r}, but the adapter has no recommended strength; training "
+            "with a kl_budget finds one"
+        )
+    return found

@@ -5,9 +5,13 @@ delimited by ``cu_seqlens``; the P chosen responses come first, then the P rejec
 are those of Q-Adapter (arXiv 2407.03856); `qadapter.reference` is the same in plain PyTorch.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
+from qadapter import shards
 from qadapter.kl import base_moments, kl_to_base
 from qadapter.ops import checks, linear, residual  # noqa: F401  (residual registers itself)
 from qadapter.ops import sample as sample_ops
@@ -188,6 +192,8 @@ def linear_residual_values(
     base_logp: Tensor | None = None,
     chunk_size: int | None = None,
     memory_mib: float | None = None,
+    group: "dist.ProcessGroup | None" = None,
+    vocab_offset: int | None = None,
 ) -> ResidualValues:
     """`residual_values` from hidden states and a frozen head, without the logits.
 
@@ -217,6 +223,10 @@ def linear_residual_values(
         chunk_size: rows whose logits may exist at a time; default, as many as fit in 48 MiB on a
             CPU, 1 GiB on a GPU. The cpp backend takes it as an upper bound, and needs none.
         memory_mib: the same as a budget in MiB.
+        group, vocab_offset: of a head in shards over the processes of a group (`qadapter.shards`):
+            ``weight`` and ``bias`` are rows vocab_offset, ... of the whole one, everything else is
+            as for the whole in all of them, and so are the results. An action that is in no shard
+            gives NaN.
 
     Returns:
         `ResidualValues`, float32 [N]; q, value and policy_logp are differentiable w.r.t. q_hidden.
@@ -226,6 +236,13 @@ def linear_residual_values(
         ValueError: as `residual_values`; and for a ``weight`` or ``bias`` that requires a gradient.
     """
     alpha_0, alpha_tilde, center = checks.composition(alpha_0, alpha_tilde, center)
+    if group is not None or vocab_offset is not None:
+        composition = {"alpha_0": alpha_0, "alpha_tilde": alpha_tilde, "center": center}
+        options: Any = {"logit_scale": logit_scale, "logit_softcap": logit_softcap}
+        options |= {"chunk_size": chunk_size, "memory_mib": memory_mib, **composition}
+        options |= {"bias": bias, "base_lse": base_lse, "base_logp": base_logp}
+        streams, shard = (base_hidden, q_hidden), (weight, actions, group, vocab_offset)
+        return shards.residual_values(linear_residual_values, streams, *shard, **options)
     scale, softcap = checks.head(logit_scale, logit_softcap)
     chunking = checks.chunk(chunk_size, memory_mib)
     checks.linear_statistics(

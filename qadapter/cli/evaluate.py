@@ -152,7 +152,6 @@ def _anchors(
     model: Any, tokenizer: Any, trained: dict[str, Any], options: argparse.Namespace
 ) -> tuple[list[Any], str]:
     """Tokenised, and where they are from; of the file that training made, those it held out."""
-    from qadapter.model.checkpoint import fingerprint
     from qadapter.text.anchors import load_anchors
     from qadapter.text.tokenization import eos_token_ids
     from qadapter.training.anchored import TEXTS_NAME
@@ -174,7 +173,7 @@ def _anchors(
         if held_out
         else options.max_length,
         eos_token_ids=eos_token_ids(model, tokenizer),
-        base=fingerprint(model.hf_model),
+        base=model.base_fingerprint,
     )
     if not held_out:
         return texts, str(given)

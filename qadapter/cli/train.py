@@ -1,10 +1,11 @@
 """``qadapter train``: every field of QAdapterConfig is an option."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from qadapter.cli import launching, run_file
 from qadapter.cli.sampling import head, load_pairs
 
 
@@ -68,9 +69,26 @@ class TrainArguments:
         },
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
+    # Read before these, by `run_file` and `launching`.
+    config: str | None = field(
+        default=None,
+        metadata={"help": "YAML file of options by these names; the command line wins."},
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start several processes by accelerate: multi_gpu, fsdp2, zero2, zero3, or a "
+            "file of `accelerate config`."
+        },
+    )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "How many; default, one for each accelerator."}
+    )
 
 
 def train(argv: Sequence[str]) -> int:
+    in_file, argv = run_file.read(argv)  # first: its env counts for what is imported
+
     from transformers import HfArgumentParser
 
     from qadapter.model.checkpoint import is_adapter_folder, resolve_model
@@ -80,8 +98,13 @@ def train(argv: Sequence[str]) -> int:
     from qadapter.training.preparation import device_map
     from qadapter.training.trainer import RELEASED_PRESET, QAdapterConfig, QAdapterTrainer
 
-    parser = HfArgumentParser(cast(Any, (TrainArguments, QAdapterConfig)), prog="qadapter train")
-    arguments = list(argv)
+    kinds: Any = (TrainArguments, QAdapterConfig)
+    known = [option.name for kind in kinds for option in fields(kind)]
+    argv = [*run_file.as_arguments(in_file, known), *argv]
+    start, arguments = launching.command(argv)
+    if start is not None:
+        return launching.run(start)
+    parser = HfArgumentParser(kinds, prog="qadapter train")
     if any(a.split("=")[0] == "--output" for a in arguments) and any(
         a.split("=")[0] in ("--output_dir", "--output-dir") for a in arguments
     ):
@@ -127,6 +150,8 @@ def train(argv: Sequence[str]) -> int:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(config.output_dir)
     trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return 0
     plot = plot_training(trainer.state.log_history, Path(config.output_dir) / "training.png")
     if model.recommended_strength is not None:
         print(

@@ -7,6 +7,7 @@ streams.py           all streams in one forward, for decoding
 decoding.py          the loop: a token a step; generate.py: transformers' arguments for it;
                      decoding_probes.py: what a base needs there, tried
 locking.py           calls on one model take turns
+sharded.py           parameters that an engine (FSDP2, ZeRO-3) holds in parts
 wrapping.py          which models can be composed; adapters.py: which of PEFT's adapters;
                      probe.py: both tried on a few tokens
 saving.py            an adapter's files; adapter_files.py: do they fit; checkpoint.py: its base

@@ -1,5 +1,6 @@
 """What lies beside a saved LoRA: how it is composed, and which base it belongs to."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,12 @@ def plain_matrices(model: Any) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.ndim == 2 and _is_plain(parameter) and not is_adapter_name(name)
     }
+
+
+def fingerprint_digest(found: dict[str, Any]) -> str:
+    """A fingerprint in one word."""
+    octets = json.dumps(found, sort_keys=True).encode()
+    return f"{found['model_type']} {hashlib.blake2b(octets, digest_size=4).hexdigest()}"
 
 
 def _base_layer(module: Any) -> Any:

@@ -28,6 +28,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from qadapter.functional import sample
+from qadapter.model.sharded import anywhere, vocab_rows
 from qadapter.model.streams import Streams
 from qadapter.ops.philox import philox_4x32
 
@@ -86,6 +87,17 @@ class TwoStreamDecoder:
             step = self.streams.compiled(step, self.compile_config)
         with self.streams.installed():
             return step(self, ids, mask, positions)
+
+    def idle(self, token: Tensor) -> None:
+        """As many passes as a step takes, of one token [1, 1], for processes that hold the model's
+        other shards and still make text."""
+        kept = self.caches, self.weights, self.compile_config
+        self.caches, self.weights = [None] * len(self.caches), self.weights[:, :1]
+        self.compile_config = None
+        try:
+            self(token, None, torch.zeros_like(token))
+        finally:
+            self.caches, self.weights, self.compile_config = kept
 
     def _together(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         cache = self.caches[0]
@@ -236,8 +248,10 @@ def decode(
     streamer: Any,
     output_logprobs: bool,
     rows_may_leave: bool,
+    synced: bool,
 ) -> Tensor | GenerateOutput:
-    """The loop behind `qadapter.model.generate.generate`."""
+    """The loop behind `qadapter.model.generate.generate`; ``synced`` where processes hold a model
+    together, which then take equally many steps."""
     config = generation_config
     device = input_ids.device
     batch, width = input_ids.shape
@@ -277,8 +291,7 @@ def decode(
         positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
 
     # Ids in the padding need not be the model's own: what it reads there does not count.
-    words: Any = decoder.streams.hf_model.get_input_embeddings()
-    largest = int(words.weight.shape[0]) - 1
+    largest = vocab_rows(decoder.streams.hf_model) - 1
 
     rows: Tensor | None = None  # the rows of the batch that still run; None is all
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)
@@ -329,11 +342,17 @@ def decode(
         stopped = stopping_criteria(sequences[:, :length], cast(Any, scores or None))
         unfinished &= ~stopped
         running, broken = torch.stack([unfinished.any(), (tokens < 0).any()]).tolist()
+        others, elsewhere = anywhere((running, broken), device) if synced else (False, False)
         if broken:
             raise ValueError(
                 f"no token can be drawn in row {int((tokens < 0).nonzero()[0])}: its logits "
                 "are NaN, or every token is masked"
             )
+        while others and not running and not elsewhere:
+            decoder.idle(tokens_in[:1, :1])
+            others, elsewhere = anywhere((False, False), device)
+        if elsewhere:
+            raise ValueError("no token can be drawn in another process, which has said why")
         if not running:
             break
 

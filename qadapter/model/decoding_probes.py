@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from qadapter.model.growing_cache import grow_in_place
+from qadapter.model.sharded import vocab_rows
 from qadapter.model.streams import Streams, evaluating
 
 LONG = 64  # tokens; what attention windows of more do with a cache is not tried
@@ -31,8 +32,7 @@ def _differs(got: Tensor, want: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def _tokens(model: PreTrainedModel, rows: int, count: int) -> Tensor:
-    embedding: Any = model.get_input_embeddings()
-    vocab = embedding.weight.shape[0]
+    vocab = vocab_rows(model)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab, (rows, count), generator=generator).to(model.device)
 

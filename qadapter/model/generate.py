@@ -94,6 +94,7 @@ def generate(
     streamer: Any = None,
     tokenizer: Any = None,
     output_logprobs: bool = False,
+    synced: bool = False,
     **generation_kwargs: Any,
 ) -> Any:
     """Generate from softmax(sum_i weights_i z_i) over the streams.
@@ -102,6 +103,7 @@ def generate(
         streams: which run.
         weights: float64 [streams, B], what the logits of each count in each row.
         head: as `TwoStreamDecoder` takes it.
+        synced: whether other processes, which hold parts of the model, generate at the same time.
         The others are those of `QAdapterModel.generate`, which says what is returned and raised.
     """
     batch = input_ids.shape[0]
@@ -161,6 +163,7 @@ def generate(
             rows_may_leave=rows_may_leave
             and cache is not None
             and not isinstance(cache, StaticCache),
+            synced=synced,
         )
 
     if streams.uncached is not None:

@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qadapter.composition import RECOMMENDED, Composition, Names, PerRow, blend
-from qadapter.model import adapters, locking, saving, values
-from qadapter.model.checkpoint import is_adapter_folder, resolve_model
+from qadapter.composition import Composition, Names, PerRow, blend, recommended
+from qadapter.model import adapters, locking, saving, sharded, values
+from qadapter.model.checkpoint import fingerprint, is_adapter_folder, resolve_model
 from qadapter.model.decoding_probes import Needs, sees_later_tokens
 from qadapter.model.generate import check_prompts, generate, without_settings
 from qadapter.model.lora_linear import fuse_lora
@@ -70,6 +70,7 @@ class QAdapterModel(TwoStreamForward):
         """At which training found ``kl_budget`` kept; None where there was none."""
         self.kl_budget: float | None = None
         refuse_unsupported(peft_model)
+        self._fingerprint = fingerprint(self.hf_model)
         if (reason := sees_later_tokens(self.hf_model)) is not None:
             raise ValueError(
                 f"{type(self.hf_model).__name__} is no causal model: {reason} (of an encoder's "
@@ -149,24 +150,36 @@ class QAdapterModel(TwoStreamForward):
         """A new adapter on a model in memory (LoRA layers are put into it in place)."""
         return cls(add_lora(base, lora_config), **composition)
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(
+        self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Write a plain PEFT LoRA (safetensors), ``qadapter_config.json`` and a model card.
 
         Any PEFT loader reads the LoRA; alone it is the adapter stream, softmax(z_q). Raises
         OSError, leaving ``directory`` as it was, if something cannot be written.
+
+        Args:
+            state_dict: the adapter's weights, where an engine holds the model in parts:
+                `qadapter.model.sharded.adapter_state`, which all processes make together.
         """
+        if state_dict is None and sharded.is_sharded(self):
+            raise ValueError(
+                "state_dict: the model is in parts; QAdapterTrainer.save_model saves it, called by "
+                "all processes"
+            )
         composition = {**self.composition, "gamma": self.gamma}
         if self.recommended_strength is not None:
             composition["recommended_strength"] = self.recommended_strength
             composition["kl_budget"] = self.kl_budget
         with locking.alone(self.hf_model):
-            saving.save(self.peft_model, composition, directory)
+            known = self.base_fingerprint
+            saving.save(self.peft_model, composition, known, directory, state_dict)
 
     def load_adapter_weights(self, directory: str | Path) -> None:
         """Replace the adapter's weights by those saved in ``directory`` (same LoRA, same base), and
         its recommended strength by theirs."""
         with locking.alone(self.hf_model):
-            saving.load_weights(self.peft_model, directory)
+            saving.load_weights(self, directory)
             self.recommended_strength, self.kl_budget = saving.recommendation(directory)
 
     def load_adapter(self, directory: str | Path, name: str) -> None:
@@ -179,7 +192,7 @@ class QAdapterModel(TwoStreamForward):
                 taken or empty, has a dot, or begins a part of a layer's path ("1", "layers").
         """
         with locking.alone(self.hf_model):
-            composition = saving.attach(self.peft_model, directory, name)
+            composition = saving.attach(self.peft_model, self.base_fingerprint, directory, name)
             self._others[name] = self.peft_model.peft_config[name], composition
 
     @property
@@ -265,8 +278,14 @@ class QAdapterModel(TwoStreamForward):
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: ids that the model takes."""
-        words: Any = self.hf_model.get_input_embeddings()
-        return int(words.weight.shape[0])
+        return sharded.vocab_rows(self.hf_model)
+
+    @property
+    def base_fingerprint(self) -> dict[str, Any]:
+        """Of the base as it is; as it was where an engine has since taken it apart."""
+        if not sharded.is_sharded(self):
+            self._fingerprint = fingerprint(self.hf_model)
+        return self._fingerprint
 
     def set_composition(self, alpha_0: float, alpha_tilde: float, center: float) -> None:
         """Set alpha_0, alpha_tilde and center together, checked."""
@@ -280,22 +299,7 @@ class QAdapterModel(TwoStreamForward):
         is none, or where ``adapters`` are more than the model's own with weight 1."""
         if not isinstance(strength, str):
             return strength
-        if strength != RECOMMENDED:
-            raise ValueError(f"strength: expected a number or {RECOMMENDED!r}, got {strength!r}")
-        own = self.adapter_names[0]
-        if adapters is not None:
-            weight = adapters.get(own)
-            if len(adapters) > 1 or not isinstance(weight, int | float) or weight != 1:
-                raise ValueError(
-                    f"strength: {RECOMMENDED!r} is of the model's own adapter alone, with weight "
-                    f"1; got adapters={dict(adapters)!r}"
-                )
-        if self.recommended_strength is None:
-            raise ValueError(
-                f"strength: {RECOMMENDED!r}, but the adapter has no recommended strength; training "
-                "with a kl_budget finds one"
-            )
-        return self.recommended_strength
+        return recommended(strength, self.recommended_strength, self.adapter_names[0], adapters)
 
     # The streams.
 
@@ -377,9 +381,21 @@ class QAdapterModel(TwoStreamForward):
         own = nullcontext() if base_settings else without_settings(self.hf_model)
         with locking.alone(self.hf_model), own:
             streams = self.streams(names)  # first: it looks for adapters that PEFT has loaded since
-            if attention_mask is not None and not attention_mask.all():
+            synced = sharded.is_sharded(self)
+            padded = attention_mask is not None and not bool(attention_mask.all())
+            if synced:  # what padding takes is tried, by all processes or none
+                padded = sharded.anywhere([padded], input_ids.device)[0]
+            if padded:
                 cached = generation_kwargs.get("use_cache") is not False
                 if not self._padded_with_cache(streams, cached):
                     generation_kwargs["use_cache"] = False
             head = self.hf_model.get_output_embeddings() if self.selects_hidden_rows else None
-            return generate(streams, weights, head, input_ids, attention_mask, **generation_kwargs)
+            return generate(
+                streams,
+                weights,
+                head,
+                input_ids,
+                attention_mask,
+                synced=synced,
+                **generation_kwargs,
+            )

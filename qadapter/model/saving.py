@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor
 
 from qadapter import files
 from qadapter.composition import Composition
-from qadapter.model import adapter_files
+from qadapter.model import adapter_files, sharded
 from qadapter.model.checkpoint import (
     CONFIG_NAME,
     base_alias,
@@ -27,22 +29,30 @@ from qadapter.ops import checks
 from qadapter.version import __version__
 
 
-def save(peft_model: PeftModel, composition: dict[str, float], directory: str | Path) -> None:
+def save(
+    peft_model: PeftModel,
+    composition: dict[str, float],
+    base_fingerprint: dict[str, Any],
+    directory: str | Path,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
     """See `QAdapterModel.save_pretrained`; ``composition`` has the alphas, center and gamma."""
     base: Any = peft_model.get_base_model()
     config = {
         "qadapter_version": __version__,
         **composition,
         "base_model": base_alias(str(base.config._name_or_path or "")),
-        "base_fingerprint": fingerprint(base),
+        "base_fingerprint": base_fingerprint,
     }
     name = str(peft_model.active_adapter)
+    weights: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
     with files.replacing_directory(directory) as temporary:
         peft_model.save_pretrained(
             str(temporary),
             safe_serialization=True,
             selected_adapters=[name],
             save_embedding_layers=False,  # the base's, which no adapter changes
+            **weights,
         )
         # PEFT puts an adapter with a name of its own into a folder of that name.
         if not (temporary / "adapter_config.json").exists():
@@ -61,6 +71,7 @@ def load(
     adapter = adapter_files.read_adapter_config(source)
     base_source = resolve_model(base_model if base_model is not None else saved["base_model"])
     base = load_base(base_source, dtype, kwargs)
+    sharded.refuse_partitioned(base)
     check_same_base(saved["base_fingerprint"], fingerprint(base), source, base_source)
     adapter_files.check_base_weights(base, source, adapter)
     probe = BaseProbe(base)
@@ -77,11 +88,16 @@ def recommendation(source: str | Path) -> tuple[float | None, float | None]:
     return saved.get("recommended_strength"), saved.get("kl_budget")
 
 
-def load_weights(peft_model: PeftModel, directory: str | Path) -> None:
-    """See `QAdapterModel.load_adapter_weights`."""
-    _saved_for(peft_model, directory)
+def load_weights(model: Any, directory: str | Path) -> None:
+    """See `QAdapterModel.load_adapter_weights`; ``model`` is one."""
+    _saved_for(model.base_fingerprint, directory)
+    peft_model: PeftModel = model.peft_model
     name = str(peft_model.active_adapter)
     adapter_files.check_same_adapter(peft_model, name, directory)
+    if sharded.is_sharded(model):
+        saved = load_peft_weights(str(directory), device="cpu")
+        sharded.load_adapter(model, saved, str(directory))
+        return
     config = peft_model.peft_config[name]
     adapter_files.check_base_weights(peft_model.get_base_model(), directory, config)
     own = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
@@ -93,7 +109,9 @@ def load_weights(peft_model: PeftModel, directory: str | Path) -> None:
         raise
 
 
-def attach(peft_model: PeftModel, directory: str | Path, name: str) -> Composition:
+def attach(
+    peft_model: PeftModel, base_fingerprint: dict[str, Any], directory: str | Path, name: str
+) -> Composition:
     """See `QAdapterModel.load_adapter`; returns how the adapter is composed."""
     if not is_adapter_folder(str(directory)):
         raise ValueError(f"directory: {directory} is not the folder of a saved adapter")
@@ -104,7 +122,9 @@ def attach(peft_model: PeftModel, directory: str | Path, name: str) -> Compositi
     for path, _ in peft_model.get_base_model().named_parameters():
         if f".{name}" in f".{path}":  # PEFT cuts the name out of its keys wherever it stands
             raise ValueError(f"name: {name!r} is in the path of {path}: give it another")
-    saved = _saved_for(peft_model, directory)
+    if sharded.is_sharded(peft_model):
+        raise ValueError(f"{directory}: attach it before an engine shards the model")
+    saved = _saved_for(base_fingerprint, directory)
     alphas = checks.composition(saved["alpha_0"], saved["alpha_tilde"], saved["center"])
     base = peft_model.get_base_model()
     adapter = adapter_files.read_adapter_config(directory)
@@ -120,10 +140,9 @@ def attach(peft_model: PeftModel, directory: str | Path, name: str) -> Compositi
     return Composition(*alphas)
 
 
-def _saved_for(peft_model: PeftModel, directory: str | Path) -> dict[str, Any]:
-    """The config of an adapter that was saved for the base of ``peft_model``."""
+def _saved_for(here: dict[str, Any], directory: str | Path) -> dict[str, Any]:
+    """The config of an adapter that was saved for the base of this fingerprint."""
     saved = read_config(directory)
-    here = fingerprint(peft_model.get_base_model())
     check_same_base(saved["base_fingerprint"], here, str(directory), "this model")
     return saved
 

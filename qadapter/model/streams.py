@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from qadapter.composition import Names
 from qadapter.model import lora_linear
+from qadapter.model.sharded import vocab_rows
 from qadapter.ops import few_rows, low_rank
 
 # What transformers' models hand to each of their layers, one row of it per row of the batch.
@@ -288,7 +289,7 @@ class Streams:
     def _differs(self) -> str | None:
         """One forward against one pass a stream, on random tokens: what is wrong with it."""
         model = self.hf_model
-        vocab = cast(Any, model.get_input_embeddings()).weight.shape[0]
+        vocab = vocab_rows(model)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab, (3, 5), generator=generator).to(model.device)
         try:

@@ -41,6 +41,14 @@ class TrainerHooks(nn.Module):
         """The transformers model, LoRA layers in place."""
         return cast(PreTrainedModel, self.peft_model.base_model.model)
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of layers that an engine may shard one at a time, those that are there: an FSDP2
+        unit each. (What is left, embedding, last norm and head, is a unit too, which is whole
+        during forward and backward: the loss reads the head's weight outside of its module.)"""
+        there = {type(module).__name__ for module in self.hf_model.modules()}
+        return sorted(there & set(self.hf_model._no_split_modules or ()))
+
     def train(self, mode: bool = True) -> Self:
         """Training mode for the adapter alone.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qadapter import functional as QF
 from qadapter.model import locking, packed_attention, values
+from qadapter.model.sharded import vocab_rows
 from qadapter.model.trainer_hooks import TrainerHooks
 from qadapter.outputs import (
     AnchoredValues,
@@ -206,8 +207,7 @@ class TwoStreamForward(TrainerHooks):
         """Any id may stand in the padding, also one that the embedding has no row for."""
         if attention_mask is None or attention_mask.shape != input_ids.shape:
             return input_ids
-        words: Any = self.hf_model.get_input_embeddings()
-        in_range = input_ids.clamp(0, words.weight.shape[0] - 1)
+        in_range = input_ids.clamp(0, vocab_rows(self.hf_model) - 1)
         return torch.where(attention_mask == 0, in_range, input_ids)
 
     def _base_hidden(

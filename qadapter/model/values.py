@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qadapter import functional as QF
 from qadapter import reference
+from qadapter.model.sharded import vocab_rows
 from qadapter.model.streams import evaluating
 from qadapter.outputs import (
     AnchoredValues,
@@ -43,7 +44,7 @@ def values_of_logits(
     logits: TwoStreamLogits, actions: Tensor, kl_rows: Tensor | None, composition: dict[str, Any]
 ) -> TwoStreamValues:
     values = QF.residual_values(*logits, actions, **composition)
-    return TwoStreamValues(values, _kl(nn.Identity(), logits, kl_rows, composition))
+    return TwoStreamValues(values, _kl(None, logits, kl_rows, composition))
 
 
 def values_of_hidden(
@@ -167,16 +168,24 @@ def anchored_values_of_hidden(
 
 @torch.no_grad()
 def _kl(
-    head: nn.Module,
+    head: Any,
     streams: tuple[Tensor, Tensor],
     kl_rows: Tensor | None,
     composition: dict[str, Any],
 ) -> Tensor | None:
-    """KL(base || policy) float32 [K] at ``kl_rows``; the streams are what ``head`` takes."""
+    """KL(base || policy) float32 [K] at ``kl_rows``; the streams are what ``head`` takes, or logits
+    where it is None."""
     if kl_rows is None:
         return None
+    # Not by calling the head: ZeRO-3 would gather it at every call, and processes have different
+    # numbers of rows.
+    weight, bias = (None, None) if head is None else (head.weight, head.bias)
+
+    def logits(rows: Tensor) -> Tensor:
+        return (rows if weight is None else nn.functional.linear(rows, weight, bias)).float()
+
     parts = [
-        reference.kl_base_policy(*(head(stream[at]).float() for stream in streams), **composition)
+        reference.kl_base_policy(*(logits(stream[at]) for stream in streams), **composition)
         for at in kl_rows.split(KL_ROWS)
     ]
     return torch.cat(parts)
@@ -209,9 +218,7 @@ def head_is_plain(model: PreTrainedModel) -> bool:
         return False
     if head.weight.ndim != 2 or not head.weight.is_floating_point():
         return False  # quantised
-    embedding: Any = model.get_input_embeddings()
-    vocab = embedding.weight.shape[0]
-    ids = torch.arange(1, 5, device=model.device).clamp(max=vocab - 1)[None]
+    ids = torch.arange(1, 5, device=model.device).clamp(max=vocab_rows(model) - 1)[None]
     with evaluating(model), torch.no_grad():
         hidden = trunk(input_ids=ids, use_cache=False)[0]
         return torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)

@@ -16,6 +16,7 @@ from qadapter.model import adapters
 from qadapter.model.checkpoint import is_adapter_name
 from qadapter.model.precision import base_dtype
 from qadapter.model.probe import BaseProbe, check_streams
+from qadapter.model.sharded import refuse_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ def _is_product(layer: nn.Linear) -> bool:
 
 
 def _refuse_base(model: Any) -> None:
+    refuse_partitioned(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or model.config.is_encoder_decoder:
         raise ValueError(

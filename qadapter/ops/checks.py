@@ -182,7 +182,9 @@ def linear_statistics(
     if type(weight).__name__ == "DTensor":
         raise ValueError(
             "weight: a DTensor (sharded by FSDP2 or tensor parallelism) has to be gathered first, "
-            "inside the forward of the module that owns it: pass weight.full_tensor()"
+            "inside the forward of the module that owns it: pass weight.full_tensor(); where all "
+            "processes have the same rows, its shard will do: weight.to_local() with group and "
+            "vocab_offset"
         )
     num_rows, dim = q_hidden.shape
     device = q_hidden.device

@@ -260,7 +260,7 @@ def pad_token_id(tokenizer: Any, model: Any = None) -> int:
 
     A tokenizer may have got a padding token of its own while the embedding was not enlarged.
     """
-    known = None if model is None else model.hf_model.get_input_embeddings().weight.shape[0]
+    known = None if model is None else model.vocab_size
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None and (known is None or candidate < known):
             return candidate

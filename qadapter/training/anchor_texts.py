@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qadapter.model.checkpoint import fingerprint
 from qadapter.text.answers import Answer, answer, derived_seed
 from qadapter.text.messages import is_unfinished, message_list, render
 from qadapter.text.prompts import checked_seed, prompt_ids, prompt_row, prompt_text
@@ -215,7 +214,7 @@ class _Maker:
             "max_new_tokens": max_new_tokens,
             "max_prompt_tokens": max_prompt_tokens,
             "dtype": str(model.hf_model.dtype).removeprefix("torch."),
-            "base": fingerprint(model.hf_model),
+            "base": model.base_fingerprint,
         }
 
     def _start_of_text(self) -> int:

@@ -10,15 +10,14 @@ import torch
 from datasets import Dataset
 from datasets import IterableDataset as Stream
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from qadapter import files
-from qadapter.model.checkpoint import fingerprint
-from qadapter.model.modeling import QAdapterModel
+from qadapter.model import sharded
 from qadapter.text.anchors import anchor_row, has_answer, only_prompt
 from qadapter.text.prompts import prompt_row
 from qadapter.text.tokenization import eos_token_ids
-from qadapter.training import base_cache, strength
+from qadapter.training import processes, strength
 from qadapter.training.anchor_texts import make_anchors
 from qadapter.training.anchors import (
     BATCH_TOKENS,
@@ -29,6 +28,7 @@ from qadapter.training.anchors import (
     on_device,
 )
 from qadapter.training.config import QAdapterConfig
+from qadapter.training.kept_base import KeptBase
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ TEXTS_NAME = "anchors.jsonl"
 ANSWERS_NAME = "anchor-answers.jsonl"  # where some anchors were given whole: not all of them
 
 
-class AnchoredTraining(Trainer):
+class AnchoredTraining(KeptBase):
     """A base class of `QAdapterTrainer`; see `qadapter.training.anchors`."""
 
     args: QAdapterConfig
@@ -54,35 +54,25 @@ class AnchoredTraining(Trainer):
         self.anchor_dataset = anchor_dataset
         self.anchor_control = AnchorControl(self.args.anchor_coef, self.args.kl_budget)
 
-    @property
-    def _own(self) -> QAdapterModel:
-        return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def _autocast_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-
-    def _cache_directory(self) -> Path:
-        return Path(self.args.base_cache_dir or Path(str(self.args.output_dir)) / "base-cache")
-
     # The anchors.
 
     @cached_property
     def anchors(self) -> AnchorSet:
         """Tokenised, with the base's moments: read, or made when they are first asked for."""
         own, args, tokenizer = self._own, self.args, self.processing_class
+        plain = own.selects_hidden_rows and not args.use_logits
+        identity = self._base_identity() if plain else {}
         with self.accelerator.main_process_first():
             texts = anchor_texts(
                 self._anchor_rows(),
                 tokenizer,
                 max_length=args.max_length,
                 eos_token_ids=eos_token_ids(own, tokenizer),
-                base=fingerprint(own.hf_model),
+                base=own.base_fingerprint,
             )
             made = AnchorSet(texts[: args.anchor_count])
-            if own.selects_hidden_rows and not args.use_logits:
+            if plain:
                 dtype = self._autocast_dtype
-                identity = base_cache.identity(own, tokenizer, args.max_length, autocast=dtype)
                 with torch.autocast(own.device.type, dtype, enabled=dtype is not None):
                     made.compute(
                         own,
@@ -185,7 +175,9 @@ class AnchoredTraining(Trainer):
             return
         own, chosen = self._own, self.anchors
         counts = torch.tensor([chosen.anchors[number].states for number in chosen.held_out])
-        found = strength.within_budget(self._kl_at_strength(), counts, budget)
+        with sharded.whole_head(own):
+            found = strength.within_budget(self._kl_at_strength(), counts, budget)
+        found = processes.of_first(found, self.accelerator)
         own.recommended_strength = found.strength
         own.kl_budget = budget
         logger.info("strength %.3g keeps KL %.3g on held-out anchors", found.strength, budget)
@@ -232,6 +224,10 @@ class AnchoredTraining(Trainer):
     def _save_anchor_state(self, folder: Path) -> None:
         if self.args.anchored:
             files.write_json(folder / STATE_NAME, self.anchor_control.state())
+
+    def _load_engine(self, folder: str) -> None:
+        super()._load_engine(folder)
+        self._load_anchor_state(folder)
 
     def _load_anchor_state(self, folder: str | Path) -> None:
         if self.args.anchored and (Path(folder) / STATE_NAME).exists():

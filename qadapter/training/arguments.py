@@ -47,8 +47,7 @@ FOLLOWED = {
     *("hub_strategy", "hub_always_push", "hub_revision"),
     # For the script that reads them: no trainer of transformers does.
     *("do_train", "do_eval", "do_predict"),
-    # TrainingArguments fills it in; fsdp itself is refused.
-    "fsdp_config",
+    *("fsdp", "fsdp_config"),
 }
 
 _LIGER = "Liger replaces the logits and the loss of a transformers model, and this loss makes none"
@@ -69,8 +68,6 @@ REFUSED = {
     "include_for_metrics": "a packed batch has no inputs and no losses a pair to hand out",
     "label_names": "batches have actions and no labels",
     "remove_unused_columns": "the collator reads columns that no model takes",
-    "fsdp": "the loss reads the weight of the head outside of its module, where FSDP has it in "
-    "parts",
     "parallelism_config": "it shards the model or cuts sequences, and pairs with them",
 }
 
@@ -100,10 +97,19 @@ def check(args: TrainingArguments) -> None:
             f"hub_strategy: expected 'end' with push_to_hub, got {strategy!r}: what "
             "is pushed during training would lack qadapter_config.json, and could not be loaded"
         )
-    if getattr(args.deepspeed_plugin, "zero_stage", 0) == 3:
+
+
+def check_fsdp(plugin: Any) -> None:
+    """ValueError for settings of FSDP (accelerate's plugin) that cannot be followed."""
+    if plugin.fsdp_version != 2:
         raise ValueError(
-            "deepspeed: ZeRO stage 3 is not supported: the loss reads the weight of the head "
-            "outside of its module, where it is in parts; take stage 2"
+            "fsdp: version 1 is not supported: it flattens the parameters of a layer into one, "
+            "frozen and trained ones alike; take version 2 (fsdp_version: 2)"
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp: activation_checkpointing is not supported: its wrappers rename the layers that "
+            "the adapter is saved by; take gradient_checkpointing=True of the training arguments"
         )
 
 

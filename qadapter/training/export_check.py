@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from qadapter.composition import Composition, blend
 from qadapter.model import adapter_files, saving
+from qadapter.model.checkpoint import fingerprint
 from qadapter.text.anchors import Anchor
 from qadapter.training.strength import mean_and_interval
 
@@ -55,11 +56,12 @@ class Adapters:
         first, *others = weights
         self.weights, self.dtype = dict(weights), dtype
         self.peft_model, saved = saving.load(first, base_model, dtype, {})
+        base = fingerprint(self.base)
         names = [str(self.peft_model.active_adapter)]
         compositions = [Composition(saved["alpha_0"], saved["alpha_tilde"], saved["center"])]
         for number, folder in enumerate(others, start=1):
             names.append(f"adapter-{number}")  # no part of a path: PEFT replaces it in keys
-            compositions.append(saving.attach(self.peft_model, folder, names[-1]))
+            compositions.append(saving.attach(self.peft_model, base, folder, names[-1]))
         self.trained = dict(zip(names, compositions, strict=True))
         if torch.cuda.is_available():
             self.peft_model.to("cuda")

@@ -120,8 +120,7 @@ def prepare(
 
 def _limits(model: QAdapterModel, tokenizer: Any) -> tuple[int | None, int | None]:
     """(tokens that a text may have, ids that there are); None where nothing can be amiss."""
-    words: Any = model.hf_model.get_input_embeddings()
-    vocab = int(words.weight.shape[0])
+    vocab = model.vocab_size
     return position_limit(model), vocab if len(tokenizer) > vocab else None
 
 

@@ -1,13 +1,18 @@
 """What several processes that train or evaluate together must agree on, so that they are as one.
 
-An update of theirs is one process's update on all of their pairs: sums of the loss are divided by
-totals over the world (`totals`), and the pairs that accelerate repeats so that all processes take
-equally many batches count for nothing (`without_repeats`).
+What was found out about the model has to be the same everywhere (`check_agreement`): processes that
+take different ways wait for each other. An error of one is an error of all (`together`). An update
+of theirs is one process's update on all of their pairs: sums of the loss are divided by totals over
+the world (`totals`), and the pairs that accelerate repeats so that all processes take equally many
+batches count for nothing (`without_repeats`).
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
@@ -74,3 +79,46 @@ def totals(batches: list[dict[str, Any]], accelerator: Any, device: Any, world: 
     if world and accelerator.num_processes > 1:
         counts = accelerator.reduce(counts.to(device), reduction="sum").cpu()
     return counts
+
+
+def check_agreement(found: Mapping[str, Any], accelerator: Any) -> None:
+    """ValueError, in all processes, where they have found different things of the same name."""
+    if accelerator.num_processes == 1:
+        return
+    of_all = gather_object([dict(found)])
+    for name in found:
+        for number, other in enumerate(of_all):
+            if other[name] != of_all[0][name]:
+                raise ValueError(
+                    f"{name}: {of_all[0][name]!r} in process 0, {other[name]!r} in process "
+                    f"{number}: each needs the same model, loaded whole "
+                    "(fsdp_cpu_ram_efficient_loading: false)"
+                )
+
+
+@contextmanager
+def together(accelerator: Any, what: str) -> Iterator[None]:
+    """An error in the block in one process is an error of all: none goes on alone, to wait for the
+    others until a time-out. No process may wait for another inside.
+
+    Raises:
+        The process's own error; or OSError with that of another.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if accelerator.num_processes > 1:
+        of_all = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+        failed = [pair for pair in enumerate(of_all) if pair[1] is not None]
+        if error is None and failed:
+            number, message = failed[0]
+            error = OSError(f"could not {what}: process {number}: {message}")
+    if error is not None:
+        raise error
+
+
+def of_first(value: Any, accelerator: Any) -> Any:
+    """What the first process has."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

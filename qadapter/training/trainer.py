@@ -8,7 +8,6 @@ by the totals of all micro-batches and processes, so that the gradient is that o
 
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
@@ -23,12 +22,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from qadapter import files
 from qadapter import functional as QF
 from qadapter.model import saving
+from qadapter.model.checkpoint import fingerprint_digest
 from qadapter.model.modeling import QAdapterModel
 from qadapter.outputs import AnchoredValues
-from qadapter.training import arguments, base_cache, metrics, processes
+from qadapter.training import arguments, metrics, processes
 from qadapter.training.anchored import AnchoredTraining, AnchorWatch
 from qadapter.training.anchors import AnchoredCollator
-from qadapter.training.base_cache import BaseCache, CachedCollator
+from qadapter.training.base_cache import CachedCollator
 from qadapter.training.config import RELEASED_PRESET, QAdapterConfig
 from qadapter.training.preparation import (
     as_qadapter_model,
@@ -142,8 +142,12 @@ class QAdapterTrainer(AnchoredTraining):
         if args.anchored:
             self.add_callback(AnchorWatch(self))
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
-        if self.is_fsdp_enabled:  # by accelerate's own settings
-            raise ValueError(f"fsdp: not supported: {arguments.REFUSED['fsdp']}")
+        verdicts = {
+            "the base": fingerprint_digest(model.base_fingerprint),
+            "whether logits are the head's alone": model.selects_hidden_rows,
+            "batches": type(data_collator).__name__,
+        }
+        processes.check_agreement(verdicts, self.accelerator)
 
     # Data.
 
@@ -181,41 +185,6 @@ class QAdapterTrainer(AnchoredTraining):
     def _prepared(self, dataset: Any, what: str) -> Any:
         made = prepare(dataset, what, self._own, self.args, self.processing_class)
         return processes.countable(made, self.args.world_size)
-
-    def _precomputed_base(self, collate: Any) -> BaseCache:
-        own, dtype, directory = self._own, self._autocast_dtype, self._cache_directory()
-        made_with = base_cache.identity(
-            own, self.processing_class, self.args.max_length, autocast=dtype
-        )
-        with_hidden = own.alpha_0 != own.center and self._hidden_states_fit(own)
-        with self.accelerator.main_process_first():
-            cache = BaseCache.open(directory, made_with, with_hidden)
-            if self.accelerator.is_main_process:
-                with torch.autocast(own.device.type, dtype, enabled=dtype is not None):
-                    computed, reused = base_cache.precompute(
-                        own,
-                        self.train_dataset,
-                        cache,
-                        collate,
-                        progress=not self.args.disable_tqdm,
-                    )
-                logger.info("base cache %s: %d computed, %d there", directory, computed, reused)
-        cache.reload()
-        return cache
-
-    def _hidden_states_fit(self, own: QAdapterModel) -> bool:
-        head: Any = own.hf_model.get_output_embeddings()  # a config may have no hidden_size
-        needed = base_cache.hidden_mib(
-            self.train_dataset, head.in_features, own.hf_model.dtype.itemsize
-        )
-        if needed > self.args.base_hidden_mib:
-            logger.warning(
-                "alpha_0 != center: the base's hidden states would take %.0f MiB on disk, above "
-                "base_hidden_mib=%g, so that every step runs the base; its logsumexp is cached",
-                needed,
-                self.args.base_hidden_mib,
-            )
-        return needed <= self.args.base_hidden_mib
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         if "attention_mask" not in inputs:
@@ -368,12 +337,13 @@ class QAdapterTrainer(AnchoredTraining):
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Without waiting for another process; ``state_dict`` as `save_pretrained` takes it."""
         if not self.args.should_save:
             return
         target = Path(output_dir or str(self.args.output_dir))
         own: QAdapterModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with files.replacing_directory(target) as temporary:
-            own.save_pretrained(temporary / "adapter")
+            own.save_pretrained(temporary / "adapter", state_dict=state_dict)
             for item in (temporary / "adapter").iterdir():
                 item.rename(temporary / item.name)
             (temporary / "adapter").rmdir()
@@ -384,20 +354,9 @@ class QAdapterTrainer(AnchoredTraining):
             files.write_json(temporary / "training_args.json", content)
             self._save_anchor_state(temporary)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"could not save {folder}, which is removed again: {error}") from error
-
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
         self.accelerator.unwrap_model(model or self.model).load_adapter_weights(folder)
         self._load_anchor_state(folder)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: `QAdapterModel.save_pretrained` writes the card, which fits the method."""

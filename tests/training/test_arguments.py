@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from transformers import TrainingArguments
 
 from qadapter import QAdapterConfig
@@ -32,7 +33,6 @@ VALUES = {
     "include_for_metrics": ["loss"],
     "label_names": ["labels"],
     "remove_unused_columns": True,
-    "fsdp": "full_shard",
     "parallelism_config": object(),
 }
 
@@ -69,6 +69,20 @@ def arguments_alone(self):
 def test_refused_before_anything_is_loaded(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fsdp_version": 1}, "fsdp: version 1 is not supported: .* take version 2"),
+        ({"activation_checkpointing": True}, "take gradient_checkpointing=True"),
+    ],
+)
+def test_what_fsdp_cannot_do_here(given, message):
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **given})
+    with pytest.raises(ValueError, match=message):
+        arguments.check_fsdp(plugin)
+    arguments.check_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2))
 
 
 def test_off_is_not_refused(tmp_path):

@@ -1,0 +1,145 @@
+"""What `QAdapterTrainer` does where an engine holds the model, or the optimiser, in parts.
+
+The engines are FSDP2 and DeepSpeed's ZeRO, through accelerate.
+
+A checkpoint holds the adapter as a plain LoRA, written once, whatever the engine; what it holds of
+the optimiser is the engine's. The base is never written.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+from qadapter.model import sharded
+from qadapter.model.modeling import QAdapterModel
+from qadapter.training import arguments, processes
+from qadapter.training.config import QAdapterConfig
+
+# Of a `QAdapterModel`, besides its forward and `generate`.
+FORWARDS = ("anchor_hidden", "both_streams", "base_statistics", "base_moments", "generate")
+
+
+class EngineTraining(Trainer):
+    """A base class of `QAdapterTrainer`."""
+
+    args: QAdapterConfig
+
+    @property
+    def _own(self) -> QAdapterModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    # Making ready.
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        arguments.check_fsdp(plugin)
+        if plugin.mixed_precision_policy is not None:
+            # Layers compute in 16 bits. The loss and what is known of the base are float32, and
+            # stay so on the way in and out; so are the sums of the gradients over processes.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy,
+                output_dtype=None,
+                cast_forward_inputs=False,
+                reduce_dtype=torch.float32,
+            )
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        folder = resume_from_checkpoint
+        evaluated = self.is_deepspeed_enabled and self.deepspeed is not None
+        if evaluated and self.accelerator.deepspeed_engine_wrapped is None:
+            raise ValueError(
+                "train: under DeepSpeed a model that was evaluated before is made ready for that "
+                "alone; take eval_on_start=True, or a trainer of its own"
+            )
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # what was evaluated before is as its last forward left it
+        if folder is None or not self.is_deepspeed_enabled:
+            made = super()._prepare_for_training(max_steps, train_dataloader, folder)
+        else:
+            # The Trainer would ask the checkpoint for the weights of the base.
+            made = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self._load_engine(folder)
+            self._load_optimizer_and_scheduler(folder)
+            self._load_scaler(folder)
+        sharded.outside_forward(self._own, *FORWARDS)
+        return made
+
+    def _load_engine(self, folder: str) -> None:
+        """Weights and optimiser from a checkpoint of DeepSpeed."""
+        deepspeed_load_checkpoint(self.model_wrapped, folder, load_module_strict=False)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        if self.is_fsdp_enabled and not sharded.is_sharded(model):
+            # accelerate prepares it with an optimiser alone.
+            self.model = self.model_wrapped = fsdp2_prepare_model(self.accelerator, model)
+            self.accelerator._models.append(self.model)
+            sharded.outside_forward(self._own, *FORWARDS)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """On the device, and nothing else: under DeepSpeed the Trainer would cast what floats, and
+        what is known of the base is float32."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
+    # Files.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, as `QAdapterModel.save_pretrained` does, once. All processes call it:
+        an engine puts the adapter together."""
+        own = self._own
+        state = sharded.adapter_state(own) if sharded.is_sharded(own) else None
+        with processes.together(self.accelerator, "save the adapter"):
+            self._save(output_dir, state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        scheduler: Any = self.lr_scheduler
+        engine: Any = self.model_wrapped
+        if self.is_deepspeed_enabled:
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            # A scheduler of DeepSpeed's own is in its checkpoint.
+            theirs = type(scheduler).__name__ == "DeepSpeedSchedulerWrapper"
+            if self.args.should_save and not theirs:
+                torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        elif self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            if self.args.should_save:
+                torch.save(scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            with processes.together(self.accelerator, "save a checkpoint"):
+                super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"could not save {folder}, which is removed again: {error}") from error
+
+    def _load_best_model(self) -> None:
+        folder = str(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            self._load_engine(folder)
+        else:
+            self._load_from_checkpoint(folder)
