@@ -74,3 +74,10 @@ def totals(batches: list[dict[str, Any]], accelerator: Any, device: Any, world: 
     if world and accelerator.num_processes > 1:
         counts = accelerator.reduce(counts.to(device), reduction="sum").cpu()
     return counts
+
+
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device; from pinned memory, for which nobody waits."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
