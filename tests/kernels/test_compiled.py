@@ -44,6 +44,7 @@ INTEGERS = {
     "q_stride": "i64",
     "skew": "i32",
     "vocab": "i32",
+    "blocks": "i32",
     "vectors_per_split": "i32",
     "splits": "i32",
     "num_rows": "i32",
