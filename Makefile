@@ -1,5 +1,6 @@
 # make demo | test | test-slow | serve-test | scale-test | wheel-test | cuda-sanitize | lint | format
-#      | typecheck | bench | quality | peft-table | model-table | scale-table | clean
+#      | typecheck | bench | gpu-check | gpu-bench | quality | peft-table | model-table | scale-table
+#      | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -34,7 +35,7 @@ SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow serve-test scale-test wheel-test cuda-sanitize lint format
-.PHONY: typecheck bench quality peft-table model-table scale-table clean
+.PHONY: typecheck bench gpu-check gpu-bench quality peft-table model-table scale-table clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -140,6 +141,12 @@ typecheck: install
 BENCH ?= cpu-quick
 bench: install
 	$(PY) -m benchmarks $(BENCH) $(BENCH_ARGS)
+
+# On a GPU, six minutes each, into $OUT or gpu-results; GPU_ARGS=--tiny needs none. They install
+# nothing: without .venv python3 is taken with what it has.
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
+gpu-check gpu-bench:
+	$(GPU_PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(GPU_ARGS)
 
 # QUALITY=full takes hours; QUALITY_ARGS="--data pairs.jsonl" learns other pairs
 QUALITY ?= quick

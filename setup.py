@@ -49,8 +49,20 @@ BUILDING = bool({"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sy
 MIN_NVCC = (12, 8)  # the first that knows sm_100
 # Binaries for Ampere, Hopper and Blackwell, and PTX that a driver compiles for all others.
 CUDA_TARGETS = ("80,code=sm_80", "80,code=compute_80", "90a,code=sm_90a", "100,code=sm_100")
-# nvcc and the C++ compiler need about 1 GB a job; small machines have little more.
-os.environ.setdefault("MAX_JOBS", str(min(2, os.cpu_count() or 1)))
+JOB_BYTES = 2 << 30  # nvcc and the C++ compiler need about 1 GB a job, and others need some, too
+
+
+def jobs() -> int:
+    """How many compilers at a time, where MAX_JOBS does not say: by cores and by memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not POSIX
+        return min(2, cores or 1)
+    return max(1, min(cores or 1, memory // JOB_BYTES))
+
+
+os.environ.setdefault("MAX_JOBS", str(jobs()))
 
 
 def files(*patterns: str) -> list[str]:

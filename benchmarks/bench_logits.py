@@ -27,7 +27,7 @@ from benchmarks.tables import Row
 
 OPS = ("forward", "backward", "forward+backward", "loss+backward")
 OPTIONS: bench.Options = {
-    "n": (256, 4096, 16),
+    "n": (256, 8192, 16),
     "v": (128256, 128256, 1001),
     "pairs": (4, 8, 2),
     "alphas": [1.0, 1.0, 1.0],

@@ -41,7 +41,8 @@ class Setup:
 def load(name: str, device: str) -> Setup:
     tokenizer = None
     if name in SHAPES:
-        base = load_base(name, device, torch.float32)
+        # An 8B in float32 fills a GPU by itself.
+        base = load_base(name, device, torch.float32 if device == "cpu" else torch.bfloat16)
         model = QAdapterModel.from_base(base, lora_config=lora_config())
     else:
         source = resolve_model(name)

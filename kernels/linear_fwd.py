@@ -15,7 +15,8 @@ Each product is 2 N D V FLOPs: N = 8192, D = 4096, V = 128256 is 8.6e12, 10.9 ms
 per product and chunk (1.05 GB against 2.15 TFLOP: 13 % of the product's time, under it).
 
 Memory: float32 buffers of 1 GiB at most (2048 rows at V = 128256, with two of them 1024), reused by
-every chunk. Nothing on the host waits for the device. Not measured on a GPU.
+every chunk, in one piece whose size is 1 GiB in every call of more rows than that. Nothing on the
+host waits for the device. Not measured on a GPU.
 """
 
 import torch
@@ -25,7 +26,13 @@ from torch import Tensor
 from qadapter.kernels.common import LOG2E, label_pointer, on_device
 from qadapter.kernels.linear_chunk import ROW_PADDING, VEC, chunk_tile, linear_rows_kernel
 from qadapter.kernels.linear_finish import action_logits, finish_rows
-from qadapter.kernels.linear_head import Head, aligned_rows, rows_per_chunk, weights_view
+from qadapter.kernels.linear_head import (
+    Head,
+    aligned_rows,
+    chunk_buffers,
+    rows_per_chunk,
+    weights_view,
+)
 
 
 def linear_fwd(
@@ -63,8 +70,8 @@ def linear_fwd(
     head = Head(weight, bias, logit_scale, logit_softcap)
     stride = triton.cdiv(vocab, ROW_PADDING) * ROW_PADDING
     rows = rows_per_chunk(num_rows, stride, 2 if two_streams else 1, chunk_size)
-    buffer = torch.empty((rows, stride), dtype=torch.float32, device=device)
-    base_buffer = torch.empty_like(buffer) if two_streams else buffer
+    buffers = chunk_buffers(rows, stride, 1 + two_streams, chunk_size, device)
+    buffer, base_buffer = buffers[0], buffers[-1]
     p_dtype = weight.dtype
     p_rows = weights_view(buffer, p_dtype)
     plain_bias = head.scaled_bias(1.0, stride)

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A gather and two additions, which torch does as well.
+from qadapter.ops.linear_torch import linear_bwd as linear_bwd
+
 # The extension's numbers for the instruction sets, each with all that is before it. The last two
 # add products of bfloat16; what has no such products takes avx512 there.
 CAPABILITIES = ("plain", "avx2", "avx512", "avx512_bf16", "amx")

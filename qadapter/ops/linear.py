@@ -26,8 +26,6 @@ _INPUTS = (
 )
 _HEAD = "float logit_scale, float logit_softcap, int chunk_size, float memory_mib, bool need_grad"
 
-BWD_BYTES = 2 << 20  # of float32 rows of W that the backward gathers at a time
-
 
 def _rows_within(memory_mib: float, backend: str, vocab: int, dim: int, two_streams: bool) -> int:
     """Rows per chunk for a memory budget; 0, the backend's own choice, where none is given."""
@@ -122,18 +120,13 @@ def _linear_bwd(
     coef_p: Tensor,
     coef_a: Tensor,
 ) -> Tensor:
-    vocab, dim = weight.shape
-    dtype = coef_p.dtype
-    grad = torch.empty_like(u)
-    has_action = actions != -100
-    safe = torch.where((actions >= 0) & (actions < vocab), actions, 0)
-    of_action = torch.where(has_action, (coef_p * p_action + coef_a) * slope_action, 0)
-    step = max(1, BWD_BYTES // (4 * dim))
-    for start in range(0, u.shape[0], step):
-        part = slice(start, start + step)
-        gathered = weight[safe[part]].to(dtype).mul_(of_action[part, None])
-        torch.add(gathered.addcmul_(u[part].to(dtype), coef_p[part, None]), 0, out=grad[part])
-    return grad
+    wide = weight if weight.dtype == torch.float64 else u
+    return backends.implementation(wide, linear_torch.linear_bwd)(
+        rows_dense(u),
+        rows_dense(weight),
+        actions.contiguous(),
+        *(row.contiguous() for row in (p_action, slope_action, coef_p, coef_a)),
+    )
 
 
 def _linear_loss_fwd(*arguments: Any) -> tuple[Tensor, ...]:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qadapter.kernels.linear_head import Head, aligned_rows, rows_per_chunk, weights_view
+from qadapter.kernels.linear_head import (
+    Head,
+    aligned_rows,
+    chunk_buffers,
+    rows_per_chunk,
+    weights_view,
+)
 from qadapter.ops.rows import finish_rows
 
 ROW_PADDING = 32  # columns; rows then start on 128-byte boundaries
@@ -62,8 +68,8 @@ def linear_fwd(
     head = Head(weight, bias, logit_scale, logit_softcap)
     stride = -(-vocab // ROW_PADDING) * ROW_PADDING
     rows = max(1, rows_per_chunk(num_rows, stride, 2 if two_streams else 1, chunk_size))
-    buffer = torch.empty((rows, stride), dtype=torch.float32, device=device)
-    base_buffer = torch.empty_like(buffer) if two_streams else None
+    buffers = chunk_buffers(rows, stride, 1 + two_streams, chunk_size, device)
+    buffer, base_buffer = buffers[0], buffers[1] if two_streams else None
     p_rows = weights_view(buffer, weight.dtype)
     plain_bias = head.scaled_bias(1.0, stride)
     x_bias = head.scaled_bias(1.0 + m, stride) if merged else plain_bias

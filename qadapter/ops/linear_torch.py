@@ -16,6 +16,10 @@ from qadapter.ops.rows import NEG_INF, finish_rows, stats_dtype
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}  # of float32 logits that exist at a time
 TILE_BYTES = 4 << 20  # of widened weight
+# Of float32 rows of W that the backward gathers at a time: on a CPU they stay in the cache, on a
+# GPU every piece is some launches.
+BWD_BYTES = {"cpu": 2 << 20}
+BWD_BYTES_ELSEWHERE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ class Head:
         """out = p @ W; p in the weight's dtype where that has 16 bits, the sums in float32."""
         if p.dtype == self.weight.dtype == out.dtype:
             torch.mm(p, self.weight, out=out)
+        elif self.weight.device.type == "cuda" and self.weight.dtype == out.dtype:
+            # a 16-bit result could be added up from partial sums of 16 bits
+            out.copy_(torch.mm(p.to(out.dtype), self.weight, out_dtype=torch.float32))
         elif self.weight.dtype == out.dtype:
             torch.mm(p.to(out.dtype), self.weight, out=out)
         else:
@@ -195,3 +202,26 @@ def linear_fwd(
     p_action = torch.where(has_action, policy_logp.exp(), 0)
     slope_action = torch.where(in_range, head.slope(q_action), 0)
     return (*outputs[:5], p_action, slope_action, u)
+
+
+def linear_bwd(
+    u: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    p_action: Tensor,
+    slope_action: Tensor,
+    coef_p: Tensor,
+    coef_a: Tensor,
+) -> Tensor:
+    vocab, dim = weight.shape
+    dtype = coef_p.dtype
+    grad = torch.empty_like(u)
+    has_action = actions != -100
+    safe = torch.where((actions >= 0) & (actions < vocab), actions, 0)
+    of_action = torch.where(has_action, (coef_p * p_action + coef_a) * slope_action, 0)
+    step = max(1, BWD_BYTES.get(u.device.type, BWD_BYTES_ELSEWHERE) // (4 * dim))
+    for start in range(0, u.shape[0], step):
+        part = slice(start, start + step)
+        gathered = weight[safe[part]].to(dtype).mul_(of_action[part, None])
+        torch.add(gathered.addcmul_(u[part].to(dtype), coef_p[part, None]), 0, out=grad[part])
+    return grad

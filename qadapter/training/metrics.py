@@ -22,7 +22,8 @@ def batch_sums(
     num_pairs = outputs.margins.numel()
     is_chosen = torch.arange(len(actions), device=actions.device) < cu_seqlens[num_pairs]
     chosen_logp = torch.where(is_chosen, values.policy_logp, 0).sum()
-    pairs = torch.tensor(float(num_pairs), device=actions.device)
+    # filled on the device: a copy of a number of the host's would wait for it
+    pairs = torch.full((), float(num_pairs), device=actions.device)
     tokens = has_action.sum().float()
     # bt_loss and reg_loss come divided by these; undone, they add up over micro-batches.
     denominators = inputs.get("denominators")
@@ -40,12 +41,12 @@ def batch_sums(
         "value/mean": (torch.where(has_action, values.value, 0).sum(), tokens),
     }
     if kl is not None:
-        sums["kl"] = (kl.sum(), torch.tensor(float(kl.numel()), device=kl.device))
+        sums["kl"] = (kl.sum(), torch.full((), float(kl.numel()), device=kl.device))
     return sums
 
 
-def spread(total: int, count: int | None) -> Tensor:
-    """At most ``count`` row numbers spread evenly over ``total``; all of them for None."""
+def spread(total: int, count: int | None, device: torch.device) -> Tensor:
+    """At most ``count`` row numbers spread evenly over ``total``; all of them for None. int64."""
     if count is None or total <= count:
-        return torch.arange(total)
-    return torch.linspace(0, total - 1, count).long()
+        return torch.arange(total, device=device)
+    return torch.linspace(0, total - 1, count, device=device).long()

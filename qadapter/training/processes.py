@@ -122,3 +122,10 @@ def together(accelerator: Any, what: str) -> Iterator[None]:
 def of_first(value: Any, accelerator: Any) -> Any:
     """What the first process has."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device; from pinned memory, for which nobody waits."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -205,10 +205,11 @@ class QAdapterTrainer(AnchoredTraining):
         batches[-1] = processes.without_repeats(batches[-1], self.accelerator)
         world = self.args.average_tokens_across_devices
         counts = processes.totals(batches, self.accelerator, device, world)
+        there = processes.without_waiting(counts, device)
         for batch in batches:
-            batch["denominators"] = counts[:2]
+            batch["denominators"] = there[:2]
             if "anchors" in batch:
-                batch["anchors"]["total"] = counts[2]
+                batch["anchors"]["total"] = there[2]
         return batches, int(counts[1])
 
     def compute_loss(
@@ -222,9 +223,10 @@ class QAdapterTrainer(AnchoredTraining):
         mode = "train" if model.training else "eval"
         actions, cu_seqlens = inputs["actions"], inputs["cu_seqlens"]
         forward = {k: v for k, v in inputs.items() if k not in ("cu_seqlens", "denominators")}
-        rows = metrics.spread(actions.shape[0], metrics.KL_ROWS if mode == "train" else None)
+        kl_rows = metrics.KL_ROWS if mode == "train" else None
+        rows = metrics.spread(actions.shape[0], kl_rows, actions.device)
         totals = inputs.get("denominators")
-        made = model(**forward, kl_rows=rows.to(actions.device), use_logits=self.args.use_logits)
+        made = model(**forward, kl_rows=rows, use_logits=self.args.use_logits)
         values, kl = made.values, made.kl
         outputs = QF.preference_loss(
             values,
@@ -247,7 +249,7 @@ class QAdapterTrainer(AnchoredTraining):
 
     def _anchor_loss(self, made: AnchoredValues, inputs: dict[str, Any]) -> Tensor:
         kl = made.anchor_kl.sum()
-        states = torch.tensor(float(made.anchor_kl.numel()), device=kl.device)
+        states = torch.full((), float(made.anchor_kl.numel()), device=kl.device)
         total = inputs["anchors"].get("total", states).float()
         self._record("train", {ANCHOR_KL: (kl, states)})
         return self.anchor_control.coef * kl / total.to(kl.device).clamp(min=1)

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from qadapter.kernels import linear_chunk, linear_finish, preference  # noqa: E402
+from qadapter.kernels import linear_bwd, linear_chunk, linear_finish, preference  # noqa: E402
 from qadapter.kernels.residual_bwd import residual_bwd_kernel  # noqa: E402
 from qadapter.kernels.residual_finish import residual_fwd_merge_kernel  # noqa: E402
 from qadapter.kernels.residual_fwd import residual_fwd_kernel  # noqa: E402
@@ -44,6 +44,7 @@ INTEGERS = {
     "q_stride": "i64",
     "skew": "i32",
     "vocab": "i32",
+    "blocks": "i32",
     "vectors_per_split": "i32",
     "splits": "i32",
     "num_rows": "i32",
@@ -51,6 +52,7 @@ INTEGERS = {
     "num_sequences": "i32",
     "steps": "i32",
     "weight_stride": "i64",
+    "u_stride": "i64",
     "first_row": "i32",
     "stride": "i32",
     "dim": "i32",
@@ -73,7 +75,7 @@ POINTERS = {
     "workspace_ptr": "*i32",
     "tokens_out": "*i64",
 }
-LOGITS = ("base_ptr", "q_ptr", "grad_ptr", "p_ptr", "weight_ptr")
+LOGITS = ("base_ptr", "q_ptr", "grad_ptr", "p_ptr", "weight_ptr", "u_ptr")
 
 
 def compile_for(
@@ -284,6 +286,17 @@ def test_linear_ends(dtype, arch, tmp_path):
         constants.update(dict.fromkeys(names, True), HAS_LSE=False, HAS_LOGP=False)
         compiled = compile_for(linear_finish.linear_finish_kernel, arch, constants, 4)
         check_resources(compiled, tmp_path, f"linear finish sm_{arch}")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", VECTORS)
+def test_linear_backward(dtype, arch, tmp_path):
+    aligned = ("u_ptr", "weight_ptr", "grad_ptr", "u_stride", "weight_stride", "dim")
+    kernel, constants = linear_bwd.linear_bwd_kernel, {"BLOCK": linear_bwd.BLOCK}
+    compiled = compile_for(kernel, arch, constants, linear_bwd.WARPS, dtype, aligned=aligned)
+    title = f"linear backward sm_{arch} {dtype}"
+    assert check_resources(compiled, tmp_path, title) <= 64, title
+    assert wide_accesses(compiled, "ld") >= 2 and wide_accesses(compiled, "st") >= 1, title
 
 
 def sampler_constants(group, *, has_base=True, **others):

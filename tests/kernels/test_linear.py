@@ -364,7 +364,8 @@ if INTERPRETED or ON_GPU:
         soft_cap_kernel[(1,)](s, z, slope, 30.0, 1 / 30.0, BLOCK=2048)
         y = s.double() / 30
         t = torch.tanh(y)
-        assert ((z.double() - 30 * t).abs() <= 4 * EPS * 30 * t.abs()).all()
+        # 6 are what the approximate exp2 and the division of a GPU leave.
+        assert ((z.double() - 30 * t).abs() <= 8 * EPS * 30 * t.abs()).all()
         exact = torch.cosh(y.clamp(-300, 300)) ** -2
         normal = exact > 1e-30
         assert ((slope - exact).abs() <= (8 + 2 * y.abs()) * EPS * exact)[normal].all()

@@ -330,7 +330,6 @@ if INTERPRETED or ON_GPU:
         rows.copy_(base)
         check_all(rows, q, actions, (0.5, 1.0, 1.0))
 
-    @pytest.mark.gpu
     @pytest.mark.skipif(not ON_GPU, reason="2^31 gradient elements take a GPU")
     def test_gradient_beyond_32_bits():
         vocab = 128256

@@ -115,8 +115,9 @@ def model_state() -> type:
 
         def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
             super().__init__(vllm_config, model, encoder_cache, device)
-            self._settings = settings = Settings.from_config(vllm_config.model_config.hf_config)
+            settings = Settings.from_config(vllm_config.model_config.hf_config)
             assert settings is not None
+            self._settings: Settings = settings
             default = torch.tensor([settings.stream_weights(None)], device=device)
             self._slots = default.repeat(self.max_num_reqs, 1)
             self._tokens = default.repeat(self.max_num_tokens, 1)
