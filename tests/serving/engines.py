@@ -1,6 +1,9 @@
 """Engines of vLLM in this process, one at a time, and what their answers must be."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -45,6 +48,20 @@ def engine(adapter: Any, *, served: dict[str, Any] | None = None, **options: Any
             llm.llm_engine.engine_core.shutdown()
             del llm
         cleanup_dist_env_and_memory()
+
+
+def refused(adapter: Any, **arguments: Any) -> str:
+    """What an engine that does not start prints, in a process of its own: in one where an engine
+    has failed, vLLM cannot start another."""
+    code = (
+        "import json, sys; from tests.serving.engines import engine; "
+        "engine(**json.loads(sys.argv[1])).__enter__()"
+    )
+    given = json.dumps({"adapter": str(adapter), **arguments})
+    command = [sys.executable, "-c", code, given]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode != 0
+    return ended.stderr
 
 
 class Request(NamedTuple):
