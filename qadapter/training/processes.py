@@ -124,8 +124,8 @@ def of_first(value: Any, accelerator: Any) -> Any:
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
-def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+def without_waiting(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host's on the device; from pinned memory, for which nobody waits."""
-    if device.type != "cuda":
+    if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
