@@ -23,12 +23,13 @@ LABELS = {
 
 
 def draw(name: str, rows: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
-    """<stem>-frontier.png, -learning.png and, where there is noise, -noise.png; of the policies
-    of `report.policies`, learnt from the data of that name."""
+    """<stem>-frontier.png and, where there are updates between and noise, -learning.png and
+    -noise.png; of the policies of `report.policies`, learnt from the data of that name."""
     written = []
     pictures = {"frontier": frontier, "learning": learning, "noise": noise}
+    there = {"learning": rows["label"].str.startswith("step").any(), "noise": rows["noise"].any()}
     for what, make in pictures.items():
-        if what == "noise" and not rows["noise"].any():
+        if not there.get(what, True):
             continue
         figure, panel, text = make(rows)
         plotting.legend_below(figure, panel)

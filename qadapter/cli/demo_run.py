@@ -68,7 +68,7 @@ def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = N
         QAdapterConfig(
             output_dir=str(output / "adapter"),
             eval_strategy="steps",
-            eval_steps=max(1, recipe["max_steps"] // 4),
+            eval_steps=max(1, recipe["max_steps"] // 3),
             eval_on_start=True,
             per_device_eval_batch_size=8,
             logging_steps=max(1, recipe["max_steps"] // 20),
