@@ -43,6 +43,23 @@ struct Fetch {
   int64_t step;  // bytes to fetch in each step of k
 };
 
+// Sums [2 s + g] += a tile of W, upper (s = 0) or lower, by that of x[g] at `at`.
+template <int GROUPS>
+__attribute__((always_inline)) inline void add_tiles(const BF16* upper, const BF16* lower,
+                                                     int64_t bytes, const BF16* const x[2],
+                                                     int64_t at) {
+  _tile_loadd(4, upper, bytes);
+  _tile_loadd(6, x[0] + at, 64);
+  _tile_loadd(5, lower, bytes);
+  if (GROUPS == 2) _tile_loadd(7, x[1] + at, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(2, 5, 6);
+  if (GROUPS == 2) {
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
 // out[2 s + g]: 16 rows of W from w[s] on by the group x[g]; [row of W][row of x]. `rest`: the last
 // elements of k, if they fill no tile, padded. Not inlined: to the compiler, a tile's load does not
 // read memory.
@@ -58,33 +75,13 @@ __attribute__((noinline)) void multiply_tiles(const BF16* const w[2], int64_t st
   const BF16 *upper = w[0], *lower = w[1];
   int64_t at = 0;
   for (int64_t i = 0; i < whole; ++i, at += kTileElements, upper += kDeep, lower += kDeep) {
-    _tile_loadd(4, upper, bytes);
-    _tile_loadd(6, x[0] + at, 64);
-    _tile_loadd(5, lower, bytes);
-    if (GROUPS == 2) _tile_loadd(7, x[1] + at, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    if (GROUPS == 2) {
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    add_tiles<GROUPS>(upper, lower, bytes, x, at);
     for (int64_t line = 0; line < fetch.step; line += 64) {
       __builtin_prefetch(fetch.at + line, 0, 2);  // never faults, wherever it ends up
     }
     fetch.at += fetch.step;
   }
-  if (rest[0]) {
-    _tile_loadd(4, rest[0], 64);
-    _tile_loadd(5, rest[1], 64);
-    _tile_loadd(6, x[0] + at, 64);
-    if (GROUPS == 2) _tile_loadd(7, x[1] + at, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    if (GROUPS == 2) {
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
+  if (rest[0]) add_tiles<GROUPS>(rest[0], rest[1], 64, x, at);
   _tile_stored(0, out[0], 64);
   _tile_stored(2, out[2], 64);
   if (GROUPS == 2) {
