@@ -284,12 +284,18 @@ def step_parts(record: Record) -> str:
         ms = row[f"parts {field}"]
         return f"{ms:,.1f} ({ms / row['parts step median']:.0%})"
 
+    def of_products(row: Row, step: str, products: str) -> str | None:
+        floor = row.get(f"parts {products} median")
+        return f"{row[f'parts {step} median'] / floor:.2f}x" if there(floor) else None
+
     columns: list[Column] = [
         ("tokens", "tokens"),
         ("packed", "packed"),
         *((part, partial(of_step, field=f"{part} median")) for part in PARTS),
         ("rest", partial(of_step, field="rest")),
         ("step", "parts step median", "{:,.1f}"),
+        ("over its products", partial(of_products, step="step", products="products")),
+        ("cached", partial(of_products, step="cached", products="products cached")),
     ]
     return table(frame(rows), columns)
 

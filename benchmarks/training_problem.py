@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import qadapter
-from benchmarks import harness
+from benchmarks import harness, step_floor
 from benchmarks.bases import SHAPES, load_base, lora_config
 from benchmarks.peers.training import released, trl_dpo, trl_reason, trl_trainer
 from qadapter import QAdapterModel
@@ -134,6 +134,7 @@ def parts(setup: Setup, batch: Batch, rounds: int) -> dict[str, Any]:
     """Milliseconds of the parts of our step, each measured alone, of the whole, and the rest.
 
     "head and loss" is forward and backward from hidden states; the optimiser is AdamW on LoRA.
+    "products" are the step's bare matrix products, and of the step with a cached base.
     """
     model, packed = setup.model, batch.packed
     names = ("attention_mask", "position_ids", *packed_attention.ARGUMENTS)
@@ -183,9 +184,14 @@ def parts(setup: Setup, batch: Batch, rounds: int) -> dict[str, Any]:
         our_step(model, packed)
         optimiser.step()
 
+    floors = {
+        "products": step_floor.products(model, packed, cached=False),
+        "products cached": step_floor.products(model, packed, cached=True),
+        "cached": batch.ways["cached"],
+    }
     our_step(model, packed)  # the optimiser needs gradients
     times = harness.interleaved(
-        {**functions, "step": whole},
+        {**functions, "step": whole, **floors},
         before={"trunk backward": lambda: graph.append(adapter())},
         device=setup.device,
         rounds=rounds,

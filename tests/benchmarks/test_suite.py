@@ -238,6 +238,7 @@ def test_a_training_step_and_its_parts(tmp_path):
     parts = row["parts"]
     known = sum(parts[name]["median"] for name in training_problem.PARTS)
     assert parts["rest"] == pytest.approx(parts["step"]["median"] - known)
+    assert {"products", "products cached", "cached"} <= parts.keys()
     # Random weights have no tokenizer, without which TRL's trainer cannot be made.
     assert "TRL DPO" in record["missing"] and "TRL DPO ms" not in row
 
