@@ -23,9 +23,9 @@ from torch import Tensor
 
 from qadapter.kernels.common import on_device
 
-TILE = 16384  # elements of A at a time: 64 a thread
-OUTPUTS = 256
-WARPS = 8
+TILE = 16384  # elements of A at a time: 32 a thread
+OUTPUTS = 256  # a program
+WARPS = 16
 
 
 @triton.jit(do_not_specialize=["rank"])
