@@ -118,9 +118,10 @@ def timed(
     functions: dict[str, Callable[[], Any]], options: argparse.Namespace, size: int, **more: Any
 ) -> dict[str, harness.Timing]:
     """In turns, as `timing` has it. Inputs of ``size`` bytes that would stay in the cache are
-    driven out of it before every call."""
+    driven out of it before every call, but not in a quick run, whose times mean nothing."""
     names = ("device", "rounds", "seconds", "least", "clock")
-    more = {"cold": size < harness.COLD * harness.cache_bytes(), **more}
+    cold = not options.quick and size < harness.COLD * harness.cache_bytes()
+    more = {"cold": cold, **more}
     return harness.interleaved(functions, **{n: getattr(options, n) for n in names}, **more)
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -187,6 +186,8 @@ def free_memory(device: str) -> int:
     """Bytes that can still be had."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
+    import psutil  # a machine that is there for its GPU need not have it
+
     return psutil.virtual_memory().available
 
 

@@ -17,13 +17,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
 import qadapter
 from benchmarks import harness
-from benchmarks.tables import Row, frame, table
+from benchmarks.tables import Row, markdown
 from qadapter import files
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,7 +63,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "cache_mib": harness.cache_bytes() >> 20,
-        "memory_gib": psutil.virtual_memory().total >> 30,
+        "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "system": platform.platform(),
@@ -91,15 +90,32 @@ def ceilings(options: argparse.Namespace) -> harness.Ceilings:
     return options.ceilings
 
 
+def _flat(row: Row) -> Row:
+    """With the fields of a dict within it, as `tables.frame` has them, without pandas."""
+    found: Row = {}
+    for name, value in row.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{name} {key}".rstrip(): part for key, part in inner.items()}
+    return found
+
+
 def show(rows: list[Row]) -> str:
     """A line for each figure, a column for each competitor; and who is missing."""
-    found = frame(plain(rows))
-    lines = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
-    if not found.empty:
-        figures = found.set_index("who").select_dtypes("number").T.rename_axis("").reset_index()
-        columns = [("", ""), *((who, who, "{:,.4g}") for who in found["who"])]
-        lines.insert(0, table(figures, columns))
-    return "\n".join(lines)
+    found = [_flat(row) for row in plain(rows) if "missing" not in row]
+    names = dict.fromkeys(
+        name
+        for row in found
+        for name, value in row.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    )
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:,.4g}"
+
+    lines = [[name, *(cell(row.get(name)) for row in found)] for name in names]
+    missing = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
+    tables = [markdown(["", *(row["who"] for row in found)], lines)] if lines else []
+    return "\n".join([*tables, *missing])
 
 
 class Recording:

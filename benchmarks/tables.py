@@ -13,11 +13,14 @@ text. `beside` turns a row per competitor into one row per case, for tables that
 side by side.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:  # a machine that measures need not have it
+    import pandas as pd
 
 Record = dict[str, Any]  # what a results file holds
 Row = dict[str, Any]
@@ -29,6 +32,8 @@ MILLISECONDS = ("ms median", "ms p20", "ms p80")
 
 def frame(rows: Iterable[Row]) -> pd.DataFrame:
     """Of those that ran; the fields of a dict within a row become columns of their own."""
+    import pandas as pd
+
     return pd.json_normalize([row for row in rows if "missing" not in row], sep=" ")
 
 
@@ -37,6 +42,8 @@ def beside(rows: pd.DataFrame, case: Sequence[str], needed: Sequence[str] = ()) 
 
     Only the cases in which all that are ``needed`` ran.
     """
+    import pandas as pd
+
     keys = list(case)
     for who in needed:
         rows = rows[(rows["who"] == who).groupby([rows[key] for key in keys]).transform("any")]

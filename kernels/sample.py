@@ -8,7 +8,10 @@ Bytes: each logits tensor once, 4 V per row for two 16-bit streams, plus what th
 reads again: one group, or the groups that can hold a kept token. Floor at 3.0 TB/s for B = 64,
 V = 128256, bf16, two streams: 11 us. Workspace per row: 8 V / GROUP bytes, with filters twice that
 and 8 KB. Grids depend on shapes alone and nothing is read back, so the calls can be captured in a
-CUDA graph. Not measured on a GPU.
+CUDA graph. A number for all rows (scale, base_weight, seed, position) is handed over by value, so
+that QF.sample launches these two kernels and nothing else, but for the seeds that it draws where
+none is given: up to four fills before, some 2 us each where launches are what a step waits for.
+Not measured on a GPU.
 """
 
 import math
@@ -56,6 +59,14 @@ def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
+def _number(values: Tensor) -> Tensor | int:
+    """A number that lies on the host as itself, or its bits: the kernels take it by value."""
+    if values.is_cpu and values.shape[0] == 1:
+        number = values.item()
+        return _bits(number) if isinstance(number, float) else int(number)
+    return values
+
+
 def sample(
     base_logits: Tensor | None,
     q_logits: Tensor,
@@ -88,11 +99,11 @@ def sample(
     steps = tuple(int(t.shape[0] > 1) for t in (scale, base_weight, position))
     shared_seed = seed.shape[0] != batch
     with on_device(device):
+        numbers = tuple(_number(t) for t in (scale, base_weight, seed, position))
         sample_blocks_kernel[(batch, triton.cdiv(vocab, TILE))](
             base,
             q_logits,
-            scale,
-            base_weight,
+            *numbers[:2],
             group_max,
             group_sum,
             *strides,
@@ -106,7 +117,7 @@ def sample(
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
-        pointers = (base, q_logits, scale, base_weight, seed, position, group_max, group_sum)
+        pointers = (base, q_logits, *numbers, group_max, group_sum)
         padded = triton.next_power_of_2(groups)
         if not filtered:
             sample_draw_kernel[(batch,)](

@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 
 from qadapter.kernels.common import finite_or_zero
-from qadapter.kernels.sample_common import load_groups, row_scalars
+from qadapter.kernels.sample_common import NUMBERS, load_groups, row_scalars
 
 TILE = 2048
 WARPS = 4
 
-_RUNTIME = ["base_stride", "q_stride", "scale_step", "base_weight_step", "groups"]
+_RUNTIME = [*NUMBERS[:2], "base_stride", "q_stride", "scale_step", "base_weight_step", "groups"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

@@ -12,14 +12,36 @@ import triton.language as tl
 
 from qadapter.kernels.common import NEG_INF, POS_INF
 
+# Arguments that are pointers, or a number for all rows, by value: a launch less for each of them.
+NUMBERS = ["scale_ptr", "base_weight_ptr", "seed_ptr", "position_ptr"]
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def float64_of(source, index):
+    """Of a float64 pointer the element, else the number whose bits came by value."""
+    if source.dtype.is_ptr():
+        value = tl.load(source + index)
+    else:
+        value = tl.cast(source, tl.int64).to(tl.float64, bitcast=True)
+    return value
+
+
+@triton.jit
+def int64_of(source, index):
+    """Of an int64 pointer the element, else the number that came by value."""
+    if source.dtype.is_ptr():
+        value = tl.load(source + index)
+    else:
+        value = tl.cast(source, tl.int64)
+    return value
 
 
 @triton.jit
 def row_scalars(row, scale_ptr, base_weight_ptr, scale_step, base_weight_step):
     """(scale in float64, scale log2 e and base_weight in float32, whether they are legal)."""
-    scale = tl.load(scale_ptr + row * scale_step)
-    weight = tl.load(base_weight_ptr + row * base_weight_step)
+    scale = float64_of(scale_ptr, row * scale_step)
+    weight = float64_of(base_weight_ptr, row * base_weight_step)
     legal = (scale > 0.0) & (scale < POS_INF) & (tl.abs(weight) < POS_INF)
     # Within float32, and never 0: -inf times it must stay -inf.
     scale2 = tl.minimum(tl.maximum(scale * LOG2E, 1e-30), 3.0e38).to(tl.float32)
@@ -74,11 +96,11 @@ def row_uniform(row, seed_ptr, position_ptr, position_step, SHARED_SEED: tl.cons
     if SHARED_SEED:
         index = row.to(tl.uint64)
         low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-        w0, w1, _, _ = tl.philox(tl.load(seed_ptr), low, high, zero, zero)
+        w0, w1, _, _ = tl.philox(int64_of(seed_ptr, 0), low, high, zero, zero)
         key = (w0.to(tl.uint64) << 32) | w1.to(tl.uint64)
     else:
-        key = tl.load(seed_ptr + row).to(tl.uint64)
-    counter = tl.load(position_ptr + row * position_step).to(tl.uint64)
+        key = int64_of(seed_ptr, row).to(tl.uint64)
+    counter = int64_of(position_ptr, row * position_step).to(tl.uint64)
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     w0, w1, _, _ = tl.philox(key, low, high, zero, zero)
     high_bits = (w0 >> 5).to(tl.float64) * 67108864.0

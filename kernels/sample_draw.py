@@ -17,6 +17,7 @@ import triton.language as tl
 
 from qadapter.kernels.common import NEG_INF, POS_INF, finite_or_zero
 from qadapter.kernels.sample_common import (
+    NUMBERS,
     at,
     first_beyond,
     load_groups,
@@ -27,6 +28,7 @@ from qadapter.kernels.sample_common import (
 )
 
 _RUNTIME = ["base_stride", "q_stride", "scale_step", "base_weight_step", "position_step", "groups"]
+_RUNTIME += NUMBERS
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from qadapter.kernels.common import NEG_INF, POS_INF, finite_or_zero
 from qadapter.kernels.sample_common import (
+    NUMBERS,
     at,
     first_beyond,
     key_value,
@@ -242,7 +243,7 @@ def draw_group(kept_ptr, ties_ptr, listed, threshold, quota, pivot_mass, SCAN: t
 
 
 _RUNTIME = ["base_stride", "q_stride", "scale_step", "base_weight_step", "position_step", "groups"]
-_RUNTIME += ["top_k", "top_p_bits", "log_min_p_bits"]
+_RUNTIME += [*NUMBERS, "top_k", "top_p_bits", "log_min_p_bits"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

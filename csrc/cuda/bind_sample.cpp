@@ -12,8 +12,14 @@ namespace qadapter {
 namespace cuda {
 namespace {
 
-const double* doubles(const Tensor& t, int64_t n) {
-  return column<double>(t, ScalarType::Double, t.numel() == 1 ? 1 : n);
+// A column of the device, one number of it or one per row; null for a number on the host, which
+// goes by value.
+template <class V>
+const V* column_or_value(const Tensor& t, ScalarType type, int64_t n, V* value) {
+  if (!t.is_cpu() || t.numel() != 1) return column<V>(t, type, t.numel() == 1 ? 1 : n);
+  STD_TORCH_CHECK(t.scalar_type() == type, "qadapter: expected a number of another type");
+  *value = *static_cast<const V*>(t.const_data_ptr());
+  return nullptr;
 }
 
 std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_logits, Tensor scale,
@@ -34,12 +40,13 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
     a.base_stride = base_logits->stride(0);
   }
   const auto step = [](const Tensor& t) { return t.numel() == 1 ? 0 : 1; };
-  a.scale = doubles(scale, n), a.scale_step = step(scale);
-  a.weight = doubles(base_weight, n), a.weight_step = step(base_weight);
+  a.scale = column_or_value(scale, ScalarType::Double, n, &a.scale_value);
+  a.weight = column_or_value(base_weight, ScalarType::Double, n, &a.weight_value);
+  a.scale_step = step(scale), a.weight_step = step(base_weight);
   a.shared_seed = seed.numel() != n;
-  a.seed = int64s(seed, a.shared_seed ? 1 : n);
+  a.seed = column_or_value(seed, ScalarType::Long, n, &a.seed_value);
   a.position_step = step(position);
-  a.position = int64s(position, position.numel() == 1 ? 1 : n);
+  a.position = column_or_value(position, ScalarType::Long, n, &a.position_value);
   a.greedy = greedy;
   a.top_k = top_k > 0 && top_k < vocab ? static_cast<int>(top_k) : 0;
   a.top_p = top_p, a.by_p = top_p < 1.0;

@@ -11,8 +11,10 @@ constexpr int kSampleGroup = 256;  // tokens with a maximum and a sum of their o
 struct SampleArgs {
   const void *base, *q;  // base may be null
   int64_t base_stride, q_stride;  // in elements
-  const double *scale, *weight;
-  const int64_t *seed, *position;
+  const double *scale, *weight;     // null: the number below, for all rows
+  const int64_t *seed, *position;   // the same
+  double scale_value, weight_value;
+  int64_t seed_value, position_value;
   int scale_step, weight_step, position_step;  // 0: one number for all rows
   bool shared_seed, greedy;
   int top_k;  // 0: none

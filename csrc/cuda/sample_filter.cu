@@ -4,7 +4,10 @@
 // first. One block of 512 threads per row:
 //
 //   bound    a value no pivot lies below, from the groups' statistics alone: the k-th largest group
-//            maximum; for top-p the value at which the groups' maxima alone hold the mass
+//            maximum; for top-p the value at which the groups' maxima alone hold the mass. Searched
+//            from the smallest maximum on, so that the maxima spread over the 256 bins: from the
+//            lowest float on they share one or two, whose additions wait for each other. Not at all
+//            where the maxima do not hold the mass (flat rows under top-p alone): four rounds less
 //   list     the groups whose maximum reaches the bound, in token-id order: the only ones read again
 //   pivot    radix search over the listed tokens: 256 bins of count and mass between the bounds,
 //            which then close in on one bin; four rounds at most
@@ -133,6 +136,27 @@ __device__ __forceinline__ Pivot find_pivot(const Items& items, bool by_mass, ui
   }
 }
 
+// A key that no pivot lies below: the largest at which the groups' maxima alone reach the target;
+// low where all of them do not.
+__device__ __forceinline__ uint32_t bound_of_maxima(const GroupMaxima& over, bool by_mass,
+                                                    uint64_t target, uint32_t low, uint32_t high,
+                                                    const Histogram& h, uint64_t* slots,
+                                                    uint32_t* key_slots) {
+  uint32_t smallest = high;
+  uint64_t total = 0;
+  for (int group = thread_index(); group < over.groups; group += kThreads) {
+    const float x = over.group_max[group];
+    const uint32_t key = order_key(x);
+    if (key < low) continue;
+    smallest = key < smallest ? key : smallest;
+    total += by_mass ? token_mass(x, over.max, over.scale2) : 1;
+  }
+  if (block_sum(total, slots) < target) return low;
+  const auto lesser = [](uint32_t x, uint32_t y) { return x < y ? x : y; };
+  const uint32_t start = block_all(smallest, high, lesser, key_slots);
+  return find_pivot(over, by_mass, target, start, high, h).key;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) sample_filter_kernel(const SampleArgs a) {
   QADAPTER_SHARED(uint64_t, counts, kBins);
@@ -140,6 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_filter_kernel(const Sample
   QADAPTER_SHARED(Pivot, found_pivot, 1);
   QADAPTER_SHARED(float, float_slots, kWarps);
   QADAPTER_SHARED(int, int_slots, kWarps);
+  QADAPTER_SHARED(uint32_t, key_slots, kWarps);
   QADAPTER_SHARED(uint64_t, slots, kWarps);
   QADAPTER_SHARED(uint64_t, found, 3);
   const Histogram histogram = {counts, masses, found_pivot};
@@ -165,9 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_filter_kernel(const Sample
   uint64_t row_total = 0;
   if (a.top_k > 0) {
     low = kLowestKey;
-    if (a.top_k <= groups) {
-      low = find_pivot(over_groups, false, a.top_k, kLowestKey, high, histogram).key;
-    }
+    low = bound_of_maxima(over_groups, false, a.top_k, low, high, histogram, slots, key_slots);
   } else if (a.by_p) {
     for (int group = thread; group < groups; group += kThreads) {
       row_total += group_mass(group_sum[group], group_max[group], max, r.scale2);
@@ -179,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_filter_kernel(const Sample
     low = low < high ? low : high;
     // Sums of groups and of tokens differ in their roundings.
     const uint64_t target = static_cast<uint64_t>(a.top_p * 1.00001 * relative / kMassUnit);
-    low = find_pivot(over_groups, true, target, low, high, histogram).key;
+    low = bound_of_maxima(over_groups, true, target, low, high, histogram, slots, key_slots);
   }
 
   // The list.

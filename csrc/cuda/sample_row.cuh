@@ -24,8 +24,8 @@ struct SampleRow {
   bool legal;
 
   __device__ __forceinline__ SampleRow(const SampleArgs& a, int64_t row) {
-    scale = a.scale[row * a.scale_step];
-    const double w = a.weight[row * a.weight_step];
+    scale = a.scale ? a.scale[row * a.scale_step] : a.scale_value;
+    const double w = a.weight ? a.weight[row * a.weight_step] : a.weight_value;
     legal = scale > 0.0 && scale < INFINITY && w - w == 0.0;
     scale2 = scale_in_log2(scale);
     weight = static_cast<float>(w);
@@ -67,9 +67,11 @@ struct SampleRow {
 };
 
 __device__ __forceinline__ double row_uniform(const SampleArgs& a, int64_t row) {
-  const uint64_t key = a.shared_seed ? philox_row_key(static_cast<uint64_t>(a.seed[0]), row)
-                                     : static_cast<uint64_t>(a.seed[row]);
-  return philox_uniform(key, static_cast<uint64_t>(a.position[row * a.position_step]));
+  const int64_t seed = a.seed ? a.seed[a.shared_seed ? 0 : row] : a.seed_value;
+  const uint64_t key = a.shared_seed ? philox_row_key(static_cast<uint64_t>(seed), row)
+                                     : static_cast<uint64_t>(seed);
+  const int64_t position = a.position ? a.position[row * a.position_step] : a.position_value;
+  return philox_uniform(key, static_cast<uint64_t>(position));
 }
 
 __device__ __forceinline__ void write_nothing(const SampleArgs& a, int64_t row) {

@@ -83,6 +83,7 @@ class Streams:
         self._rows = self._tokens = 0
         self._kernels = False  # the C++ kernels serve this forward,
         self._few = False  # those for few rows too
+        self._on_gpu = False  # the Triton kernel for few tokens' LoRA does
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._layers: list[nn.Module] = []
         self._refusal = self.reason = _why_not(self.hf_model, names)
@@ -156,6 +157,12 @@ class Streams:
             and input_ids.device.type == "cpu"
             and few_rows.rows_linear_limit(self.hf_model.dtype) > 0
             and not torch.is_autocast_enabled("cpu")
+        )
+        self._on_gpu = (
+            not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and low_rank.on_gpu(input_ids)
+            and not torch.is_autocast_enabled("cuda")
         )
         self._few = self._kernels and self._tokens <= few_rows.rows_linear_limit(
             self.hf_model.dtype
@@ -233,10 +240,11 @@ class Streams:
                 a, b = cast(Any, module.lora_A[name]), cast(Any, module.lora_B[name])
                 scaling = module.scaling[name]
                 start, stop = i * rows, (i + 1) * rows
-                kernel = self._kernels and dense and b.bias is None and out.dtype == x.dtype
-                if kernel and a.weight.dtype in (torch.float32, torch.bfloat16):
-                    low_rank.lora_add_(out, x, a.weight, b.weight, float(scaling), start, stop)
-                else:
+                plain = dense and b.bias is None and out.dtype == x.dtype
+                arguments = (out, x, a.weight, b.weight, float(scaling), start, stop)
+                if self._kernels and plain and a.weight.dtype in (torch.float32, torch.bfloat16):
+                    low_rank.lora_add_(*arguments)
+                elif not (self._on_gpu and plain and low_rank.few_tokens_add_(*arguments)):
                     part = x[start:stop].to(a.weight.dtype)
                     out[start:stop] += b(a(part)) * scaling
             return out

@@ -1,4 +1,4 @@
-"""Products of a low-rank adapter, added in place, on the CPU: by csrc/cpu/lora_add.cpp.
+"""Products of a low-rank adapter, added in place: csrc/cpu/lora_add.cpp, kernels/lora_add.py.
 
 No operations of torch.ops.qadapter: they are called hundreds of times a step and have no gradient
 of their own; `qadapter.model.lora_linear` composes one of them.
@@ -7,9 +7,14 @@ of their own; `qadapter.model.lora_linear` composes one of them.
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qadapter.ops import cpp
+from qadapter.ops import backends, cpp
+
+# Of one adapter's rows in `few_tokens_add_`, and of its ranks: kernels/lora_add.py says why.
+MOST_TOKENS, MOST_RANK = 16, 32
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -50,6 +55,39 @@ def lora_add_(
     """
     add, _, isa = _operations()
     add(out, x, lora_a, lora_b, scaling, start, stop, low, isa)
+
+
+def on_gpu(like: Tensor) -> bool:
+    """Whether `few_tokens_add_` serves what lies where ``like`` does."""
+    if like.device.type != "cuda" or backends.current_backend() == "torch":
+        return False
+    return backends.why_not("triton", like) is None
+
+
+def few_tokens_add_(
+    out: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    start: int,
+    stop: int,
+) -> bool:
+    """As `lora_add_`, on a GPU in one launch; False, and nothing done, where its shape won't pay.
+
+    float32, bfloat16 and float16, out and x alike; dense in the last dimension.
+    """
+    if any(t.dtype not in _GPU_DTYPES for t in (out, lora_a, lora_b)):
+        return False
+    tokens = (stop - start) * x.shape[1:-1].numel()
+    if tokens > MOST_TOKENS or not 0 < lora_a.shape[0] <= MOST_RANK or not out.is_contiguous():
+        return False
+    from qadapter.kernels import lora_add  # importing the kernels needs Triton
+
+    rows = out[start:stop].view(tokens, out.shape[-1])
+    inputs = x[start:stop].reshape(tokens, x.shape[-1])
+    lora_add.lora_add_(rows, inputs, lora_a, lora_b, scaling)
+    return True
 
 
 def lora_outer(low: Tensor, x: Tensor, scaling: float) -> Tensor:

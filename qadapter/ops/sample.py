@@ -8,6 +8,8 @@
                             1 / (alpha_tilde * temperature) and base_weight alpha_0 - center. Where
                             base_weight is 0 the base is not looked at; elsewhere a token that is
                             -inf in either stream is masked.
+                            Each of the two and of the next two may, as [1], lie on the CPU
+                            whatever the device is: a number, which kernels take by value
     seed                    int64 [B], the Philox key of each row (with B = 1 too), or, for B > 1,
                             [1]: row b's key is then words (w0 << 32) | w1 of philox(seed, b)
     position                int64 [B] or [1], the Philox counter
@@ -38,6 +40,12 @@ from qadapter.ops.philox import first_key
 SMALLEST_SCALE, LARGEST_SCALE = 1.0e-300, 3.0e38
 
 
+def number_rows(value: float | int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1], on the CPU, which costs a GPU no launch; but not in a graph that is being compiled."""
+    where = device if torch.compiler.is_compiling() else torch.device("cpu")
+    return torch.full((1,), value, dtype=dtype, device=where)
+
+
 def int64_rows(name: str, value: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """int64 [B] as given, or [1] of an int."""
     if isinstance(value, Tensor):
@@ -48,7 +56,7 @@ def int64_rows(name: str, value: int | Tensor, batch: int, device: torch.device)
         raise ValueError(f"{name}: expected None, an int or an int64 tensor [B], got {value!r}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected an int of at most 64 bits, got {value}")
-    return torch.full((1,), value, dtype=torch.int64, device=device)
+    return number_rows(value, torch.int64, device)
 
 
 def row_keys(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -77,7 +85,7 @@ def float_rows(name: str, value: float | Tensor, q_logits: Tensor) -> Any:
 def as_rows(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    return torch.full((1,), value, dtype=torch.float64, device=device)
+    return number_rows(value, torch.float64, device)
 
 
 def scales(alpha_tilde: float | Tensor, temperature: float, device: torch.device) -> Tensor:

@@ -87,6 +87,13 @@ def _composed(base: Tensor | None, q: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight[:, None] == 0, x, mixed)
 
 
+def _expanded(values: Tensor, batch: int, device: torch.device) -> Tensor:
+    """[B] on the device; a number for all rows may lie on the CPU."""
+    if values.device != device:
+        values = torch.full((1,), values.item(), dtype=values.dtype, device=device)
+    return values.expand(batch)
+
+
 def sample(
     base_logits: Tensor | None,
     q_logits: Tensor,
@@ -101,11 +108,13 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """`qadapter.ops.sample` has the arguments."""
     batch, vocab = q_logits.shape
-    scale, base_weight = scale.expand(batch), base_weight.expand(batch)
-    key = seed if seed.shape[0] == batch else row_keys(seed, batch)
-    u = uniform(key, position.expand(batch))
-    tokens = torch.empty(batch, dtype=torch.int64, device=q_logits.device)
-    logprobs = torch.empty(batch, dtype=torch.float32, device=q_logits.device)
+    device = q_logits.device
+    scale, base_weight = (_expanded(t, batch, device) for t in (scale, base_weight))
+    seeds = _expanded(seed, batch, device)
+    key = seeds if seed.shape[0] == batch else row_keys(seeds[:1], batch)
+    u = uniform(key, _expanded(position, batch, device))
+    tokens = torch.empty(batch, dtype=torch.int64, device=device)
+    logprobs = torch.empty(batch, dtype=torch.float32, device=device)
     filters = (top_k, top_p, min_p)
     step = max(1, CHUNK_ELEMENTS // max(1, vocab))
     for start in range(0, batch, step):

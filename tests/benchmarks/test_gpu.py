@@ -1,6 +1,8 @@
 """The GPU run: a step that hangs or fails costs no other; a log that was cut off still counts."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -59,3 +61,16 @@ def test_all_fits_into_six_minutes(tmp_path, tiny):
     assert sum(seconds for _, _, seconds, _ in gpu.BENCH) <= gpu.TOTAL_S["bench"]
     assert all(step.seconds < gpu.TOTAL_S["check"] for step in gpu.check_steps(tiny))
     assert max(gpu.TOTAL_S.values()) <= 360
+
+
+def test_what_is_measured_needs_few_packages():
+    """Figures are made into tables and pictures elsewhere, and pairs are read elsewhere."""
+    few = """
+import sys
+sys.modules.update(dict.fromkeys(("pandas", "datasets", "matplotlib", "psutil", "peft")))
+from benchmarks import bench_linear, bench_logits, recording
+print(recording.show([{"who": "a", "ms": {"best": 2.5}}, {"who": "b", "missing": "c"}]))
+"""
+    done = subprocess.run([sys.executable, "-c", few], capture_output=True, text=True, cwd=gpu.ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| ms best | 2.5 |" in done.stdout and "b: c" in done.stdout

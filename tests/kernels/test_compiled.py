@@ -6,8 +6,6 @@ Asserted is what the byte models rest on: the streaming kernels touch memory in 
 
 import os
 import re
-import shutil
-import subprocess
 
 import pytest
 
@@ -15,10 +13,13 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from qadapter.kernels import linear_bwd, linear_chunk, linear_finish, preference  # noqa: E402
+from qadapter.kernels import (  # noqa: E402
+    linear_bwd,
+    linear_chunk,
+    linear_finish,
+    lora_add,
+    preference,
+)
 from qadapter.kernels.residual_bwd import residual_bwd_kernel  # noqa: E402
 from qadapter.kernels.residual_finish import residual_fwd_merge_kernel  # noqa: E402
 from qadapter.kernels.residual_fwd import residual_fwd_kernel  # noqa: E402
@@ -36,99 +37,13 @@ from qadapter.kernels.sample_filter import (  # noqa: E402
     FILTER_WARPS,
     sample_filter_kernel,
 )
-
-ARCHITECTURES = [80, 90, 100]
-VECTORS = {"fp32": 4, "bf16": 8, "fp16": 8}
-INTEGERS = {
-    "base_stride": "i64",
-    "q_stride": "i64",
-    "skew": "i32",
-    "vocab": "i32",
-    "blocks": "i32",
-    "vectors_per_split": "i32",
-    "splits": "i32",
-    "num_rows": "i32",
-    "num_pairs": "i32",
-    "num_sequences": "i32",
-    "steps": "i32",
-    "weight_stride": "i64",
-    "u_stride": "i64",
-    "first_row": "i32",
-    "stride": "i32",
-    "dim": "i32",
-    "scale_step": "i32",
-    "base_weight_step": "i32",
-    "position_step": "i32",
-    "groups": "i32",
-    "top_k": "i32",
-    "top_p_bits": "i64",
-    "log_min_p_bits": "i64",
-}
-POINTERS = {
-    "actions_ptr": "*i64",
-    "cu_ptr": "*i32",
-    "counts_ptr": "*i32",
-    "scale_ptr": "*fp64",
-    "base_weight_ptr": "*fp64",
-    "seed_ptr": "*i64",
-    "position_ptr": "*i64",
-    "workspace_ptr": "*i32",
-    "tokens_out": "*i64",
-}
-LOGITS = ("base_ptr", "q_ptr", "grad_ptr", "p_ptr", "weight_ptr", "u_ptr")
-
-
-def compile_for(
-    kernel, arch, constants, warps, logits="fp32", *, aligned=(), stages=3, fusion=True
-):
-    """`aligned`: arguments that are divisible by 16, as the launcher would find out."""
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in LOGITS:
-            signature[name] = f"*{logits}"
-        elif name.endswith(("_ptr", "_out")):
-            signature[name] = POINTERS.get(name, "*fp32")
-        else:
-            signature[name] = INTEGERS.get(name, "fp32")
-    indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=indices, attrs=hints)
-    options = {"num_warps": warps, "enable_fp_fusion": fusion, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def cuobjdump():
-    bundled = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-    found = bundled if os.access(bundled, os.X_OK) else shutil.which("cuobjdump")
-    if found is None:
-        pytest.skip("cuobjdump is neither bundled with this Triton nor on PATH")
-    return found
-
-
-def wide_accesses(compiled, kind):
-    """How many 128-bit loads or stores of global memory the PTX has."""
-    return len(re.findall(rf"{kind}\.global\S*\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"]))
-
-
-def check_resources(compiled, tmp_path, title, *, stack=0):
-    """No more stack than that and no local memory: no spills. Prints the registers."""
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [cuobjdump(), "--dump-resource-usage", str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {
-        name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)
-    }
-    wide = wide_accesses(compiled, "ld"), wide_accesses(compiled, "st")
-    print(
-        f"\n{title}: {usage['REG']} registers, {usage['SHARED']} B shared, 128-bit ld, st {wide}",
-        end="",
-    )
-    assert usage["STACK"] <= stack, title
-    assert usage["LOCAL"] == 0, title
-    return usage["REG"]
+from tests.kernels.compiled import (  # noqa: E402
+    ARCHITECTURES,
+    VECTORS,
+    check_resources,
+    compile_for,
+    wide_accesses,
+)
 
 
 def row_walk(align, dtype):
@@ -299,6 +214,20 @@ def test_linear_backward(dtype, arch, tmp_path):
     assert wide_accesses(compiled, "ld") >= 2 and wide_accesses(compiled, "st") >= 1, title
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_lora_add(arch, tmp_path):
+    """K = O = 4096; both factors in float32, as PEFT keeps them, and in 16 bits."""
+    aligned = ("x_ptr", "lora_a_ptr", "lora_b_ptr", "out_ptr", "x_stride", "out_stride", "dim")
+    for rank, factors in ((8, "*fp32"), (8, "*bf16"), (32, "*fp32")):
+        constants = {"RANK": rank, "BLOCK": lora_add.TILE // rank, "OUTPUTS": lora_add.OUTPUTS}
+        types = {"lora_a_ptr": factors, "lora_b_ptr": factors}
+        kernel, warps = lora_add.lora_add_kernel, lora_add.WARPS
+        compiled = compile_for(kernel, arch, constants, warps, "bf16", aligned=aligned, types=types)
+        title = f"lora add sm_{arch} rank {rank} {factors}"
+        check_resources(compiled, tmp_path, title)
+        assert wide_accesses(compiled, "ld") >= (8 if factors == "*fp32" else 4), title
+
+
 def sampler_constants(group, *, has_base=True, **others):
     return {"HAS_BASE": has_base, "GROUP": group, **others}
 
@@ -329,12 +258,26 @@ def test_sample_blocks(dtype, arch, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_sample_draw(arch, tmp_path):
-    for greedy, shared in ((False, True), (True, False)):
+    by_value = {"scale_ptr": "i64", "base_weight_ptr": "i32"}
+    by_value |= {"seed_ptr": "i64", "position_ptr": "i32"}
+    for greedy, shared, types in (
+        (False, True, {}),
+        (True, False, {}),
+        (False, True, by_value),
+        (False, False, by_value),
+    ):
         constants = sampler_constants(
             PLAIN_GROUP, GROUPS=MOST_PLAIN_GROUPS, SHARED_SEED=shared, GREEDY=greedy
         )
         compiled = compile_for(
-            sample_draw_kernel, arch, constants, DRAW_WARPS, "bf16", aligned=["vocab"], fusion=False
+            sample_draw_kernel,
+            arch,
+            constants,
+            DRAW_WARPS,
+            "bf16",
+            aligned=["vocab"],
+            fusion=False,
+            types=types,
         )
         check_resources(compiled, tmp_path, f"sample draw sm_{arch} greedy {greedy}")
 

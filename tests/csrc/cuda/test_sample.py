@@ -91,6 +91,16 @@ def test_small_rows_of_every_shape(cuda_device, shape, filters):
         both(cuda_device, None, q, filters, greedy=True)
 
 
+@pytest.mark.parametrize("filters", [(8, 1.0, 0.0), (8, 0.99, 0.0), (0, 0.9, 0.0), (0, 0.3, 0.1)])
+def test_fewer_groups_with_a_token_than_are_kept(cuda_device, filters):
+    """Eight groups, of which two have tokens: the smaller of their maxima is no bound."""
+    q = torch.full((2, 2000), -INF)
+    q[:, 300:310] = torch.arange(10.0) / 8
+    q[:, 800:806] = 6.0 + torch.arange(6.0) / 8
+    q[1] = logits("flat", 1, 2000) / 50  # the maxima of all groups hold little of the mass
+    both(cuda_device, None, q, filters)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("filters", [(0, 1.0, 0.0), (40, 0.9, 0.01), (0, 0.95, 0.0)])
 def test_a_large_vocabulary(cuda_device, filters, dtype):
