@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from qadapter.cli import launching, run_file
-from qadapter.cli.sampling import head, load_pairs
+from qadapter.cli import launching, mixture, run_file
+from qadapter.cli.sampling import load_pairs
 
 
 @dataclass
@@ -17,7 +17,8 @@ class TrainArguments:
     data: list[str] = field(
         metadata={
             "help": "Preference pairs: files (.jsonl, .json, .csv, .tsv, compressed or not, "
-            ".parquet, .arrow), a glob, a folder of save_to_disk, or a Hub id."
+            ".parquet, .arrow), a glob, a folder of save_to_disk, or a Hub id; with "
+            "--data-weights several of these, mixed."
         }
     )
     output: str | None = field(default=None, metadata={"help": "Folder for the adapter."})
@@ -37,12 +38,16 @@ class TrainArguments:
             "choices": ["default", "released"],
         },
     )
-    split: str = field(
-        default="train", metadata={"help": "Split of a Hub data set, or a slice: train[:1%%]."}
+    split: list[str] = field(
+        default_factory=lambda: ["train"],
+        metadata={
+            "help": "Split of a Hub data set, or a slice: train[:1%%]; in a mixture one for all, "
+            "or one for each."
+        },
     )
     eval_split: str = field(default="test", metadata={"help": "The same for the held-out pairs."})
-    data_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set."}
+    data_config: list[str] | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set; one or more as --split."}
     )
     columns: list[str] | None = field(
         default=None,
@@ -100,7 +105,7 @@ def train(argv: Sequence[str]) -> int:
 
     kinds: Any = (TrainArguments, QAdapterConfig)
     known = [option.name for kind in kinds for option in fields(kind)]
-    argv = [*run_file.as_arguments(in_file, known), *argv]
+    argv = [*run_file.as_arguments(mixture.in_file(in_file), known), *argv]
     start, arguments = launching.command(argv)
     if start is not None:
         return launching.run(start)
@@ -125,10 +130,12 @@ def train(argv: Sequence[str]) -> int:
     if config.do_eval and options.eval_data is None:
         raise ValueError("--do_eval, --eval_strategy: give held-out pairs by --eval_data")
 
-    dataset = head(load_pairs(options.data, options.split, options), options.max_examples)
+    dataset = mixture.load(options, config.data_weights)
     held_out = None
     if options.eval_data:
-        held_out = load_pairs(options.eval_data, options.eval_split, options)
+        configs = options.data_config or []
+        one = configs[0] if len(configs) == 1 else None  # each of a mixture has its own
+        held_out = load_pairs(options.eval_data, options.eval_split, one, options)
     source = resolve_model(options.model)
     lora = _lora_config(options)
     if is_adapter_folder(source):
@@ -139,7 +146,8 @@ def train(argv: Sequence[str]) -> int:
     )
     print(f"base in {str(model.hf_model.dtype).removeprefix('torch.')}")
     if options.skip_bad_rows:
-        dataset = _usable(model, config, dataset, "training")
+        parts = [_usable(model, config, one, "training") for one in mixture.parts(dataset)]
+        dataset = parts if config.data_weights else parts[0]
         held_out = held_out and _usable(model, config, held_out, "evaluation")
     anchors = load_anchors(options.anchor_data) if options.anchor_data else None
     trainer = QAdapterTrainer(
