@@ -28,6 +28,17 @@ from qadapter.training.config import QAdapterConfig
 FORWARDS = ("anchor_hidden", "both_streams", "base_statistics", "base_moments", "generate")
 
 
+def _forget_evaluation(accelerator: Any, model: Any) -> None:
+    """accelerate takes what was evaluated for prepared, and would leave DistributedDataParallel
+    out: each process would train alone."""
+    if vars(model).pop("_is_accelerate_prepared", False):
+        accelerator._models.clear()
+        # What an autocast was put around, so that there will not be two.
+        plain = vars(model).pop("_original_forward", None)
+        if plain is not None:
+            model.forward = plain
+
+
 class EngineTraining(Trainer):
     """A base class of `QAdapterTrainer`."""
 
@@ -67,6 +78,8 @@ class EngineTraining(Trainer):
             )
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # what was evaluated before is as its last forward left it
+        elif self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
+            _forget_evaluation(self.accelerator, self.model)
         if folder is None or not self.is_deepspeed_enabled:
             made = super()._prepare_for_training(max_steps, train_dataloader, folder)
         else:
