@@ -1,5 +1,6 @@
 """``qadapter train``: every field of QAdapterConfig is an option."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -73,6 +74,13 @@ class TrainArguments:
             "machine is fast in it."
         },
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Quantise the base on loading: nf4, by bitsandbytes (QLoRA)."},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Quantise the base on loading: LLM.int8, by bitsandbytes."}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
     # Read before these, by `run_file` and `launching`.
     config: str | None = field(
@@ -142,7 +150,7 @@ def train(argv: Sequence[str]) -> int:
         _refuse_lora_options(options)
         lora = None
     model = QAdapterModel.from_pretrained(
-        source, lora_config=lora, dtype=options.dtype, **device_map(config)
+        source, lora_config=lora, **_base_options(options, source), **device_map(config)
     )
     print(f"base in {str(model.hf_model.dtype).removeprefix('torch.')}")
     if options.skip_bad_rows:
@@ -191,13 +199,29 @@ def _usable(model: Any, config: Any, dataset: Any, what: str) -> Any:
 
 
 def _refuse_lora_options(options: TrainArguments) -> None:
-    for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
+    of_new = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+    for name in (*of_new, "load_in_4bit", "load_in_8bit"):
         value, default = getattr(options, name), TrainArguments.__dataclass_fields__[name].default
         if value != default:
             raise ValueError(
                 f"--{name}: of a new adapter, got {value!r}, but {options.model} is a saved one "
-                "and has its own LoRA"
+                "and has its own LoRA, on a base as it was at training"
             )
+
+
+def _base_options(options: TrainArguments, source: str) -> dict[str, Any]:
+    """As keywords of ``from_pretrained``."""
+    from qadapter.model import quantised
+
+    bits = [bits for bits in (4, 8) if getattr(options, f"load_in_{bits}bit")]
+    if not bits:
+        return {"dtype": options.dtype}
+    if len(bits) > 1:
+        raise ValueError("--load_in_4bit, --load_in_8bit: give one of them, not both")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"--load_in_{bits[0]}bit: needs bitsandbytes (pip install bitsandbytes)")
+    dtype = quantised.compute_dtype(options.dtype, source)
+    return {"dtype": dtype, "quantization_config": quantised.bits_and_bytes(bits[0], dtype)}
 
 
 def _peek(arguments: Sequence[str], option: str) -> str | None:

@@ -146,6 +146,7 @@ class QAdapterTrainer(AnchoredTraining):
         )
         if args.anchored:
             self.add_callback(AnchorWatch(self))
+        self._refuse_quantised_shards()
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
         verdicts = {
             "the base": fingerprint_digest(model.base_fingerprint),
