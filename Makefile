@@ -1,6 +1,6 @@
 # make demo | test | test-slow | serve-test | scale-test | wheel-test | cuda-sanitize | lint | format
 #      | typecheck | bench | gpu-check | gpu-bench | quality | peft-table | model-table | scale-table
-#      | clean
+#      | memory-table | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -35,7 +35,8 @@ SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow serve-test scale-test wheel-test cuda-sanitize lint format
-.PHONY: typecheck bench gpu-check gpu-bench quality peft-table model-table scale-table clean
+.PHONY: typecheck bench gpu-check gpu-bench quality peft-table model-table scale-table
+.PHONY: memory-table clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -109,6 +110,10 @@ scale-test: install
 # One process against two: the table of docs/scaling.md.
 scale-table: install
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(PY) -m tests.training.engine_table
+
+# Memory of a process, by arithmetic: the other table of docs/scaling.md.
+memory-table: install
+	$(PY) -m benchmarks.memory
 
 # What every causal LM class of transformers does: docs/models.json and docs/models.md.
 model-table: install

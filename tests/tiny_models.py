@@ -13,6 +13,9 @@ def make_base(kind: str = "llama", *, dtype: torch.dtype = torch.float32, vocab:
     special = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if kind == "llama":
         config = tf.LlamaConfig(**sizes, **heads, **special, max_position_embeddings=256)
+    elif kind == "llama-64":  # as wide as a block of bitsandbytes
+        sizes |= {"hidden_size": 64, "intermediate_size": 128}
+        config = tf.LlamaConfig(**sizes, **heads | {"initializer_range": 0.2}, **special)
     elif kind == "llama-tied":
         config = tf.LlamaConfig(**sizes, **heads, **special, tie_word_embeddings=True)
     elif kind == "qwen2":
@@ -28,6 +31,35 @@ def make_base(kind: str = "llama", *, dtype: torch.dtype = torch.float32, vocab:
     else:
         raise ValueError(kind)
     return tf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def quantisation_of(how: str, dtype: torch.dtype = torch.float32):
+    """transformers' settings; without the package that quantises, the test is skipped."""
+    import pytest
+    import transformers as tf
+
+    pytest.importorskip("torchao" if how == "torchao" else "bitsandbytes")
+    if how == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return tf.TorchAoConfig(Int8WeightOnlyConfig())
+    if how == "nf4":
+        from qadapter.model.quantised import bits_and_bytes
+
+        return bits_and_bytes(4, dtype)
+    threshold = {"int8": 0.0, "LLM.int8": 6.0}[how]
+    return tf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+
+
+def make_quantised(folder, how: str, dtype: torch.dtype = torch.float32):
+    """A random Llama, saved in ``folder``, quantised on loading."""
+    import transformers as tf
+
+    settings = quantisation_of(how, dtype)
+    make_base("llama-64", dtype=dtype).save_pretrained(folder)
+    return tf.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, dtype=dtype
+    ).eval()
 
 
 def perturb(model, std: float = 0.3):

@@ -74,7 +74,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from qadapter.training import evaluation
 
     strength = _checked(options)
-    data = sampling.load_pairs(options.data, options.split, options)
+    data = sampling.load_pairs(options.data, options.split, options.data_config, options)
     data = sampling.head(data, options.max_examples)
     unrelated = sampling.head(evaluation.load_unrelated(options.unrelated), options.max_examples)
     folders = {sampling.FIRST: sampling.checked_folder(options.adapter)}

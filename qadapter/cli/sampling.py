@@ -173,8 +173,8 @@ def head(dataset: Any, count: int | None) -> Any:
     return dataset if count is None else dataset.select(range(min(count, len(dataset))))
 
 
-def load_pairs(data: list[str], split: str, options: Any) -> Any:
-    """`load_preference_data` with ``data_config``, ``columns`` and ``skip_bad_rows`` of options."""
+def load_pairs(data: list[str], split: str, config: str | None, options: Any) -> Any:
+    """`load_preference_data` with ``columns`` and ``skip_bad_rows`` of options."""
     from qadapter.text.data import load_preference_data
 
     columns = {}
@@ -186,7 +186,7 @@ def load_pairs(data: list[str], split: str, options: Any) -> Any:
     return load_preference_data(
         data,
         split,
-        config=options.data_config,
+        config=config,
         columns=columns or None,
         skip_bad_rows=options.skip_bad_rows,
     )

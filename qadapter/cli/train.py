@@ -1,12 +1,13 @@
 """``qadapter train``: every field of QAdapterConfig is an option."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from qadapter.cli import launching, run_file
-from qadapter.cli.sampling import head, load_pairs
+from qadapter.cli import launching, mixture, run_file
+from qadapter.cli.sampling import load_pairs
 
 
 @dataclass
@@ -17,7 +18,8 @@ class TrainArguments:
     data: list[str] = field(
         metadata={
             "help": "Preference pairs: files (.jsonl, .json, .csv, .tsv, compressed or not, "
-            ".parquet, .arrow), a glob, a folder of save_to_disk, or a Hub id."
+            ".parquet, .arrow), a glob, a folder of save_to_disk, or a Hub id; with "
+            "--data-weights several of these, mixed."
         }
     )
     output: str | None = field(default=None, metadata={"help": "Folder for the adapter."})
@@ -37,12 +39,16 @@ class TrainArguments:
             "choices": ["default", "released"],
         },
     )
-    split: str = field(
-        default="train", metadata={"help": "Split of a Hub data set, or a slice: train[:1%%]."}
+    split: list[str] = field(
+        default_factory=lambda: ["train"],
+        metadata={
+            "help": "Split of a Hub data set, or a slice: train[:1%%]; in a mixture one for all, "
+            "or one for each."
+        },
     )
     eval_split: str = field(default="test", metadata={"help": "The same for the held-out pairs."})
-    data_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set."}
+    data_config: list[str] | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set; one or more as --split."}
     )
     columns: list[str] | None = field(
         default=None,
@@ -67,6 +73,13 @@ class TrainArguments:
             "help": "dtype of the base, such as bfloat16; auto is the checkpoint's where this "
             "machine is fast in it."
         },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Quantise the base on loading: nf4, by bitsandbytes (QLoRA)."},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Quantise the base on loading: LLM.int8, by bitsandbytes."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
     # Read before these, by `run_file` and `launching`.
@@ -100,7 +113,7 @@ def train(argv: Sequence[str]) -> int:
 
     kinds: Any = (TrainArguments, QAdapterConfig)
     known = [option.name for kind in kinds for option in fields(kind)]
-    argv = [*run_file.as_arguments(in_file, known), *argv]
+    argv = [*run_file.as_arguments(mixture.in_file(in_file), known), *argv]
     start, arguments = launching.command(argv)
     if start is not None:
         return launching.run(start)
@@ -125,21 +138,24 @@ def train(argv: Sequence[str]) -> int:
     if config.do_eval and options.eval_data is None:
         raise ValueError("--do_eval, --eval_strategy: give held-out pairs by --eval_data")
 
-    dataset = head(load_pairs(options.data, options.split, options), options.max_examples)
+    dataset = mixture.load(options, config.data_weights)
     held_out = None
     if options.eval_data:
-        held_out = load_pairs(options.eval_data, options.eval_split, options)
+        configs = options.data_config or []
+        one = configs[0] if len(configs) == 1 else None  # each of a mixture has its own
+        held_out = load_pairs(options.eval_data, options.eval_split, one, options)
     source = resolve_model(options.model)
     lora = _lora_config(options)
     if is_adapter_folder(source):
         _refuse_lora_options(options)
         lora = None
     model = QAdapterModel.from_pretrained(
-        source, lora_config=lora, dtype=options.dtype, **device_map(config)
+        source, lora_config=lora, **_base_options(options, source), **device_map(config)
     )
     print(f"base in {str(model.hf_model.dtype).removeprefix('torch.')}")
     if options.skip_bad_rows:
-        dataset = _usable(model, config, dataset, "training")
+        parts = [_usable(model, config, one, "training") for one in mixture.parts(dataset)]
+        dataset = parts if config.data_weights else parts[0]
         held_out = held_out and _usable(model, config, held_out, "evaluation")
     anchors = load_anchors(options.anchor_data) if options.anchor_data else None
     trainer = QAdapterTrainer(
@@ -183,13 +199,29 @@ def _usable(model: Any, config: Any, dataset: Any, what: str) -> Any:
 
 
 def _refuse_lora_options(options: TrainArguments) -> None:
-    for name in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
+    of_new = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+    for name in (*of_new, "load_in_4bit", "load_in_8bit"):
         value, default = getattr(options, name), TrainArguments.__dataclass_fields__[name].default
         if value != default:
             raise ValueError(
                 f"--{name}: of a new adapter, got {value!r}, but {options.model} is a saved one "
-                "and has its own LoRA"
+                "and has its own LoRA, on a base as it was at training"
             )
+
+
+def _base_options(options: TrainArguments, source: str) -> dict[str, Any]:
+    """As keywords of ``from_pretrained``."""
+    from qadapter.model import quantised
+
+    bits = [bits for bits in (4, 8) if getattr(options, f"load_in_{bits}bit")]
+    if not bits:
+        return {"dtype": options.dtype}
+    if len(bits) > 1:
+        raise ValueError("--load_in_4bit, --load_in_8bit: give one of them, not both")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"--load_in_{bits[0]}bit: needs bitsandbytes (pip install bitsandbytes)")
+    dtype = quantised.compute_dtype(options.dtype, source)
+    return {"dtype": dtype, "quantization_config": quantised.bits_and_bytes(bits[0], dtype)}
 
 
 def _peek(arguments: Sequence[str], option: str) -> str | None:

@@ -81,7 +81,7 @@ def plain_matrices(model: Any) -> dict[str, Tensor]:
     return {
         name_without_peft(name): parameter.detach()
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and _is_plain(parameter) and not is_adapter_name(name)
+        if parameter.ndim == 2 and is_ordinary(parameter) and not is_adapter_name(name)
     }
 
 
@@ -161,7 +161,7 @@ def quantisation(model: Any) -> dict[str, Any] | None:
     kinds = {
         type(parameter).__name__ if parameter.is_floating_point() else str(parameter.dtype)
         for name, parameter in model.named_parameters()
-        if not is_adapter_name(name) and not _is_ordinary(parameter)
+        if not is_adapter_name(name) and not is_ordinary(parameter)
     }
     # torch's own quantised layers keep their weights in no parameter.
     kinds |= {type(m).__name__ for m in model.modules() if hasattr(m, "_packed_params")}
@@ -180,7 +180,8 @@ _WITHOUT_EFFECT = {
 }
 
 
-def _is_ordinary(parameter: Tensor) -> bool:
+def is_ordinary(parameter: Tensor) -> bool:
+    """Whether its entries are the weight's: floats of 16 bits or more, in no class of its own."""
     # A tensor split over devices is the weight that it was.
     known = type(parameter).__name__ in ("Parameter", "Tensor", "DTensor")
     return known and _is_plain(parameter)

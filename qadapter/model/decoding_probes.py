@@ -13,22 +13,28 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from qadapter.model.growing_cache import grow_in_place
+from qadapter.model.quantised import mixes_rows
 from qadapter.model.sharded import vocab_rows
 from qadapter.model.streams import Streams, evaluating
 
 LONG = 64  # tokens; what attention windows of more do with a cache is not tried
-_EXACT = (torch.float32, torch.float64)
 
 
-def _differs(got: Tensor, want: Tensor, dtype: torch.dtype) -> str | None:
+def _is_exact(model: PreTrainedModel) -> bool:
+    """Whether the same tokens give the same but for the rounding of float32."""
+    return model.dtype in (torch.float32, torch.float64) and not mixes_rows(model)
+
+
+def _differs(got: Tensor, want: Tensor, model: PreTrainedModel) -> str | None:
     """By how much of the hidden states' size [B, T, D] a token differs, where it is too much."""
     apart = (got.float() - want.float()).norm(dim=-1)
     size = (apart / want.float().norm(dim=-1).clamp(min=1e-30)).flatten()
     if not torch.isfinite(size).all():
         return "they are not finite"
     # In 16 bits rounding alone may choose another expert for a single token: most of them count.
-    change = (size.max() if dtype in _EXACT else size.median()).item()
-    return None if change <= (1e-3 if dtype in _EXACT else 0.05) else f"by {change:.2g}"
+    exact = _is_exact(model)
+    change = (size.max() if exact else size.median()).item()
+    return None if change <= (1e-3 if exact else 0.05) else f"by {change:.2g}"
 
 
 def _tokens(model: PreTrainedModel, rows: int, count: int) -> Tensor:
@@ -46,7 +52,7 @@ def sees_later_tokens(model: PreTrainedModel) -> str | None:
     # Of tokens that the model masks nothing is compared.
     one, other = (logits.float().masked_fill(logits.isinf(), 0.0) for logits in pair)
     change = ((one - other).norm() / other.norm().clamp(min=1e-30)).item()
-    if change <= (1e-4 if model.dtype in _EXACT else 0.03):
+    if change <= (1e-4 if _is_exact(model) else 0.03):
         return None
     return f"what it makes of a token changes with the tokens behind it, by {change:.2g}"
 
@@ -114,7 +120,7 @@ def takes_positions(streams: Streams) -> bool:
     ids = _tokens(base.model, 1, 5)
     with base.running():
         given = base.hidden(ids, positions=_positions(ids, None))
-        return _differs(given, base.hidden(ids), base.model.dtype) is None
+        return _differs(given, base.hidden(ids), base.model) is None
 
 
 def why_no_cache(streams: Streams) -> str | None:
@@ -132,10 +138,7 @@ def why_no_cache(streams: Streams) -> str | None:
             parts = base.stepwise(ids, None, other)
         except Exception as error:  # whatever a model's own code makes of it
             return f"a forward with a cache fails ({type(error).__name__}: {error})"
-    if (
-        parts is None
-        or (change := _differs(parts[:, -2:], whole[:, -2:], base.model.dtype)) is None
-    ):
+    if parts is None or (change := _differs(parts[:, -2:], whole[:, -2:], base.model)) is None:
         return None
     return f"a cache does not hold all that it keeps of a text (hidden states differ {change})"
 
@@ -155,7 +158,7 @@ def why_no_padding(streams: Streams, cached: bool) -> str | None:
         except Exception as error:  # whatever a model's own code makes of it
             return f"a forward with padding fails ({type(error).__name__}: {error})"
     for part in (slice(0, 2), slice(2, 4)):
-        change = _differs(padded[1:, 2:][:, part], alone[:, part], base.model.dtype)
+        change = _differs(padded[1:, 2:][:, part], alone[:, part], base.model)
         if change is not None:
             return f"hidden states of a padded row differ from those of the row alone {change}"
     return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qadapter import files
 from qadapter.composition import Composition
-from qadapter.model import adapter_files, sharded
+from qadapter.model import adapter_files, quantised, sharded
 from qadapter.model.checkpoint import (
     CONFIG_NAME,
     base_alias,
@@ -70,6 +70,10 @@ def load(
     saved = read_config(source)
     adapter = adapter_files.read_adapter_config(source)
     base_source = resolve_model(base_model if base_model is not None else saved["base_model"])
+    if "quantization_config" not in kwargs:
+        made = quantised.as_at_training(saved["base_fingerprint"], base_source, dtype)
+        dtype = made.pop("dtype", dtype)
+        kwargs = {**kwargs, **made}
     base = load_base(base_source, dtype, kwargs)
     sharded.refuse_partitioned(base)
     check_same_base(saved["base_fingerprint"], fingerprint(base), source, base_source)

@@ -8,7 +8,7 @@ rows, and their keys and values are kept once.
 
 A stream is named by its adapter, None is the base. Exact for LoRA on linear layers (rank and alpha
 patterns, rsLoRA, any choice of modules). What PEFT does in another way (DoRA, other adapter types,
-modules_to_save, LoRA on embeddings, quantised layers) takes one pass a stream: `Streams.reason`.
+modules_to_save, LoRA on embeddings, LLM.int8) takes one pass a stream: `Streams.reason`.
 """
 
 import inspect
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qadapter.composition import Names
-from qadapter.model import lora_linear
+from qadapter.model import lora_linear, quantised
+from qadapter.model.checkpoint import is_ordinary
 from qadapter.model.sharded import vocab_rows
 from qadapter.ops import few_rows, low_rank
 
@@ -91,9 +92,13 @@ class Streams:
             return
         trunk = self.hf_model.base_model
         for module in self.hf_model.modules():
-            if isinstance(module, LoraLinear):
+            if quantised.is_lora_linear(module):
                 self._forwards.append((module, self._sliced(module)))
-            elif type(module) is nn.Linear and "forward" not in vars(module):
+            elif (
+                type(module) is nn.Linear
+                and is_ordinary(module.weight)
+                and "forward" not in vars(module)
+            ):
                 self._forwards.append((module, self._linear(module)))
         if len(names) > 1:
             self._layers = _upper_layers(trunk, names)
@@ -337,7 +342,7 @@ def _why_not(hf_model: nn.Module, names: Sequence[str | None]) -> str | None:
             return f"{path} is trained beside the LoRA"
         if not isinstance(module, BaseTunerLayer):
             continue
-        if type(module) is not LoraLinear:
+        if not quantised.is_lora_linear(module):
             return f"{path} is a {type(module).__module__}.{type(module).__qualname__}"
         variants = adapters & module.lora_variant.keys()
         if variants:
@@ -362,15 +367,13 @@ def _upper_layers(trunk: nn.Module, names: Names) -> list[nn.Module]:
     """The layers from the first one with a LoRA on; all where a LoRA sits outside of them."""
     layers = _decoder_layers(trunk)
 
-    def adapted(module: nn.Module) -> bool:
-        return any(
-            isinstance(m, LoraLinear) and any(name in m.lora_A for name in names if name)
-            for m in module.modules()
-        )
+    def adapted(module: Any) -> bool:
+        return quantised.is_lora_linear(module) and any(n in module.lora_A for n in names if n)
 
     inside = {m for layer in layers for m in layer.modules()}
-    if any(adapted(m) for m in trunk.modules() if isinstance(m, LoraLinear) and m not in inside):
+    if any(adapted(m) for m in trunk.modules() if m not in inside):
         return layers
-    first = next((i for i, layer in enumerate(layers) if adapted(layer)), len(layers))
+    on = (i for i, layer in enumerate(layers) if any(map(adapted, layer.modules())))
+    first = next(on, len(layers))
     # With no LoRA anywhere in the trunk the last layer still widens the batch.
     return layers[min(first, max(len(layers) - 1, 0)) :]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qadapter import functional as QF
 from qadapter import reference
+from qadapter.model.checkpoint import is_ordinary
 from qadapter.model.sharded import vocab_rows
 from qadapter.model.streams import evaluating
 from qadapter.outputs import (
@@ -216,7 +217,7 @@ def head_is_plain(model: PreTrainedModel) -> bool:
     trunk: Any = model.base_model
     if not isinstance(head, nn.Linear) or trunk is model:
         return False
-    if head.weight.ndim != 2 or not head.weight.is_floating_point():
+    if head.weight.ndim != 2 or not is_ordinary(head.weight):
         return False  # quantised
     ids = torch.arange(1, 5, device=model.device).clamp(max=vocab_rows(model) - 1)[None]
     with evaluating(model), torch.no_grad():

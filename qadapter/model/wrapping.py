@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from qadapter import files
-from qadapter.model import adapters
+from qadapter.model import adapters, quantised
 from qadapter.model.checkpoint import is_adapter_name
 from qadapter.model.precision import base_dtype
 from qadapter.model.probe import BaseProbe, check_streams
@@ -26,7 +26,9 @@ def load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedMode
     if "generation_config" not in kwargs and (ids := _ids_of_refused_settings(source, kwargs)):
         kwargs = {**kwargs, "generation_config": ids}
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
+        quantised.one_product(base)
+        return base
     except AttributeError as error:  # a config that the class of its type cannot be made of
         raise ValueError(
             f"{source}: transformers makes no causal LM of it ({type(error).__name__}: {error})"
@@ -68,6 +70,7 @@ def add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel
             "(merge_and_unload), remove it (unload), or pass the PeftModel to QAdapterModel"
         )
     adapters.refuse_adapter("default", config, base)
+    quantised.one_product(base)
     probe = BaseProbe(base)
     peft_model = _put_lora(base, config)
     probe.check(base, f"this LoRA (init_lora_weights={config.init_lora_weights!r})")
@@ -75,7 +78,7 @@ def add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel
 
 
 def _put_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    quantised = getattr(base, "quantization_method", None)
+    method = getattr(base, "quantization_method", None)
     _leave_out_special_layers(base, config)
     try:
         try:
@@ -88,7 +91,7 @@ def _put_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
             _leave_out_special_layers(base, config)
             return get_peft_model(base, config)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        what = f"quantised with {quantised}" if quantised else type(base).__name__
+        what = f"quantised with {method}" if method else type(base).__name__
         raise ValueError(f"PEFT cannot put this LoRA on the base ({what}): {error}") from error
 
 
@@ -146,6 +149,7 @@ def _refuse_base(model: Any) -> None:
 def refuse_unsupported(peft_model: PeftModel) -> None:
     model: Any = peft_model.get_base_model()
     _refuse_base(model)
+    quantised.one_product(model)
     adapters.refuse(peft_model)
     if any(m.merged for m in peft_model.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from qadapter.ops import checks
+from qadapter.text.mixture import STOPPING
 from qadapter.training import arguments
 
 RELEASED_PRESET: dict[str, Any] = {
@@ -113,6 +114,17 @@ class QAdapterConfig(TrainingArguments):
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise."}
     )
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "One for each of several data sets: the share that pairs of it have."},
+    )
+    data_stopping_strategy: str = field(
+        default="all_exhausted",
+        metadata={
+            "help": "of datasets.interleave_datasets. all_exhausted: until all were taken once, "
+            "short ones again; first_exhausted: until one ends."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,6 +156,11 @@ class QAdapterConfig(TrainingArguments):
         for name, least in (("anchor_count", 2), ("anchor_tokens", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)!r}")
+        for weight in self.data_weights or ():
+            checks.number("data_weights", weight, above=0.0)
+        checks.choice("data_stopping_strategy", self.data_stopping_strategy, STOPPING)
+        if self.data_stopping_strategy != STOPPING[0] and self.data_weights is None:
+            raise ValueError("data_stopping_strategy: has no effect without data_weights")
         checks.choice("value_at", self.value_at, ("next", "same"))
         checks.choice("length_norm", self.length_norm, ("response", "none"))
         if self.max_length < 2:

@@ -19,13 +19,24 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from qadapter.model import sharded
+from qadapter.model import quantised, sharded
 from qadapter.model.modeling import QAdapterModel
 from qadapter.training import arguments, processes
 from qadapter.training.config import QAdapterConfig
 
 # Of a `QAdapterModel`, besides its forward and `generate`.
 FORWARDS = ("anchor_hidden", "both_streams", "base_statistics", "base_moments", "generate")
+
+
+def _forget_evaluation(accelerator: Any, model: Any) -> None:
+    """accelerate takes what was evaluated for prepared, and would leave DistributedDataParallel
+    out: each process would train alone."""
+    if vars(model).pop("_is_accelerate_prepared", False):
+        accelerator._models.clear()
+        # What an autocast was put around, so that there will not be two.
+        plain = vars(model).pop("_original_forward", None)
+        if plain is not None:
+            model.forward = plain
 
 
 class EngineTraining(Trainer):
@@ -55,6 +66,14 @@ class EngineTraining(Trainer):
                 reduce_dtype=torch.float32,
             )
 
+    def _refuse_quantised_shards(self) -> None:
+        if self.is_fsdp_enabled:
+            policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+            casts = None if policy is None else policy.param_dtype
+            quantised.refuse_shards(self._own.hf_model, "FSDP2", casts)
+        elif self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            quantised.refuse_shards(self._own.hf_model, "ZeRO-3", None)
+
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
@@ -62,11 +81,13 @@ class EngineTraining(Trainer):
         evaluated = self.is_deepspeed_enabled and self.deepspeed is not None
         if evaluated and self.accelerator.deepspeed_engine_wrapped is None:
             raise ValueError(
-                "train: under DeepSpeed a model that was evaluated before is made ready for that "
+                "train: under ZeRO-3 a model that was evaluated before is made ready for that "
                 "alone; take eval_on_start=True, or a trainer of its own"
             )
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # what was evaluated before is as its last forward left it
+        elif self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
+            _forget_evaluation(self.accelerator, self.model)
         if folder is None or not self.is_deepspeed_enabled:
             made = super()._prepare_for_training(max_steps, train_dataloader, folder)
         else:
@@ -89,7 +110,22 @@ class EngineTraining(Trainer):
             self.model = self.model_wrapped = fsdp2_prepare_model(self.accelerator, model)
             self.accelerator._models.append(self.model)
             sharded.outside_forward(self._own, *FORWARDS)
+        if self._is_whole_under_deepspeed:
+            # transformers has an engine for evaluation alone with ZeRO-3, and refuses others.
+            self.is_deepspeed_enabled = False
+            try:
+                return super().evaluation_loop(*args, **kwargs)
+            finally:
+                self.is_deepspeed_enabled = True
+                _forget_evaluation(self.accelerator, self.model)
         return super().evaluation_loop(*args, **kwargs)
+
+    @property
+    def _is_whole_under_deepspeed(self) -> bool:
+        """Whether DeepSpeed, which has made no engine yet, would not shard the model."""
+        if not self.is_deepspeed_enabled or self.deepspeed is not None:
+            return False
+        return self.accelerator.state.deepspeed_plugin.zero_stage < 3
 
     def _prepare_input(self, data: Any) -> Any:
         """On the device, and nothing else: under DeepSpeed the Trainer would cast what floats, and

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qadapter.model import sharded
+from qadapter.model import quantised, sharded
 from qadapter.model.modeling import QAdapterModel
 from qadapter.training import base_cache
 from qadapter.training.base_cache import BaseCache
@@ -54,6 +54,12 @@ class KeptBase(EngineTraining):
 
     def _precomputed_base(self, collate: Any) -> BaseCache:
         own, dtype, directory = self._own, self._autocast_dtype, self._cache_directory()
+        if quantised.mixes_rows(own.hf_model):
+            raise ValueError(
+                "precompute_base: bitsandbytes' int8 takes columns with outliers from all rows of "
+                "a batch, so that what the base makes of a pair depends on the others: take "
+                "llm_int8_threshold=0, or nf4"
+            )
         made_with = self._base_identity()
         with_hidden = own.alpha_0 != own.center and self._hidden_states_fit(own)
         with self.accelerator.main_process_first():

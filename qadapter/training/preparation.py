@@ -16,6 +16,7 @@ from qadapter.model.modeling import QAdapterModel
 from qadapter.text.collator import PreferenceCollator
 from qadapter.text.data import prepare_dataset
 from qadapter.text.forms import TOKEN_COLUMNS
+from qadapter.text.mixture import mix
 from qadapter.text.packing import PackedPreferenceCollator
 from qadapter.text.tokenization import eos_token_ids, pad_token_id
 from qadapter.training.config import QAdapterConfig
@@ -58,15 +59,33 @@ def collator(model: QAdapterModel, args: QAdapterConfig, tokenizer: Any) -> Any:
 
 
 def check_is_one(dataset: Any, name: str) -> None:
-    if isinstance(dataset, dict):
-        names = ", ".join(map(str, dataset))
-        raise TypeError(f"{name}: expected one data set, got a dict of them: {names}")
+    if isinstance(dataset, dict | list | tuple):
+        names = ", ".join(map(str, _parts(dataset)))
+        what = type(dataset).__name__
+        raise TypeError(
+            f"{name}: expected one data set, got a {what} of them: {names}"
+            + (" (a mixture has data_weights)" if name == "train_dataset" else "")
+        )
+
+
+def _parts(datasets: Any) -> dict[Any, Any]:
+    """Several data sets by name, or by number."""
+    return dict(datasets) if isinstance(datasets, dict) else dict(enumerate(datasets, 1))
 
 
 def check_training_data(dataset: Any, args: QAdapterConfig) -> None:
     """Errors for what cannot be trained on, or not with these arguments."""
-    check_is_one(dataset, "train_dataset")
-    if not isinstance(dataset, IterableDataset):
+    several = isinstance(dataset, dict | list | tuple)
+    if args.data_weights is None:
+        check_is_one(dataset, "train_dataset")
+    elif not several or len(dataset) != len(args.data_weights):
+        given = f"{len(dataset)} data sets" if several else "one data set"
+        raise ValueError(
+            f"data_weights: expected one for each of several data sets, got "
+            f"{len(args.data_weights)} for {given}"
+        )
+    parts = list(_parts(dataset).values()) if several else [dataset]
+    if not any(isinstance(part, IterableDataset) for part in parts):
         return
     if args.precompute_base:
         raise ValueError("precompute_base: expected a data set with a length, got a stream")
@@ -75,6 +94,28 @@ def check_training_data(dataset: Any, args: QAdapterConfig) -> None:
             "train_sampling_strategy: a stream comes in its own order, got "
             f"{args.train_sampling_strategy!r}"
         )
+
+
+def prepare_training(
+    dataset: Any, model: QAdapterModel, args: QAdapterConfig, tokenizer: Any
+) -> Any:
+    """`prepare` of the training data; with ``data_weights`` of each part, and their mixture."""
+    if args.data_weights is None:
+        return prepare(dataset, "training", model, args, tokenizer)
+    parts = _parts(prepare(_parts(dataset), "training", model, args, tokenizer))
+    keep = [args.length_column_name]
+    grouped = all(keep[0] in (part.column_names or ()) for part in parts.values())
+    mixed = mix(
+        list(parts.values()),
+        args.data_weights,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        stopping_strategy=args.data_stopping_strategy,
+        also=keep if grouped else (),
+    )
+    if not isinstance(mixed, IterableDataset):
+        lengths = {name: len(part) for name, part in parts.items()}
+        logger.warning("Mixture: %d pairs an epoch, of data sets of %s", len(mixed), lengths)
+    return mixed
 
 
 def prepare(

@@ -36,6 +36,7 @@ from qadapter.training.preparation import (
     check_training_data,
     collator,
     prepare,
+    prepare_training,
 )
 
 __all__ = ["RELEASED_PRESET", "QAdapterConfig", "QAdapterTrainer", "last_complete_checkpoint"]
@@ -56,6 +57,8 @@ class QAdapterTrainer(AnchoredTraining):
             rejected; strings or messages; the prompt may be implicit), or already tokenised by
             `qadapter.text.data.prepare_dataset`; or a `datasets.IterableDataset`, tokenised as it
             comes. ``eval_dataset`` may be a dict of them. `evaluate` and `predict` take the same.
+            With ``data_weights``, ``train_dataset`` is a list or a dict of them
+            (`qadapter.text.mixture.mix`).
         processing_class: the tokenizer; default, the one saved with the model.
         peft_config: LoRA of a new adapter, where ``model`` does not have one.
         anchor_dataset: with ``anchor_coef`` or ``kl_budget``, rows of text on which the policy
@@ -109,9 +112,11 @@ class QAdapterTrainer(AnchoredTraining):
 
         check_training_data(train_dataset, args)
 
-        def prepared(dataset: Any, what: str) -> Any:
-            given = dataset is not None
-            return prepare(dataset, what, model, args, processing_class) if given else None
+        if train_dataset is not None:
+            train_dataset = prepare_training(train_dataset, model, args, processing_class)
+        if eval_dataset is not None:
+            eval_dataset = prepare(eval_dataset, "evaluation", model, args, processing_class)
+            eval_dataset = processes.countable(eval_dataset, args.world_size)
 
         if args.precompute_base and (args.use_logits or not model.selects_hidden_rows):
             raise ValueError(
@@ -134,13 +139,14 @@ class QAdapterTrainer(AnchoredTraining):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=prepared(train_dataset, "training"),
-            eval_dataset=processes.countable(prepared(eval_dataset, "evaluation"), args.world_size),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
         if args.anchored:
             self.add_callback(AnchorWatch(self))
+        self._refuse_quantised_shards()
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
         verdicts = {
             "the base": fingerprint_digest(model.base_fingerprint),

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,12 +21,13 @@ from torch.distributed.fsdp import FSDPModule
 from qadapter import functional as QF
 from qadapter.model import sharded
 from qadapter.model.modeling import QAdapterModel
-from tests.tiny_models import make_base, perturb
+from tests.tiny_models import make_base, make_quantised, perturb
 from tests.tiny_text import preference_rows, word_tokenizer
 from tests.training.test_anchors import anchor_rows
 from tests.training.tiny_trainer import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
+BASES = tempfile.TemporaryDirectory()  # where a base is found again when an adapter is saved
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 COMMON = {
     "lr_scheduler_type": "constant",
@@ -82,7 +84,11 @@ def settings(engine, dtype=torch.float32, states="FULL_STATE_DICT"):
 
 def model_of(kind="llama", dtype=torch.float32):
     torch.manual_seed(0)
-    return perturb(QAdapterModel.from_base(make_base(kind, dtype=dtype)), std=0.1)
+    if kind == "nf4":
+        base = make_quantised(BASES.name, kind, dtype)
+    else:
+        base = make_base(kind, dtype=dtype)
+    return perturb(QAdapterModel.from_base(base), std=0.1)
 
 
 def made(folder, processes, rows=9, kind="llama", dtype=torch.float32, **config):
@@ -244,11 +250,10 @@ def failing(folder, processes, **config):
     said["left"] = [str(path) for path in folders if path.exists()]
     kind = "qwen2" if rank == processes - 1 > 0 else "llama"
     of("base", lambda: made(folder, processes, kind=kind, **config))
-    if "deepspeed" in config:
+    if config.get("deepspeed", {}).get("zero_optimization", {}).get("stage") == 3:
         early = made(folder, processes, **config)
         early.evaluate()
         of("train", early.train)
-    if config.get("deepspeed", {}).get("zero_optimization", {}).get("stage") == 3:
         of("zero.Init", model_of)  # while the settings of ZeRO-3 are there
     return {}, said
 
@@ -274,6 +279,10 @@ CASES = {
     ),
     "bf16, resume": (resumed, {"dtype": torch.bfloat16}),
     "bf16, generate": (generated, {"dtype": torch.bfloat16}),
+    "nf4": (trained, {"kind": "nf4"}),
+    "nf4, cached": (trained, {"kind": "nf4", "precompute_base": True}),
+    "nf4, resume": (resumed, {"kind": "nf4"}),
+    "nf4, bf16": (trained, {"kind": "nf4", "dtype": torch.bfloat16}),
     "resume": (resumed, {}),
     "resume, sharded": (resumed, {"states": "SHARDED_STATE_DICT"}),
 }

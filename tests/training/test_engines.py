@@ -13,17 +13,25 @@ from tests.training import engine_runs
 SGD = ("train", "accumulated", "cached", "anchors", "budget", "checkpointing", "tied", "padded")
 SIXTEEN = ("bf16", "bf16, cached", "bf16, resume")
 QUICK = ("units", "anchors", "resume, sharded", "generate", "fail")
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 NAMES = {
-    "ddp": ("evaluate first", "generate", "fail", "resume"),
-    "fsdp2": (*SGD, "resume", *SIXTEEN, "bf16, anchors", "evaluate first"),
-    "zero2": (*SGD, "resume", *SIXTEEN, "generate", "fail"),
+    "ddp": ("evaluate first", "generate", "fail", "resume", "nf4"),
+    "fsdp2": (*SGD, "resume", *SIXTEEN, "bf16, anchors", "evaluate first", "nf4", "nf4, resume"),
+    "zero2": (*SGD, "resume", *SIXTEEN, "generate", "fail", "evaluate first", "nf4"),
     "zero3": (*SGD, "resume", *SIXTEEN, "generate", "fail"),
 }
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
 )
+needs_bitsandbytes = pytest.mark.skipif(
+    not HAS_BITSANDBYTES, reason="bitsandbytes is not installed"
+)
 ALL = [
-    pytest.param(engine, name, marks=[needs_deepspeed] if "zero" in engine else [])
+    pytest.param(
+        engine,
+        name,
+        marks=[needs_deepspeed] * ("zero" in engine) + [needs_bitsandbytes] * ("nf4" in name),
+    )
     for engine, names in NAMES.items()
     for name in names
 ]
@@ -82,7 +90,8 @@ def check(engine, name, ranks, one, alone):
         rounding = update_error(tensors_one["weights"], exact, start)
         assert update_error(tensors["weights"], exact, start) < 2 * rounding < 1.5
     else:
-        assert error < 1e-5
+        # AdamW divides gradients by their size: what is rounding in a small one grows.
+        assert error < (5e-5 if name == "nf4, resume" else 1e-5)
     if "resumed" in tensors:
         assert update_error(tensors["resumed"], tensors["weights"], start) < 1e-6
         assert torch.equal(tensors["saved"], tensors["resumed"])
@@ -113,9 +122,8 @@ def check_failures(engine, said):
     assert "process 1" in said["checkpoint"][0] and "process 0" in said["adapter"][1]
     assert said["left"] == []
     assert all("the base: 'llama" in line and "'qwen2" in line for line in said["base"])
-    if "zero" in engine:
-        assert all("eval_on_start=True" in line for line in said["train"])
     if engine == "zero3":
+        assert all("eval_on_start=True" in line for line in said["train"])
         assert all("zero3_init_flag" in line for line in said["zero.Init"])
 
 
@@ -129,4 +137,5 @@ def test_fsdp2_in_short(started, name):
 @pytest.mark.parametrize(("engine", "name"), ALL)
 def test_an_engine_trains_as_one_process(started, engine, name):
     of, alone = started
-    check(engine, name, of(engine, NAMES[engine], name), alone(name), alone)
+    names = tuple(one for one in NAMES[engine] if HAS_BITSANDBYTES or "nf4" not in one)
+    check(engine, name, of(engine, names, name), alone(name), alone)
