@@ -60,9 +60,10 @@ def measure(options: argparse.Namespace, merged: Path) -> None:
     """Writes the file again after every turn of a batch."""
     children = {kind: start(kind, merged) for kind in KINDS}
     made = {kind: ask(child, None) for kind, child in children.items()}
-    environment = recording.environment("cpu") | {"vllm": made["base"]["version"], "threads": 1}
+    environment = recording.environment("cpu") | {"threads": 1}
     settings = {
         "clock": "cpu",
+        "versions": recording.versions() | {"vllm": made["base"]["version"]},
         "model": made["base"]["model"],
         "dtype": options.dtype,
         "prompt": options.prompt,
