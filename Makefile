@@ -1,6 +1,6 @@
-# make demo | test | test-slow | serve-test | scale-test | wheel-test | cuda-sanitize | lint | format
-#      | typecheck | bench | gpu-check | gpu-bench | quality | peft-table | model-table | scale-table
-#      | memory-table | clean
+# make demo | test | test-slow | serve-test | web-test | scale-test | wheel-test | cuda-sanitize | lint
+#      | format | typecheck | bench | gpu-check | gpu-bench | quality | peft-table | model-table
+#      | scale-table | memory-table | clean
 #
 # The first target that needs it makes a virtual environment in .venv with pinned versions
 # (constraints.txt) and the C++ extension; later runs only redo what changed.
@@ -12,10 +12,12 @@
 #   PYTEST_ARGS=tests/ops  passed to pytest; --durations=20 shows what takes long
 #   WORKERS=2             processes that test runs in; 0 for this one
 #   SERVE_VENV=path       where serve-test has its own environment, with vLLM in it
+#   WEB_VENV=path         and web-test, with Gradio and Playwright
 #   MATRIX_ARGS="--list"  passed to tests/packaging/install_matrix.py (wheel-test)
 
 VENV ?= .venv
 SERVE_VENV ?= .venv-serve
+WEB_VENV ?= .venv-web
 SYSTEM_SITE ?= 0
 PYTEST_ARGS ?=
 WORKERS ?= 2
@@ -34,8 +36,8 @@ BUILT := build/.extension-built
 SOURCES := $(wildcard csrc/cpu csrc/cpu/* csrc/cuda csrc/cuda/* csrc/common csrc/common/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow serve-test scale-test wheel-test cuda-sanitize lint format
-.PHONY: typecheck bench gpu-check gpu-bench quality peft-table model-table scale-table
+.PHONY: help install demo test test-slow serve-test web-test scale-test wheel-test cuda-sanitize lint
+.PHONY: format typecheck bench gpu-check gpu-bench quality peft-table model-table scale-table
 .PHONY: memory-table clean
 
 help:
@@ -102,6 +104,21 @@ $(SERVE_STAMP): pyproject.toml tests/serving/requirements.txt | $(PY)
 serve-test: $(SERVE_STAMP)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest -q tests/serving $(PYTEST_ARGS)
 
+# The page of `qadapter chat --web` in a Chromium, which must be there. Its environment has what
+# $(VENV) has, by a path, and Gradio with its own versions before that.
+WEB_STAMP := $(WEB_VENV)/.qadapter-installed
+$(WEB_STAMP): pyproject.toml | install
+	@echo "installing Gradio and Playwright into $(WEB_VENV)"
+	@set -e; $(PY) -m venv $(WEB_VENV); python=$(WEB_VENV)/bin/python; \
+	path='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(PY) -c "$$path" > $$($$python -c "$$path")/others.pth; \
+	pwd >> $$($$python -c "$$path")/others.pth; \
+	$$python -m pip --disable-pip-version-check -qq install 'gradio==6.31.0' 'playwright==1.65.2'
+	@touch $@
+
+web-test: $(WEB_STAMP)
+	OMP_NUM_THREADS=1 $(WEB_VENV)/bin/python -m pytest -q -rs tests/cli/test_web_page.py $(PYTEST_ARGS)
+
 # Several processes on this machine, by gloo; ZeRO where DeepSpeed is installed.
 scale-test: install
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow \
@@ -166,6 +183,6 @@ peft-table: install
 
 clean:
 	rm -rf build dist demo-output *.egg-info qadapter/_C_*.so qadapter/_build_info.json
-	rm -rf .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-serve .venv-web .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -rf .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import report_overall
+from benchmarks import report_overall, report_serving
 from benchmarks.quality import report as report_quality
 from benchmarks.report_tables import TABLES as OWN
 from benchmarks.tables import Record, about, replace
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 # marker -> (results, table)
-TABLES = {**OWN, **report_quality.TABLES}
+TABLES = {**OWN, **report_serving.TABLES, **report_quality.TABLES}
 # marker -> table of all results together
 OVERALL: dict[str, Callable[[list[Record]], str]] = {
     "machines": report_overall.machines,

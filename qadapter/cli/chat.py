@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qadapter.cli import sampling
+from qadapter.cli import sampling, web
 from qadapter.cli.sampling import Blend
 from qadapter.composition import RECOMMENDED
 from qadapter.text.prompts import checked_strength, prompt_ids
@@ -30,7 +30,7 @@ Ctrl-C stops an answer, Ctrl-D quits. A message that begins with / is written wi
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("chat", help="talk to the composed policy, change the blend live")
-    sampling.add_adapters(parser)
+    sampling.add_adapters(parser, required=False)  # `web.check` knows when
     parser.add_argument(
         "--strength",
         type=sampling.strength_option,
@@ -38,11 +38,15 @@ def add_parser(commands: Any) -> None:
         "--kl-budget found",
     )
     sampling.add_sampling(parser, temperature=0.7, top_p=0.95)
+    web.add_options(parser)
     parser.set_defaults(run=chat)
 
 
 def chat(options: argparse.Namespace) -> int:
     sampling.check_sampling(options)
+    web.check(options)
+    if options.web:
+        return web.run(options)
     blend = sampling.parse_blend(options.adapter, options.weight)
     options.strength = sampling.given_strength(options.strength, blend)
     sampling.say_recommended(blend, options.strength is None)

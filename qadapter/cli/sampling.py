@@ -30,11 +30,11 @@ class Blend(NamedTuple):
         return FIRST if name == next(iter(self.folders)) else name
 
 
-def add_adapters(parser: Any) -> None:
+def add_adapters(parser: Any, required: bool = True) -> None:
     parser.add_argument(
         "--adapter",
         action="append",
-        required=True,
+        required=required,
         metavar="[NAME=]DIR",
         help="folder of a saved adapter; repeat with a name each to blend several",
     )

@@ -17,13 +17,17 @@ NARROWEST = 24  # columns that would be narrower stand below each other
 
 
 class Answer(NamedTuple):
-    """``tokens`` counts what was drawn, the end token included; ``finish_reason`` is eos, stop,
-    length or interrupted; ``mean_logprob`` is over the drawn tokens."""
+    """``ids`` are what was drawn, the end token included; ``finish_reason`` is eos, stop, length or
+    interrupted; ``mean_logprob`` is over the drawn tokens."""
 
     text: str
-    tokens: int
+    ids: list[int]
     finish_reason: str
     mean_logprob: float
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -109,7 +113,7 @@ def answer(
         text = tokenizer.decode(ids[:count], skip_special_tokens=True)
         cut = _first(text, stop)
         mean = sum(logprobs[:count]) / count
-        answers.append(Answer(text[:cut] if cut >= 0 else text, count, reason, mean))
+        answers.append(Answer(text[:cut] if cut >= 0 else text, ids[:count], reason, mean))
     return answers
 
 

@@ -27,8 +27,14 @@ NEAR = 2e-4
 @contextmanager
 def engine(adapter: Any, *, served: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
     """Serve adapters in float32; ``served`` goes to `engine_arguments`, the rest to vLLM."""
+    with plain_engine(**engine_arguments(adapter, **(served or {})), **options) as llm:
+        yield llm
+
+
+@contextmanager
+def plain_engine(**options: Any) -> Iterator[LLM]:
+    """Any model of vLLM's in float32."""
     settings = {
-        **engine_arguments(adapter, **(served or {})),
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 128,
@@ -75,7 +81,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(3, 97, (length,), generator=generator).tolist()
 
 
-def ask(llm: LLM, requests: list[Request], **options: Any) -> list[Any]:
+def ask(llm: LLM, requests: list[Request], lora_request: Any = None, **options: Any) -> list[Any]:
     """The answers, in order, with log-probabilities of what was sampled."""
     params = [
         SamplingParams(
@@ -87,7 +93,7 @@ def ask(llm: LLM, requests: list[Request], **options: Any) -> list[Any]:
         for _, strength, tokens in requests
     ]
     prompts = [{"prompt_token_ids": request.prompt} for request in requests]
-    return llm.generate(prompts, params, use_tqdm=False)
+    return llm.generate(prompts, params, use_tqdm=False, lora_request=lora_request)
 
 
 def check(model: Any, requests: list[Request], answers: list[Any], **generate: Any) -> None:

@@ -105,6 +105,16 @@ def test_requests_without_a_strength(tmp_path):
     check(model, [Request(prompt(9), 0.625, 8)], answers)
 
 
+def test_two_ranks_share_a_model(tmp_path):
+    """Shares of A and B, on heads of which there is one for both ranks, and of their sums."""
+    base = save_base(tmp_path / "base", "llama", num_key_value_heads=1)
+    lora = LoraConfig(r=3, target_modules="all-linear", lora_bias=True)
+    model = save_adapter(tmp_path / "adapter", base, lora)
+    requests = of_many_lengths(6)
+    with engine(tmp_path / "adapter", tensor_parallel_size=2) as llm:
+        check(model, requests, ask(llm, requests))
+
+
 def test_compiled_by_vllm(llama, monkeypatch, tmp_path):
     folder, model = llama
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))

@@ -16,7 +16,7 @@ from tests.serving.tiny import config, save_adapter, save_base
 
 def settings(**options):
     """Of an engine, as far as they are looked at."""
-    parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "use_ubatching": False}
+    parallel = {"pipeline_parallel_size": 1, "use_ubatching": False}
     parallel |= {name: options.pop(name) for name in parallel if name in options}
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_config=options.pop("hf_config", config("llama"))),
@@ -28,7 +28,6 @@ def settings(**options):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tensor_parallel_size": 2}, "tensor parallelism"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"use_ubatching": True}, "dual batch overlap"),
         ({"lora_config": object()}, "vLLM's own LoRA"),

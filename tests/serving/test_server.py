@@ -1,5 +1,6 @@
 """The whole way of a user: `qadapter serve`, and the official client of OpenAI's interface."""
 
+import argparse
 import asyncio
 import importlib
 import os
@@ -17,6 +18,9 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: ma
 
 import openai
 
+from qadapter.cli.web_server import Server
+from qadapter.text.compared import compare
+from qadapter.text.prompts import prompt_ids
 from tests.serving.tiny import VOCAB, save_adapter, save_base
 from tests.tiny_text import WORDS, word_tokenizer
 
@@ -182,6 +186,24 @@ def test_many_requests_in_a_row(client):
             extra_body={"vllm_xargs": {"strength": i / 50}},
         )
         assert made.choices[0].finish_reason in ("length", "stop")
+
+
+def test_the_page_in_the_browser_asks_a_server(address, model):
+    """What its client makes of the answers, against the same in this process."""
+    question, tokenizer = "tell me about the cat", word_tokenizer()
+    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 3}
+    more = {"repetition_penalty": 1.0, "stop": [], "system": None, "max_new_tokens": 8}
+    asked = argparse.Namespace(question=question, strength=2.0, **sampling, **more)
+    made = Server(address).compare(asked)
+    ids = prompt_ids(tokenizer, question)
+    here = compare(model, tokenizer, ids, strength=2.0, max_new_tokens=8, do_sample=False)
+    assert here[0].text != here[1].text
+    for there, wanted in zip(made, here, strict=True):
+        assert [text for text, _ in there.pieces] == [text for text, _ in wanted.pieces]
+        assert [n for _, n in there.pieces] == pytest.approx(
+            [n for _, n in wanted.pieces], abs=4e-4
+        )
+        assert there.finish_reason == wanted.finish_reason
 
 
 def test_the_example(address, monkeypatch, capsys):

@@ -35,9 +35,6 @@ def refusal(vllm_config: Any) -> str | None:
         "dual_chunk_attention_config: one attention a stream is not known for it": getattr(
             config, "dual_chunk_attention_config", None
         ),
-        "tensor parallelism: a LoRA is not shared out to several ranks": (
-            parallel.tensor_parallel_size > 1
-        ),
         "pipeline parallelism: stages hand on the rows of one stream": (
             parallel.pipeline_parallel_size > 1
         ),

@@ -15,8 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 
 from qadapter.model.lora_files import SavedLayer, SavedLora
 
@@ -115,25 +121,29 @@ class _Share(NamedTuple):
 
 class StreamLoRA(nn.Module):
     """What the streams add to a linear layer: scale * (B A x + bias), for each of the products that
-    the layer holds side by side."""
+    the layer holds side by side. On this rank's share of the layer, where there are several."""
 
     def __init__(
         self, linear: Any, count: int, parts: Mapping[int, Mapping[int, SavedLayer]]
     ) -> None:
         super().__init__()
         self.count = count
+        # A sum over the inputs, of which each rank has some.
+        self.reduces = isinstance(linear, RowParallelLinear) and linear.tp_size > 1
+        if self.reduces and not linear.reduce_results:
+            raise ValueError("tensor parallelism: a layer leaves the sum over ranks to others")
         self.shares: dict[int, list[_Share]] = {}
         for stream, of_stream in parts.items():
             a = torch.cat([layer.a for layer in of_stream.values()])
-            self._keep(f"a_{stream}", a)
+            self._keep(f"a_{stream}", _inputs(linear, a))
             begin, shares = 0, []
             for part, layer in of_stream.items():
                 end, scale = begin + layer.a.shape[0], float(layer.scale)
                 b, bias = f"b_{stream}_{part}", None
-                self._keep(b, layer.b.float() * scale)
+                self._keep(b, _outputs(linear, part, layer.b.float() * scale))
                 if layer.bias is not None:
                     bias = f"bias_{stream}_{part}"
-                    self._keep(bias, layer.bias.float() * scale)
+                    self._keep(bias, _outputs(linear, part, layer.bias.float() * scale))
                 shares.append(_Share(b, bias, slice(begin, end), _columns(linear, part)))
                 begin = end
             self.shares[stream] = shares
@@ -149,9 +159,27 @@ class StreamLoRA(nn.Module):
         for stream, shares in self.shares.items():
             own = slice(stream * rows, (stream + 1) * rows)
             reduced = F.linear(x[own], getattr(self, f"a_{stream}"))
+            if self.reduces:
+                reduced = tensor_model_parallel_all_reduce(reduced)
             for b, bias, ranks, columns in shares:
                 addend = None if bias is None else getattr(self, bias)
                 y[own, columns].add_(F.linear(reduced[:, ranks], getattr(self, b), addend))
+
+
+def _inputs(linear: Any, a: Tensor) -> Tensor:
+    if not isinstance(linear, RowParallelLinear):
+        return a
+    size = linear.input_size_per_partition
+    return a.narrow(1, linear.tp_rank * size, size)
+
+
+def _outputs(linear: Any, part: int, b: Tensor) -> Tensor:
+    if not isinstance(linear, ColumnParallelLinear):
+        return b
+    size, rank = linear.output_partition_sizes[part], linear.tp_rank
+    if isinstance(linear, QKVParallelLinear) and part > 0:
+        rank //= linear.num_kv_head_replicas
+    return b.narrow(0, rank * size, size)
 
 
 def _columns(linear: Any, part: int) -> slice:
