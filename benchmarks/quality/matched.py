@@ -2,7 +2,7 @@
 
 Trained policies stand at different places of their frontiers, so that one has both a larger gain
 and a larger KL says nothing. Every method's LoRA is scored at several strengths; between these its
-figures are read off at a given KL, seed by seed. The bootstrap draws pairs, conversations and
+figures are read off at a given KL, seed by seed. The bootstrap draws prompts, conversations and
 seeds, and finds the place of that KL in every draw anew, so that the intervals hold its chance too.
 """
 
@@ -85,12 +85,12 @@ def _drawn(items: pd.DataFrame) -> dict[str, Matrix]:
     The items are the same in all runs: pairs, and conversations.
     """
     rng = np.random.default_rng(0)
-    sizes = {name: len(part["values"].iloc[0]) for name, part in items.groupby("metric")}
+    groups = dict(items.groupby("metric")["groups"].first())
     pairs, conversations = (
-        np.concatenate([np.ones((1, n)), stats.bootstrap_counts(rng, n)])
-        for n in (sizes["gain"], sizes["kl"])
+        np.concatenate([np.ones((1, len(of))), stats.bootstrap_counts(rng, len(of), groups=of)])
+        for of in (groups["gain"], groups["kl"])
     )
-    return {n: conversations if n in ("kl", "nll_change") else pairs for n in sizes}
+    return {name: conversations if name in ("kl", "nll_change") else pairs for name in groups}
 
 
 def _means(part: pd.DataFrame, drawn: Matrix) -> Matrix:

@@ -70,12 +70,13 @@ def _kls(record: Record) -> list[float]:
 
 def heading(record: Record) -> str:
     usual, counts, data = record["set"]["usual"], record["counts"], record["data"]["name"]
-    seeds = _most_seeds(record["rows"])
+    seeds, prompts = _most_seeds(record["rows"]), counts.get("pairs_prompts")
+    of_prompts = f" of {prompts} prompts" if prompts else ""
     return (
         f"{data}: {record['base']}, {usual['steps']} updates of {usual['batch']} pairs (of "
         f"{usual['pairs']}), learning rate {usual['learning_rate']:g}, LoRA r={usual['lora_r']} on "
         f"{usual['lora_targets']}, {seeds} seed{'s' if seeds > 1 else ''}; "
-        f"{counts['heldout']} held-out pairs, {counts['prompts']} prompts answered, "
+        f"{counts['heldout']} held-out pairs{of_prompts}, {counts['prompts']} prompts answered, "
         f"{counts['unrelated']} unrelated conversations, {counts['questions']} questions "
         f"({conditions(record)}). In brackets: 95 % bootstrap intervals over items"
         + (" and seeds." if seeds > 1 else ".")

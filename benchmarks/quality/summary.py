@@ -17,9 +17,11 @@ PER_TOKEN = ("kl", "nll_change")
 TESTED = r"accuracy|gain|kl|nll_change|follows|questions|wins .*"
 
 
-def frame(results: list[Record]) -> pd.DataFrame:
+def frame(results: list[Record], groups: dict[str, Any] | None = None) -> pd.DataFrame:
     """A row a run, point and metric, by seed: what the run and the point are, `seed`, `metric`, and
-    `values` and `weights`, arrays over the items. A figure is the ratio of their sums."""
+    `values`, `weights` and `groups`, arrays over the items. A figure is the ratio of sums of the
+    first two. ``groups`` has those of ``pairs`` and ``answers``; without it no item shares one."""
+    groups = groups or {}
     return pd.DataFrame(
         {
             **{name: result[name] for name in (*RUN, "seed")},
@@ -29,12 +31,28 @@ def frame(results: list[Record]) -> pd.DataFrame:
             "weights": np.array(
                 point["unrelated"]["tokens"] if metric in PER_TOKEN else [1.0] * len(values), float
             ),
+            "groups": groups.get(_items(metric, point), np.arange(len(values))),
         }
         for result in sorted(results, key=lambda result: result["seed"])
         for point in result["points"]
         for metric, values in _metrics(point).items()
         if values
     )
+
+
+def _items(metric: str, point: Record) -> str:
+    """What a metric has a value for each of."""
+    if metric == "accuracy" or metric in point["pairs"]:
+        return "pairs"
+    return metric if metric in ("questions", *PER_TOKEN) else "answers"
+
+
+def groups(study: Study) -> dict[str, Any]:
+    """Of the items of a study: pairs, and answers, that have one prompt are of one group."""
+    return {
+        "pairs": stats.groups_of(tuple(row["prompt_ids"]) for row in study.heldout),
+        "answers": stats.groups_of(str(prompt) for prompt in study.prompts),
+    }
 
 
 def _metrics(point: Record) -> dict[str, list[float]]:
@@ -59,7 +77,9 @@ def rows(items: pd.DataFrame) -> list[Record]:
     for _, policy in items.groupby(["variant", "noise", "label"], sort=False):
         seeds = policy["seed"].unique().tolist()
         figures = {
-            metric: stats.interval(np.stack(list(own["values"])), np.stack(list(own["weights"])))
+            metric: stats.interval(
+                np.stack(list(own["values"])), np.stack(list(own["weights"])), own["groups"].iloc[0]
+            )
             for metric, own in policy.groupby("metric", sort=False)
             if len(own) == len(seeds)
         }
@@ -77,6 +97,7 @@ def paired_tests(items: pd.DataFrame) -> list[Record]:
     tested = tested.assign(mean=tested["values"] / tested["weights"]).set_index("seed")
     by = ["label", "variant", "metric"]
     figures = dict(list(tested.groupby(by, sort=False)["mean"]))
+    together = tested.groupby("metric")["groups"].first()
     made = []
     for reference in matched.REFERENCES.values():
         for (label, variant, metric), other in figures.items():
@@ -84,7 +105,8 @@ def paired_tests(items: pd.DataFrame) -> list[Record]:
             if variant == reference or own is None:
                 continue
             if seeds := [seed for seed in own.index if seed in other.index]:
-                difference = stats.paired(*(np.stack(list(side[seeds])) for side in (own, other)))
+                sides = (np.stack(list(side[seeds])) for side in (own, other))
+                difference = stats.paired(*sides, together[metric])
                 about = {"reference": reference, "label": label, "against": variant}
                 made.append({**about, "figure": metric, "seeds": seeds, **difference})
     names = ["reference", "label", "against", "figure", "seeds", "mean", "low", "high", "p"]
@@ -114,13 +136,15 @@ def cost(results: list[Record]) -> list[Record]:
 
 
 def base_figures(study: Study) -> Record:
-    record, rule = study.base_record, study.data.rule
+    record, rule, of = study.base_record, study.data.rule, groups(study)
+    words = [len(answer.split()) for answer in record["answers"]]
     figures = {
-        "in_order": stats.mean_interval(record["pairs"]["in_order"]),
-        "words": stats.mean_interval([len(answer.split()) for answer in record["answers"]]),
+        "in_order": stats.mean_interval(record["pairs"]["in_order"], of["pairs"]),
+        "words": stats.mean_interval(words, of["answers"]),
     }
     if rule is not None:
-        figures["follows"] = stats.mean_interval([rule(answer) for answer in record["answers"]])
+        follows = [rule(answer) for answer in record["answers"]]
+        figures["follows"] = stats.mean_interval(follows, of["answers"])
     counts = {"asked": record["asked"], "right": record["right"], "kept": len(record["kept"])}
     return {"figures": figures, **counts}
 
@@ -141,6 +165,7 @@ def judges(study: Study) -> list[Record]:
 def _about(study: Study) -> Record:
     lists = ("heldout", "prompts", "unrelated", "questions")
     counts = {name: len(getattr(study, name)) for name in lists}
+    counts |= {f"{name}_prompts": len(set(of)) for name, of in groups(study).items()}
     return {
         **study.about["what"],
         "set": {**asdict(study.set), "usual": study.set.usual},
@@ -154,7 +179,7 @@ def summarise_sweep(
 ) -> Record:
     """The same of settings of a method against each other."""
     about = {"benchmark": "quality_sweep", "method": method, "kls": list(kls)}
-    return {**about, **_about(study), "rows": rows(frame(results))}
+    return {**about, **_about(study), "rows": rows(frame(results, groups(study)))}
 
 
 def summarise(
@@ -164,7 +189,7 @@ def summarise(
     decode: Record | None = None,
 ) -> Record:
     """Everything that the report needs; holds figures alone, no text of the data."""
-    items = frame(results)
+    items = frame(results, groups(study))
     return {
         "benchmark": "quality",
         **_about(study),

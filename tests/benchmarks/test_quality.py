@@ -117,6 +117,24 @@ def test_intervals_have_the_width_that_theory_says():
     assert stats.interval(np.full((2, 9), 0.5)) == [0.5, 0.5, 0.5]
 
 
+def test_items_of_one_group_are_drawn_together():
+    assert stats.groups_of(["b", "a", "b"]).tolist() == [0, 1, 0]
+    rng = np.random.default_rng(0)
+    of_group = rng.normal(1.0, 2.0, size=(1, 100))
+    groups, values = np.repeat(np.arange(100), 4), np.repeat(of_group, 4, axis=1)
+    # Four times the same item says no more than the item.
+    once, told, untold = (
+        stats.interval(of_group), stats.interval(values, groups=groups), stats.interval(values)
+    )  # fmt: skip
+    assert told == pytest.approx(once)
+    assert untold[2] - untold[1] == pytest.approx((once[2] - once[1]) / 2, rel=0.1)
+    assert (
+        stats.paired(values, 0 * values, groups)["p"] == stats.paired(of_group, 0 * of_group)["p"]
+    )
+    with pytest.raises(ValueError, match="groups"):
+        stats.interval(values, groups=groups[1:])
+
+
 def test_an_interval_of_a_ratio_weights_its_items():
     assert stats.interval(np.array([[1.0, 10.0]])) == [5.5, 1.0, 10.0]
     made = stats.interval(np.array([[2.0, 30.0]]), np.array([[1.0, 10.0]]))
