@@ -49,60 +49,21 @@ def available() -> tuple[bool, str]:
 
 
 def linear_fwd(
-    base_hidden: Tensor | None,
-    q_hidden: Tensor,
-    weight: Tensor,
-    actions: Tensor,
-    bias: Tensor | None,
-    base_lse: Tensor | None,
-    base_logp: Tensor | None,
-    alpha_0: float,
-    alpha_tilde: float,
-    center: float,
-    logit_scale: float,
-    logit_softcap: float,
-    chunk_size: int,
-    need_grad: bool,
+    base_hidden: Tensor | None, q_hidden: Tensor, weight: Tensor, *more: Any
 ) -> tuple[Tensor, ...]:
     """`qadapter.ops.linear` has the arguments."""
-    composition = (alpha_0, alpha_tilde, center)
+    actions, bias, base_lse, base_logp, *composition, scale, softcap, chunk_size, need_grad = more
+    capability = torch.cuda.get_device_capability(q_hidden.device)
     why_not = linear_quack.why_not(
-        q_hidden,
-        weight,
-        bias,
-        composition,
-        logit_scale,
-        logit_softcap,
-        need_grad,
-        torch.cuda.get_device_capability(q_hidden.device),
+        q_hidden, weight, bias, tuple(composition), scale, softcap, need_grad, capability
     )
-    if why_not is None and len(q_hidden) > 0:
-        with torch.cuda.device(q_hidden.device):
-            return linear_quack.linear_fwd(
-                base_hidden,
-                q_hidden,
-                weight,
-                actions,
-                base_lse,
-                base_logp,
-                alpha_0,
-                chunk_size,
-                need_grad,
-            )
-    return _otherwise(q_hidden)(
-        base_hidden,
-        q_hidden,
-        weight,
-        actions,
-        bias,
-        base_lse,
-        base_logp,
-        *composition,
-        logit_scale,
-        logit_softcap,
-        chunk_size,
-        need_grad,
-    )
+    if why_not is not None or len(q_hidden) == 0:
+        return _otherwise(q_hidden)(base_hidden, q_hidden, weight, *more)
+    known = (base_lse, base_logp)
+    with torch.cuda.device(q_hidden.device):
+        return linear_quack.linear_fwd(
+            base_hidden, q_hidden, weight, actions, *known, composition[0], chunk_size, need_grad
+        )
 
 
 def _otherwise(q_hidden: Tensor) -> Any:

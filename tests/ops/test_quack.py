@@ -4,6 +4,7 @@ The package itself, where it is installed, compiles what is asked of it for comp
 no GPU is needed for that.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -161,6 +162,7 @@ def test_what_is_served():
 def test_the_rest_runs_elsewhere(stand_in, monkeypatch):
     """By the backend's own function: what is not served goes to Triton, or here to torch."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     base, q, weight, actions = make(6)
     rest = (actions, None, None, None, 0.3, 1.0, 1.0, 1.0, 0.0, 0, True)
     ours, want = (
@@ -169,6 +171,10 @@ def test_the_rest_runs_elsewhere(stand_in, monkeypatch):
     )
     assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
     assert not stand_in
+    served = (actions, None, None, None, 1.0, 1.0, 1.0, 1.0, 0.0, 0, True)
+    ours, want = quack.linear_fwd(base, q, weight, *served), run((base, q, weight, actions))
+    assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
+    assert len(stand_in) == 2
 
 
 def test_without_it_nothing_changes():
