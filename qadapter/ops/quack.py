@@ -6,8 +6,8 @@ does not serve, run on Triton, or on torch where that is missing.
 """
 
 import functools
-import importlib
 import importlib.metadata
+import importlib.util
 from typing import Any
 
 import torch
@@ -67,10 +67,8 @@ def linear_fwd(
 
 
 def _otherwise(q_hidden: Tensor) -> Any:
-    from qadapter.ops import backends
+    if q_hidden.is_cuda and importlib.util.find_spec("triton") is not None:
+        from qadapter.ops import triton
 
-    if backends.why_not("triton", q_hidden) is not None:
-        return linear_torch.linear_fwd
-    from qadapter.ops import triton
-
-    return triton.linear_fwd
+        return triton.linear_fwd
+    return linear_torch.linear_fwd
