@@ -7,7 +7,8 @@
 //            maximum; for top-p the value at which the groups' maxima alone hold the mass. Searched
 //            from the smallest maximum on, so that the maxima spread over the 256 bins: from the
 //            lowest float on they share one or two, whose additions wait for each other. Not at all
-//            where the maxima do not hold the mass (flat rows under top-p alone): four rounds less
+//            where the maxima do not hold the mass (flat rows under top-p alone): four rounds less,
+//            of some 1 us each. Predicted at B = 64, V = 128256: 40 us with top-k and top-p, 48 before
 //   list     the groups whose maximum reaches the bound, in token-id order: the only ones read again
 //   pivot    radix search over the listed tokens: 256 bins of count and mass between the bounds,
 //            which then close in on one bin; four rounds at most

@@ -1,9 +1,9 @@
 """Which implementation runs, and why the others do not.
 
 ``auto`` takes, for CUDA tensors, Triton and else torch; for CPU tensors, the C++ extension and else
-torch. It never takes the CUDA extension, whose kernels have not been timed. A backend that is asked
-for by name (``use_backend`` or ``QADAPTER_BACKEND``) and cannot serve the call is an error that
-says why, never a silent fallback.
+torch. It never takes the CUDA extension or quack-kernels, which have not been timed. A backend that
+is asked for by name (``use_backend`` or ``QADAPTER_BACKEND``) and cannot serve the call is an error
+that says why, never a silent fallback.
 """
 
 import contextlib
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qadapter.ops import cpp, cuda
+from qadapter.ops import cpp, cuda, quack
 
-NAMES = ("auto", "torch", "cpp", "triton", "cuda")
+NAMES = ("auto", "torch", "cpp", "triton", "cuda", "quack")
+PARTIAL: dict[str, ModuleType] = {"cuda": cuda, "quack": quack}  # have not every operation
 
 _chosen: str | None = None
 
@@ -48,7 +49,7 @@ def current_backend() -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run everything inside on one backend: auto, torch, cpp, triton or cuda.
+    """Run everything inside on one backend: auto, torch, cpp, triton, cuda or quack.
 
     Process-wide, not per thread (autograd runs backward passes in threads of its own). Raises
     ValueError for a name that does not exist; the call that cannot be served raises RuntimeError.
@@ -86,13 +87,14 @@ def backends() -> list[BackendInfo]:
         BackendInfo("cpp", *_state("cpp")),
         BackendInfo("triton", *_state("triton")),
         BackendInfo("cuda", *_state("cuda")),
+        BackendInfo("quack", *_state("quack")),
     ]
 
 
 def _state(name: str) -> tuple[bool, str, tuple[str, ...]]:
     if name == "triton":
         return _triton_state()
-    available, reason = (cpp if name == "cpp" else cuda).available()
+    available, reason = (cpp if name == "cpp" else PARTIAL[name]).available()
     return available, reason, ("cpu" if name == "cpp" else "cuda",) if available else ()
 
 
@@ -117,7 +119,7 @@ def _functions(name: str) -> ModuleType:
         from qadapter.ops import triton  # importing the kernels needs Triton
 
         return triton
-    return cpp if name == "cpp" else cuda
+    return cpp if name == "cpp" else PARTIAL[name]
 
 
 def serving(tensor: Tensor) -> str:
@@ -135,12 +137,12 @@ def implementation(tensor: Tensor, in_torch: Callable[..., Any]) -> Callable[...
     """What serves an operation on ``tensor``: ``in_torch``, its meaning in PyTorch, or the function
     of that name of another backend.
 
-    An operation that the cuda backend has no kernel for runs on Triton there, else on torch; one
-    that Triton or C++ has no kernel for runs on torch where ``auto`` chose, and is an error where
-    the backend was asked for.
+    An operation that cuda or quack has no kernel for runs on Triton there, else on torch; one that
+    Triton or C++ has no kernel for runs on torch where ``auto`` chose, and is an error where the
+    backend was asked for.
     """
     operation, name = in_torch.__name__, serving(tensor)
-    if name == "cuda" and not hasattr(cuda, operation):
+    if name in PARTIAL and not hasattr(PARTIAL[name], operation):
         name = "triton" if why_not("triton", tensor) is None else "torch"
     if name == "torch":
         return in_torch

@@ -69,7 +69,7 @@ if INTERPRETED or ON_GPU:
 
     def test_one_launch_a_module_in_decoding(monkeypatch):
         """Both streams of a tiny Llama: the same tokens as by PEFT's products."""
-        from peft import LoraConfig
+        LoraConfig = pytest.importorskip("peft").LoraConfig
         from transformers import LlamaConfig, LlamaForCausalLM
 
         from qadapter import QAdapterModel

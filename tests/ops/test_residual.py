@@ -420,7 +420,7 @@ def test_backends_by_name(monkeypatch):
     with qadapter.use_backend("torch"):  # the innermost choice wins
         QF.residual_values(BASE, ADAPTER, ACTIONS)
     names = [info.name for info in qadapter.backends()]
-    assert names == ["torch", "cpp", "triton", "cuda"]
+    assert names == ["torch", "cpp", "triton", "cuda", "quack"]
     assert all(info.reason for info in qadapter.backends())
 
 

@@ -1,7 +1,7 @@
 """Installs the package in every way that people do, in fresh environments, and tries it there.
 
     make wheel-test
-    python -m tests.packaging.install_matrix [--only TEXT] [--also PYTHON] [--keep FOLDER] [--list]
+    python -m tests.packaging.install_matrix [--only TEXT] [--also PYTHON] [--download] [--list]
 
 Standard library only. Every environment is new; torch and, where a case wants them, the other
 dependencies are those of the interpreter that runs this, linked in (they are gigabytes). A case
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tests.packaging.installing import (
@@ -36,6 +37,7 @@ from tests.packaging.installing import (
     expect,
     pip,
 )
+from tests.packaging.version_rows import TORCHES, TRITONS, torch_row, triton_row
 
 REPORT = """
 import importlib.util, json, pathlib, qadapter
@@ -64,6 +66,7 @@ class Matrix:
 
     folder: Path
     also: list[Path] = field(default_factory=list)
+    download: bool = False  # torch, too
     notes: list[str] = field(default_factory=list)
     _artifacts: tuple[Path, Path] | None = None
     _count: int = 0
@@ -150,7 +153,7 @@ def note_wheel(matrix: Matrix, how: str, seconds: float, wheel: Path) -> None:
         out = matrix.scratch()
         shutil.unpack_archive(wheel, out, "zip")
         extensions = sorted(out.glob("qadapter/*.so"))
-        symbols = ROOT / "tests" / "symbols.py"
+        symbols = ROOT / "tests" / "packaging" / "symbols.py"
         matrix.notes.append(call([sys.executable, symbols, *extensions]))
 
 
@@ -335,6 +338,12 @@ def others(matrix: Matrix) -> None:
         matrix.notes.append(f"{', '.join(versions[:1] + versions[3:])}: {' '.join(line.split())}")
 
 
+for version in TRITONS:
+    CASES[f"Triton {version}, on the CPU"] = partial(triton_row, version)
+for version in TORCHES:
+    CASES[f"torch {version}, on the CPU"] = partial(torch_row, version)
+
+
 def run(title: str, matrix: Matrix) -> tuple[str, str]:
     """Outcome ("ok", "skipped", "FAILED") and what there is to say about it."""
     try:
@@ -361,6 +370,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose title contains this")
     also = "another interpreter, with a torch of its own, to try the wheel in"
     parser.add_argument("--also", type=Path, action="append", default=[], help=also)
+    parser.add_argument("--download", action="store_true", help="torch, where none has it: 3 GB")
     parser.add_argument("--keep", type=Path, help="work in this new folder, and leave it there")
     parser.add_argument("--list", action="store_true", help="print the titles and stop")
     args = parser.parse_args()
@@ -370,7 +380,7 @@ def main() -> None:
         sys.exit(not args.list)
     failures = []
     with working_folder(args.keep) as folder:
-        matrix = Matrix(folder, args.also)
+        matrix = Matrix(folder, args.also, args.download)
         width = max(map(len, titles))
         print(f"python {sys.version.split()[0]}, torch {importlib.metadata.version('torch')}\n")
         print(f"{'case':{width}}  {'seconds':>7}  result")
