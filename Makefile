@@ -102,10 +102,12 @@ $(SERVE_STAMP): pyproject.toml tests/serving/requirements.txt | $(PY)
 serve-test: $(SERVE_STAMP)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest -q tests/serving $(PYTEST_ARGS)
 
-# Several processes on this machine, by gloo; ZeRO where DeepSpeed is installed.
+# Several processes on this machine, by gloo; ZeRO where DeepSpeed is installed, nf4 where
+# bitsandbytes is.
 scale-test: install
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow \
-	    tests/training/test_processes.py tests/training/test_engines.py $(PYTEST_ARGS)
+	    tests/training/test_processes.py tests/training/test_engines.py \
+	    tests/training/test_elastic.py $(PYTEST_ARGS)
 
 # One process against two: the table of docs/scaling.md.
 scale-table: install

@@ -116,7 +116,8 @@ def train(argv: Sequence[str]) -> int:
     argv = [*run_file.as_arguments(mixture.in_file(in_file), known), *argv]
     start, arguments = launching.command(argv)
     if start is not None:
-        return launching.run(start)
+        folders = (_peek(arguments, name) for name in ("--output", "--output_dir", "--output-dir"))
+        return launching.run(start, next(filter(None, folders), None))
     parser = HfArgumentParser(kinds, prog="qadapter train")
     if any(a.split("=")[0] == "--output" for a in arguments) and any(
         a.split("=")[0] in ("--output_dir", "--output-dir") for a in arguments

@@ -36,7 +36,7 @@ def mixes_rows(model: nn.Module) -> bool:
     return any(_mixes_rows(module) for module in model.modules())
 
 
-def is_lora_linear(module: nn.Module) -> bool:
+def is_lora_linear(module: Any) -> bool:
     """Whether this is PEFT's LoRA on a linear layer, plain or quantised, that takes each row for
     itself and adds the LoRA to its output."""
     kind = type(module)
@@ -57,7 +57,7 @@ def one_product(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and hasattr(module, "quant_state"):
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+                vars(module)["support_avx512bf16_for_cpu"] = False
             state = getattr(module.weight, "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
                 raise ValueError(
