@@ -119,10 +119,12 @@ $(WEB_STAMP): pyproject.toml | install
 web-test: $(WEB_STAMP)
 	OMP_NUM_THREADS=1 $(WEB_VENV)/bin/python -m pytest -q -rs tests/cli/test_web_page.py $(PYTEST_ARGS)
 
-# Several processes on this machine, by gloo; ZeRO where DeepSpeed is installed.
+# Several processes on this machine, by gloo; ZeRO where DeepSpeed is installed, nf4 where
+# bitsandbytes is.
 scale-test: install
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow \
-	    tests/training/test_processes.py tests/training/test_engines.py $(PYTEST_ARGS)
+	    tests/training/test_processes.py tests/training/test_engines.py \
+	    tests/training/test_elastic.py $(PYTEST_ARGS)
 
 # One process against two: the table of docs/scaling.md.
 scale-table: install

@@ -342,6 +342,8 @@ def sample(
     min_p: float = 0.0,
     seed: int | Tensor | None = None,
     position: int | Tensor | None = None,
+    group: Any = None,
+    vocab_offset: int | None = None,
 ) -> Sample:
     """Draw one token per row from softmax((Q + alpha_0 log pi_base) / alpha_tilde).
 
@@ -359,6 +361,10 @@ def sample(
             int64 [B], one stream per row whatever the batch.
         position: None, an int or int64 [B]: which draw of its stream a row takes, such as the
             position of the token in its sequence.
+        group, vocab_offset: as in `linear_residual_values`: the logits are the columns of this
+            process, [B, V_s], in the order of the ranks; all have the same seed, not None, and get
+            the same tokens, those of the whole rows but for rounding. ``top_p`` without ``top_k``
+            puts the logits together first; nothing else does.
 
     Returns:
         `Sample`: tokens int64 [B], and logprobs float32 [B] under the filtered policy. At
@@ -391,7 +397,11 @@ def sample(
     device = q_logits.device
     base_weight = alpha_0 - center
     no_base = not isinstance(base_weight, Tensor) and base_weight == 0
-    tokens, logprobs = torch.ops.qadapter.sample(
+    sharded = group is not None or vocab_offset is not None
+    offset = shards.check(group, vocab_offset) if sharded else 0
+    if sharded and seed is None:
+        raise ValueError("seed: expected an int or int64 [B] with shards of the logits")
+    arguments = (
         # A base without weight cancels, and need not be read.
         None if base_logits is None or no_base else base_logits.detach(),
         q_logits.detach(),
@@ -400,8 +410,10 @@ def sample(
         sample_ops.row_keys(seed, batch, device),
         sample_ops.int64_rows("position", 0 if position is None else position, batch, device),
         temperature == 0,
-        min(top_k, vocab),
+        top_k if sharded else min(top_k, vocab),
         float(top_p),
         float(min_p),
     )
-    return Sample(tokens, logprobs)
+    if sharded:
+        return Sample(*shards.sample(*arguments, group=group, vocab_offset=offset))
+    return Sample(*torch.ops.qadapter.sample(*arguments))

@@ -11,6 +11,7 @@ the shard's dX_s/dh = p_s W_s that is the softmax over the whole vocabulary. The
 hidden states are added up over the shards: one collective forward, one backward.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from qadapter.ops import sample_torch
+from qadapter.ops.philox import row_keys, uniform
+from qadapter.ops.rows import NEG_INF
 from qadapter.outputs import ResidualValues
-
-NEG_INF = float("-inf")
 
 
 class _Replicated(torch.autograd.Function):
@@ -36,6 +38,18 @@ class _Replicated(torch.autograd.Function):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
+
+
+def check(group: Any, vocab_offset: int | None) -> int:
+    """``vocab_offset``; ValueError where the two do not say which shard this is."""
+    if group is None or isinstance(vocab_offset, bool) or not isinstance(vocab_offset, int):
+        raise ValueError(
+            "group, vocab_offset: expected both, a process group and the id of the first row of "
+            f"this shard of the head, got {group!r} and {vocab_offset!r}"
+        )
+    if vocab_offset < 0:
+        raise ValueError(f"vocab_offset: expected 0 or more, got {vocab_offset}")
+    return vocab_offset
 
 
 def residual_values(
@@ -55,13 +69,7 @@ def residual_values(
 ) -> ResidualValues:
     """`functional.linear_residual_values` of a head in shards; ``of_shard`` is that function, for
     one of them. Collective: all processes of ``group`` call it with the same rows."""
-    if group is None or isinstance(vocab_offset, bool) or not isinstance(vocab_offset, int):
-        raise ValueError(
-            "group, vocab_offset: expected both, a process group and the id of the first row of "
-            f"this shard of the head, got {group!r} and {vocab_offset!r}"
-        )
-    if vocab_offset < 0:
-        raise ValueError(f"vocab_offset: expected 0 or more, got {vocab_offset}")
+    vocab_offset = check(group, vocab_offset)
     base_hidden, q_hidden = streams
     local = actions - vocab_offset
     mine = (local >= 0) & (local < weight.shape[0]) & (actions >= 0)
@@ -93,8 +101,7 @@ def residual_values(
             for value, nothing in ((x, NEG_INF), (b, NEG_INF), (q, 0), (x_a, 0), (b_a, 0))
         )
     own = torch.stack([x, b, q, x_a, b_a, mine.to(x.dtype)])
-    slots = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(slots, own.detach(), group=group)
+    slots = _gathered(own.detach(), group)
     slots[dist.get_rank(group)] = own
     xs, bs, qs, xs_a, bs_a, holders = torch.stack(slots, -1).unbind()
 
@@ -114,6 +121,90 @@ def residual_values(
         of_action((xs_a.sum(-1) - whole_x) / alpha_tilde),
         lse,
     )
+
+
+def _gathered(own: Tensor, group: Any) -> list[Tensor]:
+    """Those of all processes, by rank."""
+    slots = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(slots, own, group=group)
+    return slots
+
+
+@torch.no_grad()
+def sample(
+    base_logits: Tensor | None,
+    q_logits: Tensor,
+    scale: Tensor,
+    base_weight: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    greedy: bool,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    *,
+    group: Any,
+    vocab_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """`qadapter.ops.sample` of logits whose columns are in shards, [B, V_s] here: the draw that the
+    whole rows give. Collective: all processes call it with the same numbers.
+
+    What is exchanged: the largest logits of each shard (``top_k`` of them, or one), the mass that
+    each keeps, and what the shard has drawn in which the draw lies.
+    """
+    arguments = (scale, base_weight, seed, position, greedy, top_k, top_p, min_p)
+    if top_p < 1.0 and top_k == 0:
+        # How far down the nucleus reaches, no few of the largest logits say.
+        whole = (
+            None if one is None else whole_logits(one, group) for one in (base_logits, q_logits)
+        )
+        return torch.ops.qadapter.sample(*whole, *arguments)
+    batch, width = q_logits.shape
+    scale, base_weight = scale.expand(batch)[:, None], base_weight.expand(batch)
+    x = sample_torch.composed(base_logits, q_logits, base_weight).double()
+    count = max(top_k, 1)
+    largest = x.new_full((batch, count), NEG_INF)
+    largest[:, : min(count, width)] = x.topk(min(count, width)).values
+    every = torch.stack(_gathered(largest, group))  # [P, B, count]
+    order = every.transpose(0, 1).flatten(1).sort(descending=True).values[:, :count]
+    top = order[:, :1]
+    y, every, order = ((one - top) * scale for one in (x, every, order))
+    mass = y.exp()
+    if top_k > 0:
+        last = torch.full((batch, 1), count, device=x.device)
+        if top_p < 1.0:
+            held = order.exp().cumsum(-1)
+            last = 1 + (held[:, :-1] < top_p * held[:, -1:]).sum(-1, keepdim=True)
+        pivot = order.gather(-1, last - 1)
+        # Of those that equal it the lowest ids are kept: they come in the order of the ranks.
+        left = last - (order > pivot).sum(-1, keepdim=True)
+        before = (every == pivot).sum(-1)[: dist.get_rank(group)].sum(0)[:, None]
+        equal = y == pivot
+        mass = mass.masked_fill(~((y > pivot) | (equal & (equal.cumsum(-1) + before <= left))), 0)
+    if min_p > 0.0:
+        mass = mass.masked_fill(y < math.log(min_p), 0)
+    cumulative = mass.cumsum(-1)
+    ends = torch.stack(_gathered(cumulative[:, -1].contiguous(), group), -1).cumsum(-1)  # [B, P]
+    total, rank = ends[:, -1:], dist.get_rank(group)
+    if greedy:
+        owner = (every[..., 0] == 0).int().argmax(0)
+        token = x.argmax(-1)
+    else:
+        key = seed if seed.shape[0] == batch else row_keys(seed, batch)
+        u = uniform(key, position.expand(batch))[:, None]
+        at = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+        owner = torch.searchsorted(ends, at, right=True)[:, 0].clamp_(max=ends.shape[1] - 1)
+        own = cumulative[:, -1:]
+        inside = at - (ends[:, rank : rank + 1] - own)
+        inside = torch.minimum(inside, torch.nextafter(own, torch.zeros_like(own)))
+        token = torch.searchsorted(cumulative, inside, right=True)[:, 0].clamp_(max=width - 1)
+    drawn = torch.stack([token.double() + vocab_offset, y.gather(-1, token[:, None])[:, 0]])
+    drawn = torch.where(owner == rank, drawn, 0)
+    dist.all_reduce(drawn, group=group)
+    valid = top[:, 0].isfinite() & (scale[:, 0] > 0) & scale[:, 0].isfinite()
+    valid &= base_weight.isfinite()
+    logprobs = (drawn[1] - total[:, 0].log()).float().masked_fill(~valid, math.nan)
+    return torch.where(valid, drawn[0], -1.0).long(), logprobs
 
 
 def whole_logits(shard: Tensor, group: Any) -> Tensor:

@@ -57,7 +57,15 @@ def command(arguments: Sequence[str]) -> tuple[list[str] | None, list[str]]:
     return [*start, "-m", "qadapter.cli", "train", *left], left
 
 
-def run(start: list[str]) -> int:
-    """Run it to its end; its exit status."""
+def run(start: list[str], output: str | None) -> int:
+    """Run it to its end; its exit status. Where that is an error, what is left of the training in
+    the folder ``output`` is said last, behind what the processes and the launcher have said."""
     print("starting: " + " ".join(start), file=sys.stderr, flush=True)
-    return subprocess.run(start).returncode
+    status = subprocess.run(start).returncode
+    if status != 0:
+        from qadapter.training.trainer import last_complete_checkpoint
+
+        last = last_complete_checkpoint(output) if output else None
+        rest = "there is no checkpoint" if last is None else f"--resume goes on from {last}"
+        print(f"qadapter: error: a process has ended (above); {rest}", file=sys.stderr)
+    return status

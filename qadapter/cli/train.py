@@ -116,7 +116,8 @@ def train(argv: Sequence[str]) -> int:
     argv = [*run_file.as_arguments(mixture.in_file(in_file), known), *argv]
     start, arguments = launching.command(argv)
     if start is not None:
-        return launching.run(start)
+        folders = (_peek(arguments, name) for name in ("--output", "--output_dir", "--output-dir"))
+        return launching.run(start, next(filter(None, folders), None))
     parser = HfArgumentParser(kinds, prog="qadapter train")
     if any(a.split("=")[0] == "--output" for a in arguments) and any(
         a.split("=")[0] in ("--output_dir", "--output-dir") for a in arguments
@@ -150,7 +151,7 @@ def train(argv: Sequence[str]) -> int:
         _refuse_lora_options(options)
         lora = None
     model = QAdapterModel.from_pretrained(
-        source, lora_config=lora, **_base_options(options, source), **device_map(config)
+        source, lora_config=lora, **_base_options(options, source, **device_map(config))
     )
     print(f"base in {str(model.hf_model.dtype).removeprefix('torch.')}")
     if options.skip_bad_rows:
@@ -209,19 +210,20 @@ def _refuse_lora_options(options: TrainArguments) -> None:
             )
 
 
-def _base_options(options: TrainArguments, source: str) -> dict[str, Any]:
-    """As keywords of ``from_pretrained``."""
+def _base_options(options: TrainArguments, source: str, **others: Any) -> dict[str, Any]:
+    """Keywords of ``from_pretrained``, ``others`` among them."""
     from qadapter.model import quantised
 
     bits = [bits for bits in (4, 8) if getattr(options, f"load_in_{bits}bit")]
     if not bits:
-        return {"dtype": options.dtype}
+        return {"dtype": options.dtype, **others}
     if len(bits) > 1:
         raise ValueError("--load_in_4bit, --load_in_8bit: give one of them, not both")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(f"--load_in_{bits[0]}bit: needs bitsandbytes (pip install bitsandbytes)")
-    dtype = quantised.compute_dtype(options.dtype, source)
-    return {"dtype": dtype, "quantization_config": quantised.bits_and_bytes(bits[0], dtype)}
+    dtype = quantised.compute_dtype(options.dtype, source, **others)
+    settings = quantised.bits_and_bytes(bits[0], dtype)
+    return {"dtype": dtype, "quantization_config": settings, **others}
 
 
 def _peek(arguments: Sequence[str], option: str) -> str | None:

@@ -36,7 +36,7 @@ def mixes_rows(model: nn.Module) -> bool:
     return any(_mixes_rows(module) for module in model.modules())
 
 
-def is_lora_linear(module: nn.Module) -> bool:
+def is_lora_linear(module: Any) -> bool:
     """Whether this is PEFT's LoRA on a linear layer, plain or quantised, that takes each row for
     itself and adds the LoRA to its output."""
     kind = type(module)
@@ -57,7 +57,7 @@ def one_product(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and hasattr(module, "quant_state"):
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+                vars(module)["support_avx512bf16_for_cpu"] = False
             state = getattr(module.weight, "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
                 raise ValueError(
@@ -66,15 +66,15 @@ def one_product(model: nn.Module) -> None:
                 )
 
 
-def compute_dtype(dtype: torch.dtype | str, source: str) -> torch.dtype:
-    """What a quantised base computes in: ``dtype`` as `QAdapterModel.from_pretrained` takes it;
-    "auto" is the checkpoint's where this machine is fast in it."""
+def compute_dtype(dtype: torch.dtype | str, source: str, **kwargs: Any) -> torch.dtype:
+    """What a quantised base computes in: ``dtype`` as `QAdapterModel.from_pretrained` takes it,
+    which gets ``kwargs`` too; "auto" is the checkpoint's where this machine is fast in it."""
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    dtype = base_dtype(dtype, source)
+    dtype = base_dtype(dtype, source, **kwargs)
     if isinstance(dtype, torch.dtype):
         return dtype
-    stored = AutoConfig.from_pretrained(source).dtype
+    stored = AutoConfig.from_pretrained(source, **kwargs).dtype
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
@@ -97,24 +97,25 @@ def bits_and_bytes(bits: int, dtype: torch.dtype) -> Any:
 
 
 def as_at_training(
-    fingerprint: dict[str, Any], source: str, dtype: torch.dtype | str
+    fingerprint: dict[str, Any], source: str, dtype: torch.dtype | str, **kwargs: Any
 ) -> dict[str, Any]:
     """Keywords of ``from_pretrained`` that quantise a base on loading as the saved fingerprint of
     an adapter says; none where it was not quantised so."""
     settings = fingerprint.get("quantisation")
     if not settings or settings.get("quant_method") not in _ON_LOADING:
         return {}
-    if getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None:
+    config = AutoConfig.from_pretrained(source, **kwargs)
+    if getattr(config, "quantization_config", None) is not None:
         return {}  # it comes quantised
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    computed = compute_dtype(dtype, source)
+    computed = compute_dtype(dtype, source, **kwargs)
     if settings["quant_method"] == "bitsandbytes" and settings.get("load_in_4bit"):
         name = str(computed).removeprefix("torch.")
         settings = settings | {"bnb_4bit_compute_dtype": name, "bnb_4bit_quant_storage": name}
     logger.warning("%s is quantised as it was at training (%s)", source, settings["quant_method"])
-    config = AutoQuantizationConfig.from_dict(dict(settings))
-    return {"quantization_config": config, "dtype": computed}
+    made = AutoQuantizationConfig.from_dict(dict(settings))
+    return {"quantization_config": made, "dtype": computed}
 
 
 def refuse_shards(model: nn.Module, engine: str, computes_in: torch.dtype | None) -> None:

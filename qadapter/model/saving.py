@@ -71,7 +71,8 @@ def load(
     adapter = adapter_files.read_adapter_config(source)
     base_source = resolve_model(base_model if base_model is not None else saved["base_model"])
     if "quantization_config" not in kwargs:
-        made = quantised.as_at_training(saved["base_fingerprint"], base_source, dtype)
+        then = saved["base_fingerprint"]
+        made = quantised.as_at_training(then, base_source, dtype, **kwargs)
         dtype = made.pop("dtype", dtype)
         kwargs = {**kwargs, **made}
     base = load_base(base_source, dtype, kwargs)

@@ -93,7 +93,7 @@ class Streams:
         trunk = self.hf_model.base_model
         for module in self.hf_model.modules():
             if quantised.is_lora_linear(module):
-                self._forwards.append((module, self._sliced(module)))
+                self._forwards.append((module, self._sliced(cast(LoraLinear, module))))
             elif (
                 type(module) is nn.Linear
                 and is_ordinary(module.weight)
@@ -337,11 +337,12 @@ class Streams:
 
 def _why_not(hf_model: nn.Module, names: Sequence[str | None]) -> str | None:
     adapters = {name for name in names if name is not None}
-    for path, module in hf_model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
+    for path, one in hf_model.named_modules():
+        if isinstance(one, AuxiliaryTrainingWrapper):
             return f"{path} is trained beside the LoRA"
-        if not isinstance(module, BaseTunerLayer):
+        if not isinstance(one, BaseTunerLayer):
             continue
+        module: Any = one
         if not quantised.is_lora_linear(module):
             return f"{path} is a {type(module).__module__}.{type(module).__qualname__}"
         variants = adapters & module.lora_variant.keys()

@@ -71,7 +71,7 @@ def _chunk(
     )
 
 
-def _composed(base: Tensor | None, q: Tensor, weight: Tensor) -> Tensor:
+def composed(base: Tensor | None, q: Tensor, weight: Tensor) -> Tensor:
     """q + weight * base, -inf where either is, in the dtype of the arithmetic. [n, V]
 
     +inf in the base is NaN: under a negative weight it must not pass for a mask.
@@ -120,7 +120,7 @@ def sample(
     for start in range(0, batch, step):
         rows = slice(start, start + step)
         base = None if base_logits is None else base_logits[rows]
-        x = _composed(base, q_logits[rows], base_weight[rows])
+        x = composed(base, q_logits[rows], base_weight[rows])
         tokens[rows], logprobs[rows] = _chunk(x, scale[rows], u[rows], greedy, filters)
     invalid = ~((scale > 0) & scale.isfinite() & base_weight.isfinite())
     return tokens.masked_fill_(invalid, -1), logprobs.masked_fill_(invalid, math.nan)

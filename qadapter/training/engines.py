@@ -7,6 +7,8 @@ the optimiser is the engine's. The base is never written.
 """
 
 import dataclasses
+import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,16 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
+from qadapter import files
 from qadapter.model import quantised, sharded
 from qadapter.model.modeling import QAdapterModel
 from qadapter.training import arguments, processes
 from qadapter.training.config import QAdapterConfig
 
+logger = logging.getLogger(__name__)
+
+# Whose product is the number of pairs in an update.
+_OF_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 # Of a `QAdapterModel`, besides its forward and `generate`.
 FORWARDS = ("anchor_hidden", "both_streams", "base_statistics", "base_moments", "generate")
 
@@ -37,6 +44,15 @@ def _forget_evaluation(accelerator: Any, model: Any) -> None:
         plain = vars(model).pop("_original_forward", None)
         if plain is not None:
             model.forward = plain
+
+
+def _engine_of(checkpoint: Path) -> str | None:
+    """Who has saved its optimiser; None where it has none."""
+    if any(checkpoint.glob("global_step*")):
+        return "DeepSpeed"
+    if (checkpoint / "optimizer.bin").exists() or any(checkpoint.glob("optimizer_*/")):
+        return "FSDP2"
+    return "DDP or one process" if (checkpoint / "optimizer.pt").exists() else None
 
 
 class EngineTraining(Trainer):
@@ -78,6 +94,8 @@ class EngineTraining(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
         folder = resume_from_checkpoint
+        if folder is not None:
+            self._check_checkpoint(Path(folder))
         evaluated = self.is_deepspeed_enabled and self.deepspeed is not None
         if evaluated and self.accelerator.deepspeed_engine_wrapped is None:
             raise ValueError(
@@ -98,6 +116,44 @@ class EngineTraining(Trainer):
             self._load_scaler(folder)
         sharded.outside_forward(self._own, *FORWARDS)
         return made
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        """ValueError for one whose optimiser this engine cannot read; a warning where updates were
+        of another number of pairs."""
+        found = _engine_of(folder)
+        here = "FSDP2" if self.is_fsdp_enabled else "DDP or one process"
+        here = "DeepSpeed" if self.is_deepspeed_enabled else here
+        if found is not None and found != here:
+            raise ValueError(
+                f"{folder}: its optimiser was saved by {found}, this is {here}: resume as it was, "
+                "or start anew from its adapter (--model, from_pretrained)"
+            )
+        parts = len(list(folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+        if found == "DeepSpeed" and parts != self.args.world_size:
+            raise ValueError(
+                f"{folder}: ZeRO keeps its optimiser in a part for each of {parts} processes, and "
+                f"there are {self.args.world_size}: resume on {parts}, or start anew from its "
+                "adapter (--model, from_pretrained)"
+            )
+        saved = folder / "training_args.json"
+        before: Any = files.read_json(saved) if saved.exists() else {}
+        if "world_size" in before:
+            now: Any = {**self.args.to_dict(), "world_size": self.args.world_size}
+            then, here_now = (math.prod(of[name] for name in _OF_UPDATE) for of in (before, now))
+            if then != here_now:
+                logger.warning(
+                    "%s: an update was of %d pairs, and is of %d now (%s): the epoch goes on with "
+                    "other pairs than those that were left",
+                    folder,
+                    then,
+                    here_now,
+                    " x ".join(_OF_UPDATE),
+                )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Of all processes, before the first one writes what a checkpoint is known to be whole by.
+        with processes.together(self.accelerator, "save the state of random numbers"):
+            super()._save_rng_state(output_dir)
 
     def _load_engine(self, folder: str) -> None:
         """Weights and optimiser from a checkpoint of DeepSpeed."""

@@ -60,12 +60,10 @@ def collator(model: QAdapterModel, args: QAdapterConfig, tokenizer: Any) -> Any:
 
 def check_is_one(dataset: Any, name: str) -> None:
     if isinstance(dataset, dict | list | tuple):
-        names = ", ".join(map(str, _parts(dataset)))
-        what = type(dataset).__name__
-        raise TypeError(
-            f"{name}: expected one data set, got a {what} of them: {names}"
-            + (" (a mixture has data_weights)" if name == "train_dataset" else "")
-        )
+        names = ": " + ", ".join(map(str, dataset)) if isinstance(dataset, dict) else ""
+        what = "a dict" if isinstance(dataset, dict) else f"a {type(dataset).__name__}"
+        mixture = " (a mixture has data_weights)" if name == "train_dataset" else ""
+        raise TypeError(f"{name}: expected one data set, got {what} of them{names}{mixture}")
 
 
 def _parts(datasets: Any) -> dict[Any, Any]:

@@ -7,7 +7,7 @@ the world (`totals`), and the pairs that accelerate repeats so that all processe
 batches count for nothing (`without_repeats`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.utils.data import IterableDataset as TorchStream
 
+_NUMBER = "number in the stream"
 _BY_ROW = ("rows", "actions", "base_lse", "base_logp", "base_hidden")
 
 
@@ -56,6 +58,45 @@ def without_repeats(batch: dict[str, Any], accelerator: Any) -> dict[str, Any]:
         return batch
     size = state.active_dataloader.total_batch_size // accelerator.num_processes
     return first_pairs(batch, max(0, state.remainder - size * accelerator.process_index))
+
+
+class NumberedStream(TorchStream):
+    """A stream whose rows know their number, for `of_stream`. Every process reads all of it, and
+    accelerate gives it its part of each batch: also of a stream of many files, which accelerate
+    would else hand out by file, so that processes would end apart."""
+
+    def __init__(self, stream: IterableDataset) -> None:
+        self.stream = stream
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(self.stream):
+            yield {**row, _NUMBER: number}
+
+
+class NumberedCollator:
+    """Of the rows of a `NumberedStream`: a batch has their ``numbers`` too, int64 [P]."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        numbers = torch.tensor([feature[_NUMBER] for feature in features])
+        return {**self.collate(features), "numbers": numbers}
+
+
+def of_stream(batch: dict[str, Any], accelerator: Any) -> dict[str, Any]:
+    """A batch of a `NumberedStream` without the pairs that accelerate took from the beginning to
+    fill the last batch of all processes; any other batch as it is."""
+    numbers = batch.pop("numbers", None)
+    if numbers is None:
+        return batch
+    size = len(numbers)
+    place = torch.arange(size) + size * accelerator.process_index
+    own = numbers % (size * accelerator.num_processes) == place
+    return first_pairs(batch, int(own.sum()))
 
 
 def countable(dataset: Any, processes: int) -> Any:

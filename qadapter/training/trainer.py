@@ -169,6 +169,9 @@ class QAdapterTrainer(AnchoredTraining):
             if self.args.precompute_base:
                 cache = self._precomputed_base(plain)
                 self.data_collator = CachedCollator(self.data_collator, cache)
+            if isinstance(pairs, Stream) and self.args.world_size > 1:
+                self.train_dataset = processes.NumberedStream(self.train_dataset)
+                self.data_collator = processes.NumberedCollator(self.data_collator)
             return super().get_train_dataloader()
         finally:
             self.data_collator, self.train_dataset = plain, pairs
@@ -208,6 +211,7 @@ class QAdapterTrainer(AnchoredTraining):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        batches = [processes.of_stream(batch, self.accelerator) for batch in batches]
         batches[-1] = processes.without_repeats(batches[-1], self.accelerator)
         world = self.args.average_tokens_across_devices
         counts = processes.totals(batches, self.accelerator, device, world)
@@ -335,6 +339,7 @@ class QAdapterTrainer(AnchoredTraining):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         if str(resume_from_checkpoint) == "True":  # on a command line it comes as text
             last = last_complete_checkpoint(str(self.args.output_dir))
+            last = processes.of_first(last, self.accelerator)
             if last is None:
                 raise ValueError(f"no complete checkpoint to resume from in {self.args.output_dir}")
             resume_from_checkpoint = str(last)
@@ -359,6 +364,7 @@ class QAdapterTrainer(AnchoredTraining):
                 self.processing_class.save_pretrained(str(temporary))
             # JSON, where the Trainer would pickle its arguments.
             content = arguments.as_json(self.args.to_dict())
+            content["world_size"] = self.args.world_size
             files.write_json(temporary / "training_args.json", content)
             self._save_anchor_state(temporary)
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from qadapter.cli.train import TrainArguments
 def not_started(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     started = []
-    monkeypatch.setattr(launching, "run", lambda start: started.append(start) or 0)
+    monkeypatch.setattr(launching, "run", lambda start, output: started.append(start) or 0)
     return started
 
 
@@ -88,6 +89,23 @@ def test_a_run_from_a_file(tmp_path, not_started):
         *("--num_processes", "4", "-m", "qadapter.cli", "train"),
         *("--data", "pairs.jsonl", "--model=base", "--data", "mine.jsonl"),
     ]
+
+
+def test_what_is_left_of_a_run_that_failed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda start: SimpleNamespace(returncode=1))
+    assert launching.run(["start"], str(tmp_path)) == 1
+    assert "a process has ended (above); there is no checkpoint" in capsys.readouterr().err
+    for step, files in ((2, ["trainer_state.json"]), (4, [])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
+    assert launching.run(["start"], str(tmp_path)) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "starting: start" and len(said) == 2
+    assert said[1].endswith(f"--resume goes on from {tmp_path / 'checkpoint-2'}")
+    monkeypatch.setattr("subprocess.run", lambda start: SimpleNamespace(returncode=0))
+    assert launching.run(["start"], str(tmp_path)) == 0
+    assert "error" not in capsys.readouterr().err
 
 
 def test_a_process_that_was_started_starts_none(monkeypatch):

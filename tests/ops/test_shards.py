@@ -133,15 +133,47 @@ def check_edges(group):
     assert all(len(value) == 0 for value in none)
 
 
+FILTERS = (
+    {},
+    {"temperature": 0.7, "min_p": 0.05},
+    {"temperature": 0},
+    {"top_k": 1},
+    {"top_k": 20},
+    {"top_k": 60, "top_p": 0.8},  # more than some shards have
+    {"top_k": 20, "temperature": 0},
+    {"top_k": 500, "min_p": 0.01},
+    {"top_p": 0.9},
+)
+
+
 def check_sampling(group):
+    """The whole rows' draws: with ties over the borders of shards, masks, and rows that are
+    broken."""
     weight, base, q, _, _ = inputs(torch.float32, False)
-    part = shard_of(dist.get_rank(group), dist.get_world_size(group))[1]
-    logits = [rows @ weight.T for rows in (base, q)]
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    offset, part = shard_of(rank, world)
+    logits = [(rows @ weight.T).repeat(8, 1) for rows in (base, q)]
+    logits[1][:60] = (logits[1][:60] * 2).round() / 2
+    logits[0][:60] = logits[0][:60].round()
+    logits[1][:, -30:] = -torch.inf
+    logits[1][7, 50], logits[0][9, 3], logits[1][11] = torch.nan, torch.inf, -torch.inf
     gathered = [shards.whole_logits(one[:, part], group) for one in logits]
-    assert all(torch.equal(a, b) for a, b in zip(logits, gathered, strict=True))
-    how = {"alpha_0": 0.5, "center": 0.0, "top_p": 0.9, "top_k": 20, "seed": 3}
-    one, other = QF.sample(*logits, **how), QF.sample(*gathered, **how)
-    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.logprobs, other.logprobs)
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(logits, gathered, strict=True)
+    )
+    for filters in FILTERS:
+        how = {"alpha_0": 0.5, "center": 0.0, "seed": 3, "position": 5, **filters}
+        one = QF.sample(*logits, **how)
+        other = QF.sample(*(x[:, part] for x in logits), group=group, vocab_offset=offset, **how)
+        assert torch.equal(one.tokens, other.tokens), filters
+        assert other.tokens.dtype == torch.int64 and int((one.tokens == -1).sum()) == 3
+        torch.testing.assert_close(one.logprobs, other.logprobs, equal_nan=True, msg=str(filters))
+    seeds = torch.arange(len(q) * 8)
+    how = {"alpha_tilde": torch.linspace(0.5, 2, len(seeds)), "seed": seeds, "position": seeds}
+    one = QF.sample(None, logits[1], **how)
+    part_of = {"group": group, "vocab_offset": offset}
+    other = QF.sample(None, logits[1][:, part], **how, **part_of)
+    assert torch.equal(one.tokens, other.tokens)
 
 
 def process(rank, world, path):
@@ -164,6 +196,11 @@ def test_shards_give_what_the_whole_head_gives(tmp_path):
 
 
 def test_what_is_no_shard():
+    logits = torch.zeros(2, 5)
+    with pytest.raises(ValueError, match="group, vocab_offset: expected both"):
+        QF.sample(logits, logits, seed=1, vocab_offset=0)
+    with pytest.raises(ValueError, match="seed: expected an int"):
+        QF.sample(logits, logits, group=object(), vocab_offset=0)
     weight, base, q, _, actions = inputs(torch.float32, False)
     for options in ({"vocab_offset": 0}, {"group": object()}):
         with pytest.raises(ValueError, match="group, vocab_offset: expected both"):

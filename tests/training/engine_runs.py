@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer
 
 from qadapter import functional as QF
 from qadapter.model import sharded
@@ -140,11 +141,20 @@ def trained(folder, processes, **config):
     return tensors, figures_of(run)
 
 
+FOUR_UPDATES = {
+    "optim": "adamw_torch",
+    "rows": 16,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 1.0,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
 def resumed(folder, processes, **config):
     """4 updates at one go, saved after 2 of them, and the last 2 again by a new trainer; what the
     checkpoint and the end hold."""
-    how = {"optim": "adamw_torch", "rows": 16, "lr_scheduler_type": "linear", "max_grad_norm": 1.0}
-    how |= {"save_strategy": "steps", "save_steps": 2, **config}
+    how = {**FOUR_UPDATES, **config}
     run = made(folder, processes, **how)
     run.train()
     tensors = {"weights": weights(run)}
@@ -161,6 +171,13 @@ def resumed(folder, processes, **config):
         if path.is_file()
     }
     return tensors, {"checkpoint": sizes, "end": sorted(p.name for p in (folder / "end").iterdir())}
+
+
+def going_on(folder, processes, saved, **config):
+    """The last 2 updates of the case ``saved``, which another number of processes has begun."""
+    run = made(folder, processes, **{**FOUR_UPDATES, **config})
+    run.train(str(folder.parent / saved / "out" / "checkpoint-2"))
+    return {"weights": weights(run)}, {}
 
 
 def evaluated_first(folder, processes, **config):
@@ -240,9 +257,11 @@ def failing(folder, processes, **config):
     def raising(*args, **kwargs):
         raise OSError("no space left")
 
+    plain = Trainer._save_rng_state
     if rank == processes - 1:
-        run._save_rng_state = raising
+        Trainer._save_rng_state = raising
     of("checkpoint", run.train)
+    Trainer._save_rng_state = plain
     if rank == 0:
         run._own.save_pretrained = raising
     of("adapter", lambda: run.save_model(str(folders[1])))
@@ -285,6 +304,8 @@ CASES = {
     "nf4, bf16": (trained, {"kind": "nf4", "dtype": torch.bfloat16}),
     "resume": (resumed, {}),
     "resume, sharded": (resumed, {"states": "SHARDED_STATE_DICT"}),
+    "go on": (going_on, {"saved": "resume"}),
+    "go on, sharded": (going_on, {"saved": "resume, sharded", "states": "SHARDED_STATE_DICT"}),
 }
 
 

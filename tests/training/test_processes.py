@@ -30,12 +30,14 @@ CASES = {
     "fewer": {"rows": 11, "base_cache": True},
     "accumulated": {"rows": 7, "gradient_accumulation_steps": 2},
     "padded": {"rows": 9, "packing": False},
+    # Of two files, the last batch of which is short, as above.
+    "streamed": {"rows": 9, "streamed": True},
     "anchored": {"rows": 8, "anchored": True},
     "anchored, one left": {"rows": 9, "anchored": True, "base_cache": True},
 }
 
 
-def run(folder, processes, rows, anchored=False, base_cache=False, **config):
+def run(folder, processes, rows, anchored=False, base_cache=False, streamed=False, **config):
     """The adapter after one pass, and the last figures: logged, evaluated on 5 pairs, predicted;
     of one process, predicted in float64 too."""
     accumulated = config.get("gradient_accumulation_steps", 1)
@@ -43,6 +45,10 @@ def run(folder, processes, rows, anchored=False, base_cache=False, **config):
         config |= {"anchors": anchor_rows(), "anchor_coef": 2.0}
     if base_cache:
         config |= {"precompute_base": True}
+    if streamed:
+        data = Dataset.from_list(preference_rows(rows)).to_iterable_dataset(num_shards=2)
+        config |= {"data": data, "max_steps": 3, "train_sampling_strategy": "random"}
+    how = {"max_steps": -1, "train_sampling_strategy": "sequential", **config}
     made = trainer(
         folder,
         word_tokenizer(),
@@ -51,12 +57,10 @@ def run(folder, processes, rows, anchored=False, base_cache=False, **config):
         optim="sgd",
         lr_scheduler_type="constant",
         num_train_epochs=1,
-        max_steps=-1,
-        train_sampling_strategy="sequential",
         per_device_train_batch_size=4 // processes // accumulated,
         per_device_eval_batch_size=4 // processes,
         reg_coef=0.5,
-        **config,
+        **how,
     )
     made.train()
     logged = [line for line in made.state.log_history if "loss" in line][-1]
