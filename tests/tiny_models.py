@@ -81,3 +81,18 @@ def make_model(kind: str = "llama", *, moved: bool = True, **composition):
     model = QAdapterModel.from_base(make_base(kind), lora_config=LoraConfig(r=4), **composition)
     # Gemma scales its embeddings up, so the adapter must push harder to be seen.
     return perturb(model, std=2.0 if kind == "gemma2" else 0.3) if moved else model
+
+
+def save_two_adapters(folder, tokenizer, **lora):
+    """``base`` with the tokenizer, and the adapters ``one`` and ``two`` of it, in a folder."""
+    from peft import LoraConfig
+
+    from qadapter import QAdapterModel
+
+    make_base("llama", vocab=len(tokenizer)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for name, std in (("one", 0.3), ("two", -0.4)):
+        config = LoraConfig(r=4, **lora)
+        model = QAdapterModel.from_pretrained(folder / "base", lora_config=config)
+        perturb(model, std=std).save_pretrained(folder / name)
+    return folder

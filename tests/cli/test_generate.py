@@ -4,13 +4,12 @@ import io
 import json
 
 import pytest
-from peft import LoraConfig
 
 from qadapter import QAdapterModel
 from qadapter.cli import generate, main
 from qadapter.text.answers import derived_seed
 from qadapter.text.prompts import encode_prompts
-from tests.tiny_models import make_base, perturb
+from tests.tiny_models import save_two_adapters
 
 ROWS = [
     {"prompt": "tell me about the cat", "id": "a", "source": {"page": 3}},
@@ -24,13 +23,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_tokenizer):
     """A base and two adapters of it, saved."""
-    folder = tmp_path_factory.mktemp("models")
-    make_base("llama", vocab=len(tiny_tokenizer)).save_pretrained(folder / "base")
-    tiny_tokenizer.save_pretrained(folder / "base")
-    for name, std in (("one", 0.3), ("two", -0.4)):
-        model = QAdapterModel.from_pretrained(folder / "base", lora_config=LoraConfig(r=4))
-        perturb(model, std=std).save_pretrained(folder / name)
-    return folder
+    return save_two_adapters(tmp_path_factory.mktemp("models"), tiny_tokenizer)
 
 
 @pytest.fixture

@@ -8,13 +8,11 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from peft import LoraConfig
 
-from qadapter import QAdapterModel
 from qadapter.cli import chat, main, sampling, web
 from qadapter.text.compared import Compared, compare
 from qadapter.text.prompts import prompt_ids
-from tests.tiny_models import make_base, perturb
+from tests.tiny_models import save_two_adapters
 
 pytest.importorskip("gradio", reason="needs qadapter[web]")
 playwright = pytest.importorskip("playwright.sync_api", reason="drives a browser by Playwright")
@@ -31,13 +29,7 @@ LIMIT = 60_000  # milliseconds, on a machine that does other things
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_tokenizer):
-    folder = tmp_path_factory.mktemp("models")
-    make_base("llama", vocab=len(tiny_tokenizer)).save_pretrained(folder / "base")
-    tiny_tokenizer.save_pretrained(folder / "base")
-    for name, std in (("one", 0.3), ("two", -0.4)):
-        model = QAdapterModel.from_pretrained(folder / "base", lora_config=LoraConfig(r=4))
-        perturb(model, std=std).save_pretrained(folder / name)
-    return folder
+    return save_two_adapters(tmp_path_factory.mktemp("models"), tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")

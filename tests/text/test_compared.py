@@ -2,24 +2,18 @@
 
 import pytest
 import torch
-from peft import LoraConfig
 
 from qadapter import QAdapterModel
 from qadapter.text.compared import _texts, changes, compare, in_pieces
 from qadapter.text.prompts import encode_prompts, prompt_ids
-from tests.tiny_models import make_base, perturb
+from tests.tiny_models import save_two_adapters
 
 WEIGHTS = {"default": 1.0, "two": -0.5}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tiny_tokenizer):
-    folder = tmp_path_factory.mktemp("models")
-    make_base("llama", vocab=len(tiny_tokenizer)).save_pretrained(folder / "base")
-    for name, std in (("one", 0.3), ("two", -0.4)):
-        config = LoraConfig(r=4, lora_dropout=0.5)
-        model = QAdapterModel.from_pretrained(folder / "base", lora_config=config)
-        perturb(model, std=std).save_pretrained(folder / name)
+    folder = save_two_adapters(tmp_path_factory.mktemp("models"), tiny_tokenizer, lora_dropout=0.5)
     model = QAdapterModel.from_pretrained(folder / "one")
     model.load_adapter(folder / "two", "two")
     return model.eval()
