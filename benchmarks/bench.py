@@ -7,7 +7,7 @@ A benchmark is a module with ``OPTIONS``, and ``run``, which measures its cases 
 import argparse
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,8 +25,9 @@ Options = dict[str, Any]
 
 
 def timing(rounds: int, seconds: float) -> Options:
-    """How often, for how long (past the least number) and by which clock a case is timed."""
-    often: Options = {"rounds": (rounds, rounds, 1), "least": (3, 3, 1)}
+    """How often, for how long (past the least number) and by which clock a case is timed; ``far``:
+    who takes more than so many times as long as we do is timed once."""
+    often: Options = {"rounds": (rounds, rounds, 1), "least": (3, 3, 1), "far": float("inf")}
     return {**often, "seconds": seconds, "clock": "wall"}
 
 
@@ -115,14 +116,31 @@ def first_runs(
 
 
 def timed(
-    functions: dict[str, Callable[[], Any]], options: argparse.Namespace, size: int, **more: Any
+    functions: dict[str, Callable[[], Any]],
+    options: argparse.Namespace,
+    size: int,
+    own: str,
+    before: Mapping[str, Callable[[], Any]] | None = None,
+    **more: Any,
 ) -> dict[str, harness.Timing]:
     """In turns, as `timing` has it. Inputs of ``size`` bytes that would stay in the cache are
-    driven out of it before every call, but not in a quick run, whose times mean nothing."""
+    driven out of it before every call. With ``--far`` a call of each is timed ahead of that, and
+    who is that many times slower than ``own`` keeps this one time (``runs`` is 1). A quick run, whose
+    times mean nothing, does not empty the cache."""
     names = ("device", "rounds", "seconds", "least", "clock")
     cold = not options.quick and size < harness.COLD * harness.cache_bytes()
     more = {"cold": cold, **more}
-    return harness.interleaved(functions, **{n: getattr(options, n) for n in names}, **more)
+    slow: dict[str, harness.Timing] = {}
+    if options.far < float("inf"):
+        first = {
+            name: harness.once(function, (before or {}).get(name), options.device, options.clock)
+            for name, function in functions.items()
+        }
+        slow = {name: t for name, t in first.items() if t.best > options.far * first[own].best}
+    rest = {name: function for name, function in functions.items() if name not in slow}
+    settings = {n: getattr(options, n) for n in names}
+    found = harness.interleaved(rest, before=before, **settings, **more)
+    return {name: slow.get(name) or found[name] for name in functions}
 
 
 def against(timing: harness.Timing, own: harness.Timing, who: str = "ours") -> Row:

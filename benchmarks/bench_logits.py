@@ -115,7 +115,7 @@ def run_case(op: str, problem: Problem, truth: Truth, options: argparse.Namespac
     size = problem.base.nbytes
     functions = {name: made[name][0] for name in known}
     before = {name: made[name][1] for name in known} if op == "backward" else {}
-    times = bench.timed({**functions, **reads}, options, 2 * size, before=before)
+    times = bench.timed({**functions, **reads}, options, 2 * size, OURS.name, before)
     read_gb_s = size / min(times[k].best for k in reads) / 1e6
     read, written = traffic(op, size, problem.m)
     copy_gb_s = recording.ceilings(options).copy_gb_s

@@ -38,11 +38,12 @@ class Timing:
     p20: float
     p80: float
     best: float
+    runs: int = 0
 
     @staticmethod
     def of(samples: list[float]) -> "Timing":
         found = np.quantile(samples, (0.5, 0.2, 0.8, 0), method="nearest")
-        return Timing(statistics.median(samples), *found[1:].tolist())
+        return Timing(statistics.median(samples), *found[1:].tolist(), runs=len(samples))
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -66,6 +67,16 @@ def _time_once(
     elapsed = (clock() - start_time) * 1e3
     del result
     return elapsed
+
+
+def once(
+    function: Callable[[], Any], before: Callable[[], Any] | None, device: str, clock: str
+) -> Timing:
+    """The time of a single call."""
+    if before is not None:
+        before()
+    synchronize(device)
+    return Timing.of([_time_once(function, device, CLOCKS[clock], None)])
 
 
 def interleaved(

@@ -24,6 +24,7 @@ import qadapter
 from benchmarks import harness
 from benchmarks.tables import Row, markdown
 from qadapter import files
+from qadapter.ops import cpp
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -37,7 +38,7 @@ PACKAGES = (
     "triton",
 )
 # What must be the same for two times to be compared, or put into one file.
-MACHINE = ("cpu", "gpu", "cores", "threads", "torch")
+MACHINE = ("cpu", "gpu", "instruction_set", "cores", "threads", "torch")
 
 
 def cpu_name() -> str:
@@ -69,6 +70,7 @@ def environment(device: str) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "instruction_set": cpp.capability() if cpp.available()[0] else "none: no C++ extension",
         "backends": {info.name: info.reason for info in qadapter.backends() if info.available},
     }
     if device == "cuda":
@@ -114,6 +116,8 @@ def show(rows: list[Row]) -> str:
 
     lines = [[name, *(cell(row.get(name)) for row in found)] for name in names]
     missing = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
+    single = [row["who"] for row in rows if getattr(row.get("ms"), "runs", 0) == 1]
+    missing += [f"{who}: timed once" for who in single]
     tables = [markdown(["", *(row["who"] for row in found)], lines)] if lines else []
     return "\n".join([*tables, *missing])
 
@@ -138,7 +142,9 @@ class Recording:
 
     def _check(self, earlier: dict[str, Any]) -> None:
         then, now = earlier["environment"], environment(self.options.device)
-        pairs = [(name, then.get(name), now.get(name)) for name in MACHINE]
+        # of a file from before it was recorded, the instruction set is not known
+        known = [n for n in MACHINE if n in then or n != "instruction_set"]
+        pairs = [(name, then.get(name), now.get(name)) for name in known]
         settings = plain({name: what for name, what in self.more.items() if name != "cannot"})
         pairs += [(name, earlier[name], what) for name, what in settings.items() if name in earlier]
         changed = [f"{name} ({a} then, {b} now)" for name, a, b in pairs if a != b]

@@ -22,14 +22,14 @@ inline void softmax_row(T* x, int64_t count, float* memory) {
   };
   for (int64_t j = 0; j < whole; j += Simd::kGroup) take_most(x + j);
   if (left > 0) take_most(rest.elements);
-  const Simd::F max = Simd::set1(Simd::reduce_max(most)), scale = Simd::set1(0x1.715476p+0f);
-  const Simd::Exp2 exp2(1.0f);
+  const Simd::F max = Simd::set1(Simd::reduce_max(most));
+  const Simd::Decay decay(0x1.715476p+0f);
   Simd::F sum = Simd::zero();
   const auto take_sum = [&](const T* from, float* to) {
     Simd::F a, b;
     Simd::load2(from, a, b);
-    a = exp2.value(Simd::mul(Simd::sub(a, max), scale));
-    b = exp2.value(Simd::mul(Simd::sub(b, max), scale));
+    a = decay.value(Simd::sub(max, a));
+    b = decay.value(Simd::sub(max, b));
     sum = Simd::add(sum, Simd::add(a, b));
     Simd::store1(to, a);
     Simd::store1(to + Simd::kWidth, b);

@@ -230,15 +230,14 @@ class Walk {
   // Adds the exponentials of a row of the tile; puts them where asked to, over x.
   template <bool PUT, bool SLOPE>
   static float add_exps(float* x, int n, float max_, float scale, const float* slope) {
-    const Simd::Exp2 exp2;
-    const F max = Simd::set1(max_), minus_scale = Simd::set1(-scale);
+    const Simd::Decay decay(scale);
+    const F max = Simd::set1(max_);
     F sum[2] = {Simd::zero(), Simd::zero()};
     Element* out = reinterpret_cast<Element*>(x);
     for (int j = 0; j < n; j += Simd::kGroup) {
       F p[2];
       for (int k = 0; k < 2; ++k) {
-        const F y = Simd::mul(Simd::sub(max, Simd::load1(x + j + k * Simd::kWidth)), minus_scale);
-        p[k] = exp2.value_and_add(y, sum[k]);
+        p[k] = decay.value_and_add(Simd::sub(max, Simd::load1(x + j + k * Simd::kWidth)), sum[k]);
         if (SLOPE) p[k] = Simd::mul(p[k], Simd::load1(slope + j + k * Simd::kWidth));
       }
       if (PUT) Product::put(out + j, p[0], p[1]);

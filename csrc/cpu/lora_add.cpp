@@ -57,7 +57,8 @@ constexpr int64_t kTileRows = 32;    // of a block of AMX's; it takes no fewer
 constexpr int64_t kOuterRows = 256;  // from which on AMX is faster in lora_outer
 
 // Whether AMX takes rows of x, which lie `stride` bytes apart.
-bool by_tiles(int64_t isa, DType dtype, const RowView& x, int64_t least, int64_t& stride) {
+[[maybe_unused]] bool by_tiles(int64_t isa, DType dtype, const RowView& x, int64_t least,
+                               int64_t& stride) {
   stride = x.inner == 1 ? x.far : x.near;
   const bool even = x.inner == 1 || x.count <= x.inner || x.far == x.inner * x.near;
   return choose_isa(isa) == Isa::amx && dtype == DType::bf16 && x.count >= least && even;

@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "cpu/drivers.h"
+#include "cpu/fetch.h"
 #include "cpu/tensors.h"
 
 namespace qadapter {
@@ -23,6 +24,8 @@ int64_t read_probe(Tensor t) {
     Line a = {}, b = {};
     int64_t i = piece * kPiece;
     for (; i + 1 < end; i += 2) {
+      fetch_ahead(lines + i);
+      fetch_ahead(lines + i + 1);
       a |= lines[i];
       b |= lines[i + 1];
     }

@@ -15,8 +15,7 @@ struct BwdColumns {
   float m;         // x = z_q + m * z_b
   float q_scale;   // log2(e) / alpha_tilde
   float shift;     // the row's maximum of x
-  float log2_sum;  // log_sum * log2(e)
-  float coef_p;
+  float factor;    // coef_p exp(-log_sum)
   int64_t action;  // column of the piece that gets coef_a, or -1
   float coef_a;
 };

@@ -7,23 +7,20 @@ namespace {
 
 template <class T, Mix MIX>
 struct Gradient {
-  Simd::F m, shift, minus_scale, minus_log2_sum;
-  Simd::Exp2 exp2;  // coef_p * 2^y
+  Simd::F m, shift;
+  Simd::Decay decay;  // coef_p * probability
 
   explicit Gradient(const BwdColumns& in)
       : m(Simd::set1(in.m)),
         shift(Simd::set1(in.shift)),
-        minus_scale(Simd::set1(-in.q_scale)),
-        minus_log2_sum(Simd::set1(-in.log2_sum)),
-        exp2(in.coef_p) {}
+        decay(in.q_scale, in.factor) {}
 
   inline void group(const T* q, const T* base, Simd::F g[2]) const {
     Simd::F x[2], b[2];
     if (MIX != Mix::none) Simd::load2(base, b[0], b[1]);
     load_x<T, MIX>(q, m, b, x);
-    for (int k = 0; k < 2; ++k) {
-      g[k] = exp2.value(Simd::fma(Simd::sub(shift, x[k]), minus_scale, minus_log2_sum));
-    }
+    g[0] = decay.value(Simd::sub(shift, x[0]));
+    g[1] = decay.value(Simd::sub(shift, x[1]));
   }
 
   template <bool STREAM>
@@ -60,7 +57,7 @@ void bwd_piece(const BwdColumns& in) {
   T* grad = static_cast<T*>(in.grad);
   const Gradient<T, MIX> gradient(in);
   int64_t j = 0;
-  if (in.coef_p == 0) {
+  if (in.factor == 0) {
     std::memset(static_cast<void*>(grad), 0, in.length * sizeof(T));
     j = in.length;
   } else if (STREAM) {  // streaming stores need aligned addresses
@@ -71,7 +68,10 @@ void bwd_piece(const BwdColumns& in) {
       gradient.part(q, base, grad, static_cast<int>(j));
     }
   }
+#pragma GCC unroll 2
   for (; j + Simd::kGroup <= in.length; j += Simd::kGroup) {
+    fetch_ahead(q + j);
+    if (MIX != Mix::none) fetch_ahead(base + j);
     gradient.template store<STREAM>(q + j, base + j, grad + j);
   }
   if (j < in.length) {

@@ -10,81 +10,63 @@ struct Running {
   Partial total;
   Simd::F lanes = Simd::zero();
   Simd::F max;
-  Simd::F minus_scale;
+  Simd::Decay decay;
   double scale;
 
-  explicit Running(float scale_) : minus_scale(Simd::set1(-scale_)), scale(scale_) {
-    max = Simd::set1(total.max);
-  }
-  // Adds exp2(scale * (x - max)) to sum. The sign bit that comes out says that x outgrew max; the
-  // difference is taken this way round since then x == max gives +0, without a sign.
-  inline Simd::F step(const Simd::Exp2& exp2, Simd::F x, Simd::F& sum) const {
-    const Simd::F below = Simd::sub(max, x);
-    sum = exp2.add_to(sum, Simd::mul(below, minus_scale));
-    return below;
-  }
+  explicit Running(float scale_) : decay(scale_), scale(scale_) { max = Simd::set1(total.max); }
   void flush() {
     total.sum += Simd::reduce_add(lanes);
     lanes = Simd::zero();
   }
   void raise(float block_max) {
-    if (!(block_max > total.max)) return;
     flush();
     total.rescale_to(block_max, scale);
     max = Simd::set1(block_max);
   }
 };
 
-// The block again, for one stream, after its maximum outgrew the running one. Both streams come
-// through here with the same arithmetic: equal inputs have bitwise equal statistics.
-template <class T, Mix MIX>
-__attribute__((noinline)) void redo(const T* q, const T* base, int n, Simd::F m,
-                                    const Simd::Exp2& exp2, Running& run) {
-  Simd::F x[2], b[2];
-  Simd::F best = run.max;
-  for (int j = 0; j < n; j += Simd::kGroup) {
-    if (MIX != Mix::none) Simd::load2(base + j, b[0], b[1]);
-    load_x<T, MIX>(q + j, m, b, x);
-    best = Simd::max_into(best, x[0]);
-    best = Simd::max_into(best, x[1]);
-  }
-  run.raise(Simd::reduce_max(best));
-  Simd::F sum[2] = {Simd::zero(), Simd::zero()};
-  for (int j = 0; j < n; j += Simd::kGroup) {
-    if (MIX != Mix::none) Simd::load2(base + j, b[0], b[1]);
-    load_x<T, MIX>(q + j, m, b, x);
-    run.step(exp2, x[0], sum[0]);
-    run.step(exp2, x[1], sum[1]);
-  }
-  run.lanes = Simd::add(run.lanes, Simd::add(sum[0], sum[1]));
+// False only where no column exceeds max. In 16 bits that is told without widening: where a number
+// is not negative, its bits compare with those of others as signed integers do.
+inline bool may_exceed(const float*, int, float) { return true; }
+template <class T>
+inline bool may_exceed(const T* q, int n, float max) {
+  const int16_t limit = max < 0 ? INT16_MIN : Storage<T>::bits_below(max);
+  return Simd::any_above(reinterpret_cast<const int16_t*>(q), n, limit);
 }
 
-template <class T, Mix MIX, bool BASE>
-inline void block(const T* q, const T* base, int n, Simd::F m, const Simd::Exp2& exp2,
-                  Running& x_run, Running& b_run) {
+// A block of one stream: its maximum, then, from L1, its terms, while a later block is fetched.
+// Not inlined: both streams must get the same instructions, that equal ones give equal bits.
+template <class T, Mix MIX>
+__attribute__((noinline)) void add_block(const T* q, const T* base, int n, Simd::F m,
+                                         Running& run) {
   using F = Simd::F;
-  F x_sum[2] = {Simd::zero(), Simd::zero()}, b_sum[2] = {Simd::zero(), Simd::zero()};
-  F x_grew = Simd::zero(), b_grew = Simd::zero();
-  for (int j = 0; j < n; j += Simd::kGroup) {
-    F x[2], b[2];
-    if (BASE || MIX != Mix::none) Simd::load2(base + j, b[0], b[1]);
-    load_x<T, MIX>(q + j, m, b, x);
-    for (int k = 0; k < 2; ++k) {
-      x_grew = Simd::either(x_grew, x_run.step(exp2, x[k], x_sum[k]));
-      if (BASE) b_grew = Simd::either(b_grew, b_run.step(exp2, b[k], b_sum[k]));
+  F x[2], b[2];
+  if (MIX != Mix::none || may_exceed(q, n, run.total.max)) {
+    F best[2] = {run.max, run.max};
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j += Simd::kGroup) {
+      if (MIX != Mix::none) Simd::load2(base + j, b[0], b[1]);
+      load_x<T, MIX>(q + j, m, b, x);
+      best[0] = Simd::max(best[0], x[0]);
+      best[1] = Simd::max(best[1], x[1]);
+    }
+    best[0] = Simd::max(best[0], best[1]);
+    if (__builtin_expect(Simd::any_sign(Simd::sub(run.max, best[0])), 0)) {
+      run.raise(Simd::reduce_max(best[0]));
     }
   }
-  if (__builtin_expect(Simd::any_sign(x_grew), 0)) {
-    redo<T, MIX>(q, base, n, m, exp2, x_run);
-  } else {
-    x_run.lanes = Simd::add(x_run.lanes, Simd::add(x_sum[0], x_sum[1]));
+  const Simd::Decay decay = run.decay;
+  const F max = run.max;
+  F sum[2] = {Simd::zero(), Simd::zero()};
+#pragma GCC unroll 2
+  for (int j = 0; j < n; j += Simd::kGroup) {
+    fetch_ahead(q + j);
+    if (MIX != Mix::none) fetch_ahead(base + j), Simd::load2(base + j, b[0], b[1]);
+    load_x<T, MIX>(q + j, m, b, x);
+    sum[0] = decay.add_to(sum[0], Simd::sub(max, x[0]));  // a loop would stay one in plain code
+    sum[1] = decay.add_to(sum[1], Simd::sub(max, x[1]));
   }
-  if (!BASE) return;
-  if (__builtin_expect(Simd::any_sign(b_grew), 0)) {
-    redo<T, Mix::none>(base, nullptr, n, m, exp2, b_run);
-  } else {
-    b_run.lanes = Simd::add(b_run.lanes, Simd::add(b_sum[0], b_sum[1]));
-  }
+  run.lanes = Simd::add(run.lanes, Simd::add(sum[0], sum[1]));
 }
 
 template <class T, Mix MIX, bool BASE>
@@ -92,12 +74,12 @@ void fwd_piece(const FwdColumns& in, Partial& x_out, Partial& b_out) {
   const T* q = static_cast<const T*>(in.q);
   const T* base = static_cast<const T*>(in.base);
   const Simd::F m = Simd::set1(in.m);
-  const Simd::Exp2 exp2;
   Running x_run(in.q_scale), b_run(static_cast<float>(kLog2E));
   for_each_block(
       q, base, in.length, BASE || MIX != Mix::none,
       [&](const T* q_block, const T* base_block, int n) {
-        block<T, MIX, BASE>(q_block, base_block, n, m, exp2, x_run, b_run);
+        add_block<T, MIX>(q_block, base_block, n, m, x_run);
+        if (BASE) add_block<T, Mix::none>(base_block, nullptr, n, m, b_run);
       },
       [&] {
         x_run.flush();

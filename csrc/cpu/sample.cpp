@@ -34,6 +34,7 @@
 
 #include "common/contract.h"
 #include "cpu/drivers.h"
+#include "cpu/fetch.h"
 #include "cpu/isa.h"
 #include "cpu/sample_cut.h"
 #include "cpu/simd_plain.h"

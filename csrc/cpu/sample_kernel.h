@@ -30,6 +30,8 @@ inline bool compose_x(const T* q, const T* base, Simd::F weight, float* x, Simd:
   F check[kAccumulators];
   for (int k = 0; k < kAccumulators; ++k) best[k] = Simd::set1(-__builtin_inff()), check[k] = no;
   for (int j = 0; j < kSampleBlock; j += kSampleGroups) {
+    fetch_ahead(q + j);
+    if (MIX != Mix::none) fetch_ahead(base + j);
     for (int k = 0; k < kAccumulators; ++k) {
       const int at = j + k * Simd::kWidth;
       const F value = compose_one<T, MIX, CAREFUL>(q + at, base + at, weight);
@@ -65,13 +67,13 @@ inline bool compose_block(const T* q, const T* base, const SampleColumns& in, fl
   }
   max = Simd::reduce_max(all);
   if (!in.sums || !(max >= -FLT_MAX)) return true;
-  const typename Simd::Exp2 exp2;
-  const F top = Simd::set1(max), scale2 = Simd::set1(in.scale2);
+  const typename Simd::Decay decay(in.scale2);
+  const F top = Simd::set1(max);
   F sums[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
   for (int j = 0; j < kSampleBlock; j += 4 * Simd::kWidth) {
     for (int k = 0; k < 4; ++k) {
       const F value = Simd::load1(x + j + k * Simd::kWidth);
-      sums[k] = exp2.add_to(sums[k], Simd::mul(Simd::sub(value, top), scale2));
+      sums[k] = decay.add_to(sums[k], Simd::sub(top, value));
     }
   }
   sum = Simd::reduce_add(Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
@@ -131,12 +133,12 @@ struct LongSum {
 double mass_above(const float* x, int64_t n, float pivot, float ref, float scale2,
                   int64_t& equal) {
   using F = Simd::F;
-  const typename Simd::Exp2 exp2;
-  const F top = Simd::set1(ref), factor = Simd::set1(scale2), low = Simd::set1(pivot);
+  const typename Simd::Decay decay(scale2);
+  const F top = Simd::set1(ref), low = Simd::set1(pivot);
   const F one = Simd::set1(1.0f), none = Simd::zero();
   LongSum mass, ties;
   for_each_vector(x, n, [&](F value) {
-    const F e = exp2.value(Simd::mul(Simd::sub(value, top), factor));
+    const F e = decay.value(Simd::sub(top, value));
     mass.add(Simd::pick_less(low, value, e, none));
     ties.add(Simd::pick_less(low, value, none, Simd::pick_less(value, low, none, one)));
   });
@@ -149,12 +151,12 @@ double mass_above(const float* x, int64_t n, float pivot, float ref, float scale
 double split(const float* x, int64_t n, float low, float high, float ref, float scale2, float* out,
              int64_t& count) {
   using F = Simd::F;
-  const typename Simd::Exp2 exp2;
-  const F top = Simd::set1(ref), factor = Simd::set1(scale2);
+  const typename Simd::Decay decay(scale2);
+  const F top = Simd::set1(ref);
   const F from = Simd::set1(low), to = Simd::set1(high), none = Simd::zero();
   LongSum mass;
   for_each_vector(x, n, [&](F value) {
-    const F e = exp2.value(Simd::mul(Simd::sub(value, top), factor));
+    const F e = decay.value(Simd::sub(top, value));
     mass.add(Simd::pick_less(to, value, e, none));
     append(value, from, to, out, count);
   });
@@ -164,12 +166,12 @@ double split(const float* x, int64_t n, float low, float high, float ref, float 
 
 void masses(const float* x, int64_t n, float ref, float scale2, float* out) {
   using F = Simd::F;
-  const typename Simd::Exp2 exp2;
-  const F top = Simd::set1(ref), factor = Simd::set1(scale2);
+  const typename Simd::Decay decay(scale2);
+  const F top = Simd::set1(ref);
   float last[Simd::kWidth];
   int64_t j = 0;
   for_each_vector(x, n, [&](F value) {
-    const F e = exp2.value(Simd::mul(Simd::sub(value, top), factor));
+    const F e = decay.value(Simd::sub(top, value));
     Simd::store1(j + Simd::kWidth <= n ? out + j : last, e);
     j += Simd::kWidth;
   });

@@ -1,9 +1,15 @@
 // AVX2 + FMA + F16C vectors of 8 floats. Included between isa_begin_avx2.h and isa_end.h.
 //
-// exp2: y = n + r with n the nearest integer (by adding 1.5 * 2^23), a quintic on [-1/2, 1/2] with
-// relative error 9e-8 and value 1 at r = 0, n added to the exponent bits. y is clamped to -126
-// first: sums get 1e-38 from what is smaller (nothing, where the largest term is 1); value() gives
-// exactly 0.
+// Exp2: factor * 2^y. y = n + r with n the nearest integer (by adding 1.5 * 2^23), a quintic on
+// [-1/2, 1/2] with relative error 9e-8 and value 1 at r = 0, n added to the exponent bits. y is
+// clamped to -126 first; what is smaller gives 0.
+//
+// Decay: factor * 2^(-scale d) of differences d >= 0 to a maximum. Adding 1.5 * 2^20 rounds
+// -scale d to eighths, which leaves 8 n + i in the low bits: i picks 2^(i/8) from a table in one
+// register, 8 n + i moves to the exponent (the table has i subtracted there), and a cubic of
+// relative error 2.5e-8 is enough for the rest, |r| <= 1/16. Eleven instructions, the scaling and
+// the addition to a sum included; the factor is in the cubic. d is clamped to 127 / scale, where
+// the bits of the power are those of 0; from 2^-126 down to 2^-127 it is off by up to 6e-39.
 #pragma once
 
 #include "cpu/isa.h"
@@ -21,7 +27,8 @@ struct Simd {
   struct Exp2 {
     F factor;
     explicit Exp2(float f = 1.0f) : factor(_mm256_set1_ps(f)) {}
-    static inline F exp2(F y) {
+    inline F value(F y) const {
+      const F tiny = _mm256_cmp_ps(y, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
       y = _mm256_max_ps(_mm256_set1_ps(-126.0f), y);  // in this order NaN stays NaN
       const F shifted = _mm256_add_ps(y, _mm256_set1_ps(0x1.8p+23f));
       const F r = _mm256_sub_ps(y, _mm256_sub_ps(shifted, _mm256_set1_ps(0x1.8p+23f)));
@@ -31,18 +38,51 @@ struct Simd {
       p = _mm256_fmadd_ps(r, p, _mm256_set1_ps(0x1.ebf9bcp-3f));
       p = _mm256_fmadd_ps(r, p, _mm256_set1_ps(0x1.62e42ap-1f));
       p = _mm256_fmadd_ps(r, p, _mm256_set1_ps(1.0f));
-      return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+      const F e = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+      return _mm256_andnot_ps(tiny, _mm256_mul_ps(factor, e));
     }
-    inline F add_to(F sum, F y) const { return _mm256_add_ps(sum, exp2(y)); }
-    inline F value(F y) const {
-      const F tiny = _mm256_cmp_ps(y, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
-      return _mm256_andnot_ps(tiny, _mm256_mul_ps(factor, exp2(y)));
+  };
+
+  struct Decay {
+    static constexpr float kLeastScale = 0x1p-120f;  // that the limit is a finite number
+    F minus_scale, limit, c[4];
+    __m256i table;
+    explicit Decay(float scale, float factor = 1.0f)
+        : minus_scale(_mm256_set1_ps(-std::max(scale, kLeastScale))),
+          limit(_mm256_set1_ps(127.0f / std::max(scale, kLeastScale))),
+          c{_mm256_set1_ps(factor), _mm256_set1_ps(factor * 0x1.62e432p-1f),
+            _mm256_set1_ps(factor * 0x1.ec0c32p-3f), _mm256_set1_ps(factor * 0x1.c6a004p-5f)},
+          table(_mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3,
+                                  0x3f75672a, 0x3f7744fd, 0x3f7ac0c7)) {}
+    // factor * 2^(-scale d) = power * poly
+    inline void split(F d, F& power, F& poly) const {
+      const F magic = _mm256_set1_ps(0x1.8p+20f);
+      d = _mm256_min_ps(limit, d);  // in this order NaN stays NaN
+      const F shifted = _mm256_fmadd_ps(d, minus_scale, magic);
+      const F r = _mm256_fmsub_ps(d, minus_scale, _mm256_sub_ps(shifted, magic));
+      const __m256i eighths = _mm256_castps_si256(shifted);
+      const __m256i entry = _mm256_permutevar8x32_epi32(table, eighths);
+      power = _mm256_castsi256_ps(_mm256_add_epi32(entry, _mm256_slli_epi32(eighths, 20)));
+      poly = _mm256_fmadd_ps(r, c[3], c[2]);
+      poly = _mm256_fmadd_ps(r, poly, c[1]);
+      poly = _mm256_fmadd_ps(r, poly, c[0]);
     }
-    // value(y) without the factor, and the very sum that add_to gives
-    inline F value_and_add(F y, F& sum) const {
-      const F e = exp2(y);
-      sum = _mm256_add_ps(sum, e);
-      return _mm256_andnot_ps(_mm256_cmp_ps(y, _mm256_set1_ps(-126.0f), _CMP_LT_OQ), e);
+    inline F add_to(F sum, F d) const {
+      F power, poly;
+      split(d, power, poly);
+      return _mm256_fmadd_ps(power, poly, sum);
+    }
+    inline F value(F d) const {
+      F power, poly;
+      split(d, power, poly);
+      return _mm256_mul_ps(power, poly);
+    }
+    // value(d), and the very sum that add_to gives
+    inline F value_and_add(F d, F& sum) const {
+      F power, poly;
+      split(d, power, poly);
+      sum = _mm256_fmadd_ps(power, poly, sum);
+      return _mm256_mul_ps(power, poly);
     }
   };
 
@@ -54,6 +94,8 @@ struct Simd {
   static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static inline F either(F a, F b) { return _mm256_or_ps(a, b); }
   static inline bool any_sign(F a) { return _mm256_movemask_ps(a) != 0; }
+  // b where either is NaN
+  static inline F max(F a, F b) { return _mm256_max_ps(a, b); }
   // max(x, acc) that keeps acc where x is NaN
   static inline F max_into(F acc, F x) { return _mm256_max_ps(x, acc); }
   static inline float first(F a) { return _mm256_cvtss_f32(a); }
@@ -88,6 +130,17 @@ struct Simd {
     b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
   }
 
+  // whether one of n integers, a multiple of kGroup, is more than limit
+  static inline bool any_above(const int16_t* p, int n, int16_t limit) {
+    __m256i best = _mm256_set1_epi16(limit);
+    const __m256i top = best;
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j += kGroup) {
+      best = _mm256_max_epi16(best, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + j)));
+    }
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(best, top)) != 0;
+  }
+
   template <bool STREAM>
   static inline void put(void* p, __m256i x) {
     if (STREAM) {
@@ -115,8 +168,7 @@ struct Simd {
   template <bool STREAM>
   static inline void store2(BF16* p, F a, F b) {
     const __m256i even = _mm256_srli_epi32(round_bf16(a), 16);
-    const __m256i odd = _mm256_and_si256(round_bf16(b), _mm256_set1_epi32(0xffff0000));
-    put<STREAM>(p, _mm256_or_si256(even, odd));
+    put<STREAM>(p, _mm256_blend_epi16(even, round_bf16(b), 0xaa));
   }
   template <bool STREAM>
   static inline void store2(Half* p, F a, F b) {

@@ -43,20 +43,36 @@ struct Simd {
       poly = _mm512_fmadd_ps(r, _mm512_set1_ps(0x1.f0f3e6p-3f), _mm512_set1_ps(0x1.62e11ep-1f));
       poly = _mm512_fmadd_ps(r, poly, _mm512_set1_ps(1.0f));
     }
-    inline F add_to(F sum, F y) const {
-      F scale, poly;
-      split(y, scale, poly);
-      return _mm512_fmadd_ps(scale, poly, sum);
-    }
     inline F value(F y) const {
       F scale, poly;
       split(y, scale, poly);
       return _mm512_mul_ps(scale, poly);
     }
-    // value(y), and the very sum that add_to gives
-    inline F value_and_add(F y, F& sum) const {
+  };
+
+  // factor * 2^(-scale d), of differences d >= 0 to a maximum
+  struct Decay {
+    Exp2 exp2;
+    F minus_scale;
+    explicit Decay(float scale, float factor = 1.0f)
+        : exp2(factor), minus_scale(_mm512_set1_ps(-scale)) {}
+    inline void split(F d, F& scale, F& poly) const {
+      exp2.split(_mm512_mul_ps(d, minus_scale), scale, poly);
+    }
+    inline F add_to(F sum, F d) const {
       F scale, poly;
-      split(y, scale, poly);
+      split(d, scale, poly);
+      return _mm512_fmadd_ps(scale, poly, sum);
+    }
+    inline F value(F d) const {
+      F scale, poly;
+      split(d, scale, poly);
+      return _mm512_mul_ps(scale, poly);
+    }
+    // value(d), and the very sum that add_to gives
+    inline F value_and_add(F d, F& sum) const {
+      F scale, poly;
+      split(d, scale, poly);
       sum = _mm512_fmadd_ps(scale, poly, sum);
       return _mm512_mul_ps(scale, poly);
     }
@@ -70,6 +86,8 @@ struct Simd {
   static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static inline F either(F a, F b) { return _mm512_or_ps(a, b); }
   static inline bool any_sign(F a) { return _mm512_movepi32_mask(_mm512_castps_si512(a)) != 0; }
+  // b where either is NaN
+  static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
   // max(x, acc) that keeps acc where x is NaN
   static inline F max_into(F acc, F x) { return _mm512_max_ps(x, acc); }
   static inline float first(F a) { return _mm512_cvtss_f32(a); }
@@ -93,6 +111,17 @@ struct Simd {
   static inline void load2(const Half* p, F& a, F& b) {
     a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
+  }
+
+  // whether one of n integers, a multiple of kGroup, is more than limit
+  static inline bool any_above(const int16_t* p, int n, int16_t limit) {
+    __m512i best = _mm512_set1_epi16(limit);
+    const __m512i top = best;
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j += kGroup) {
+      best = _mm512_max_epi16(best, _mm512_loadu_si512(p + j));
+    }
+    return _mm512_cmpgt_epi16_mask(best, top) != 0;
   }
 
   template <bool STREAM>

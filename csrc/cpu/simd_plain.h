@@ -24,26 +24,46 @@ struct Simd {
   struct Exp2 {
     F factor;
     explicit Exp2(float f = 1.0f) : factor(set1(f)) {}
-    static inline F exp2(F y) {
-      y = pick(y < set1(-126.0f), set1(-126.0f), y);  // NaN stays NaN
-      const F shifted = y + set1(0x1.8p+23f);
-      const F r = y - (shifted - set1(0x1.8p+23f));
+    // 2^r on [-1/2, 1/2]
+    static inline F poly(F r) {
       F p = r * set1(0x1.5bba14p-10f) + set1(0x1.3cea88p-7f);
       p = r * p + set1(0x1.c6b752p-5f);
       p = r * p + set1(0x1.ebf9bcp-3f);
       p = r * p + set1(0x1.62e42ap-1f);
-      p = r * p + set1(1.0f);
-      return (F)(bits(p) + (bits(shifted) << 23));
+      return r * p + set1(1.0f);
     }
-    inline F add_to(F sum, F y) const { return sum + exp2(y); }
     inline F value(F y) const {
-      return pick(y < set1(-126.0f), set1(0.0f), factor * exp2(y));
+      const I tiny = y < set1(-126.0f);
+      y = pick(tiny, set1(-126.0f), y);  // NaN stays NaN
+      const F shifted = y + set1(0x1.8p+23f);
+      const F p = poly(y - (shifted - set1(0x1.8p+23f)));
+      return pick(tiny, set1(0.0f), factor * (F)(bits(p) + (bits(shifted) << 23)));
     }
-    // value(y) without the factor, and the very sum that add_to gives
-    inline F value_and_add(F y, F& sum) const {
-      const F e = exp2(y);
+  };
+
+  // As AVX2's, but for the table: no shuffle by lanes of 32 bits is common to all platforms. Without
+  // it the power's bits must stay above those of 2^-127, below which they would become a NaN's: sums
+  // get 1e-38 from what is smaller (nothing, where the largest term is 1); value() gives exactly 0.
+  struct Decay {
+    static constexpr float kLeastScale = 0x1p-120f;  // that the limit is a finite number
+    F minus_scale, limit, factor;
+    explicit Decay(float scale, float f = 1.0f)
+        : minus_scale(set1(-std::max(scale, kLeastScale))),
+          limit(set1(126.0f / std::max(scale, kLeastScale))),
+          factor(set1(f)) {}
+    inline F power(F d) const {  // without the factor
+      d = pick(d > limit, limit, d);  // NaN stays NaN
+      const F shifted = d * minus_scale + set1(0x1.8p+23f);
+      const F r = d * minus_scale + (set1(0x1.8p+23f) - shifted);
+      return (F)(bits(Exp2::poly(r)) + (bits(shifted) << 23));
+    }
+    inline F add_to(F sum, F d) const { return sum + power(d); }
+    inline F value(F d) const { return pick(d > limit, zero(), factor * power(d)); }
+    // value(d), and the very sum that add_to gives
+    inline F value_and_add(F d, F& sum) const {
+      const F e = power(d);
       sum = sum + e;
-      return pick(y < set1(-126.0f), set1(0.0f), e);
+      return pick(d > limit, zero(), factor * e);
     }
   };
 
@@ -56,6 +76,8 @@ struct Simd {
     const U s = bits(a);
     return ((s[0] | s[1] | s[2] | s[3]) >> 31) != 0;
   }
+  // b where either is NaN
+  static inline F max(F a, F b) { return pick(a > b, a, b); }
   static inline F max_into(F acc, F x) { return pick(x > acc, x, acc); }
   static inline float first(F a) { return a[0]; }
   static inline float reduce_max(F a) {
@@ -91,6 +113,21 @@ struct Simd {
     std::memcpy(&both, p, 16);
     a = from_half(both & set1u(0xffff));
     b = from_half(both >> 16);
+  }
+
+  // whether one of n integers, a multiple of kGroup, is more than limit
+  static inline bool any_above(const int16_t* p, int n, int16_t limit) {
+    typedef int16_t S __attribute__((vector_size(16)));
+    const S top = {limit, limit, limit, limit, limit, limit, limit, limit};
+    S above = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j += kGroup) {
+      S x;
+      std::memcpy(&x, p + j, 16);
+      above |= x > top;
+    }
+    typedef uint64_t Two __attribute__((vector_size(16)));
+    return (((Two)above)[0] | ((Two)above)[1]) != 0;
   }
 
   template <bool STREAM>
@@ -136,12 +173,14 @@ struct Simd {
     std::memcpy(&a, p, 16);
     return a;
   }
-  static inline F load1(const BF16* p) {
-    return (F)(U{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16);
+  static inline U widened(const void* p) {  // 4 integers of 16 bits
+    typedef uint16_t Four __attribute__((vector_size(8)));
+    Four four;
+    std::memcpy(&four, p, 8);
+    return __builtin_convertvector(four, U);
   }
-  static inline F load1(const Half* p) {
-    return from_half(U{p[0].bits, p[1].bits, p[2].bits, p[3].bits});
-  }
+  static inline F load1(const BF16* p) { return (F)(widened(p) << 16); }
+  static inline F load1(const Half* p) { return from_half(widened(p)); }
   static inline void store1(float* p, F a) { std::memcpy(p, &a, 16); }
   static inline F div(F a, F b) { return a / b; }
   static inline F abs(F a) { return (F)(bits(a) & set1u(0x7fffffffu)); }

@@ -1,6 +1,7 @@
 // Storage types of logits, and what the drivers hand to the vector code.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -13,6 +14,12 @@ struct Half {
   uint16_t bits;
 };
 
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
 template <class T>
 struct Storage;
 template <>
@@ -22,10 +29,17 @@ struct Storage<float> {
 template <>
 struct Storage<BF16> {
   static BF16 neg_inf() { return {0xff80}; }
+  // the bits of x >= 0, or fewer; where x is of this type, they are its own
+  static int16_t bits_below(float x) { return static_cast<int16_t>(float_bits(x) >> 16); }
 };
 template <>
 struct Storage<Half> {
   static Half neg_inf() { return {0xfc00}; }
+  static int16_t bits_below(float x) {  // 0 for subnormal halves and infinity
+    const uint32_t bits = float_bits(x);
+    const bool normal = bits >= 113u << 23 && bits < 143u << 23;
+    return static_cast<int16_t>(normal ? (bits >> 13) - (112u << 10) : 0);
+  }
 };
 
 // How the base logits enter x = z_q + m * z_b. A negative m needs care: -inf * m would be +inf.

@@ -50,7 +50,7 @@ def chat(options: argparse.Namespace) -> int:
     blend = sampling.parse_blend(options.adapter, options.weight)
     options.strength = sampling.given_strength(options.strength, blend)
     sampling.say_recommended(blend, options.strength is None)
-    model, tokenizer = sampling.load(blend.folders, options.base_model, options.dtype)
+    model, tokenizer = sampling.load(blend.folders, options.base_model, options.dtype, decodes=True)
     Chat(model, tokenizer, blend, options).run()
     return 0
 

@@ -137,7 +137,9 @@ class _Maker:
         self, rows: Sequence[PromptRow], blend: Blend, options: argparse.Namespace, seed: int | None
     ) -> None:
         self.rows, self.blend, self.options, self.seed = rows, blend, options, seed
-        self.model, self.tokenizer = sampling.load(blend.folders, options.base_model, options.dtype)
+        self.model, self.tokenizer = sampling.load(
+            blend.folders, options.base_model, options.dtype, decodes=True
+        )
         self.ids = [self._encoded(row) for row in rows]
 
     def _encoded(self, row: PromptRow) -> list[int]:

@@ -224,14 +224,20 @@ def parse_number(text: str, what: str) -> float:
     return number
 
 
-def load(folders: dict[str, str], base_model: str | None, dtype: str) -> tuple[Any, Any]:
-    """The model with all adapters, on the GPU if there is one, and its tokenizer."""
+def load(
+    folders: dict[str, str], base_model: str | None, dtype: str, decodes: bool = False
+) -> tuple[Any, Any]:
+    """The model with all adapters, on the GPU if there is one, and its tokenizer.
+
+    ``decodes``: it will do nothing else, which the dtype "auto" depends on."""
     import torch
     from transformers import AutoTokenizer
 
     from qadapter.model.modeling import QAdapterModel
 
     (first, *others) = folders.items()
+    if decodes and dtype == "auto":
+        dtype = "decode"
     model = QAdapterModel.from_pretrained(first[1], base_model=base_model, dtype=dtype)
     for name, folder in others:
         model.load_adapter(folder, name)

@@ -118,7 +118,8 @@ class QAdapterModel(TwoStreamForward):
                 of the architecture (query and value projections).
             alpha_0, alpha_tilde, center, gamma: default 1 for a new adapter, the saved values for a
                 saved one.
-            dtype: of the base, as transformers takes it.
+            dtype: of the base, as transformers takes it; "decode" is "auto" for a model that will
+                only decode, which any x86-64 is fast at in bfloat16.
             base_model: where the base of a saved adapter is, if not where it was at training.
             **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 

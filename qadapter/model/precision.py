@@ -1,10 +1,16 @@
-"""What ``dtype="auto"`` means: the checkpoint's dtype where this machine is fast in it."""
+"""What ``dtype="auto"`` means: the checkpoint's dtype where this machine is fast in it.
+
+That depends on the work: ``dtype="decode"`` is "auto" for a model that only decodes. A step of it
+reads every weight for a few rows, and csrc/cpu has products of bfloat16 for that on any x86-64.
+"""
 
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from qadapter.ops import few_rows
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +36,27 @@ def fast_on_cpu(dtype: torch.dtype) -> bool:
     return dtype not in _INSTRUCTIONS or any(here.get(name) for name in _INSTRUCTIONS[dtype])
 
 
+def decodes_in(dtype: torch.dtype) -> bool:
+    """Whether decoding takes products of this package's where the CPU has no instructions: for the
+    rows of prompts, too, which PyTorch's would take 4 times as long for."""
+    return few_rows.rows_linear_limit(dtype) >= 4096
+
+
 def base_dtype(
     dtype: torch.dtype | str, source: str, device: str | None = None, **kwargs: Any
 ) -> torch.dtype | str:
     """The dtype to load a base in; says so where "auto" is not the checkpoint's.
 
     Args:
-        dtype: as transformers takes it. Anything but "auto" is returned as it is.
+        dtype: as transformers takes it, or "decode". Anything but these and "auto" is returned as
+            it is.
         source: folder or Hub id of the base.
         device: where the base will run; None, on the accelerator if torch sees one.
         **kwargs: as ``from_pretrained`` will get them.
     """
-    if dtype != "auto":
+    if dtype not in ("auto", "decode"):
         return dtype
+    decodes, dtype = dtype == "decode", "auto"
     if device is None:
         device = "cpu" if str(kwargs.get("device_map")) == "cpu" else None
     if device is None and not torch.accelerator.is_available():
@@ -60,7 +74,7 @@ def base_dtype(
         return dtype
     # An old checkpoint does not say; float32 holds whatever it has.
     stored: Any = config.dtype or torch.bfloat16
-    if fast_on_cpu(stored):
+    if fast_on_cpu(stored) or (decodes and decodes_in(stored)):
         return dtype
     name = str(stored).removeprefix("torch.")
     logger.warning(
@@ -77,5 +91,6 @@ def report() -> str:
     lines = []
     for dtype in _INSTRUCTIONS:
         name = str(dtype).removeprefix("torch.")
-        lines.append(f"{name} {'as it is' if fast_on_cpu(dtype) else 'in float32'}")
+        decoding = ", to decode as it is" if decodes_in(dtype) else ""
+        lines.append(f"{name} {'as it is' if fast_on_cpu(dtype) else 'in float32' + decoding}")
     return ", ".join(lines)

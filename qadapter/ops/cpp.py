@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ from torch import Tensor
 # A gather and two additions, which torch does as well.
 from qadapter.ops.linear_torch import linear_bwd as linear_bwd
 
+
+def portable_name(machine: str) -> str:
+    """What compilers make of the portable code there: "neon" on 64-bit Arm, else "plain"."""
+    return "neon" if machine.lower() in ("aarch64", "arm64") else "plain"
+
+
 # The extension's numbers for the instruction sets, each with all that is before it. The last two
 # add products of bfloat16; what has no such products takes avx512 there.
-CAPABILITIES = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
+CAPABILITIES = (portable_name(platform.machine()), "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def build_note(extension: str) -> str:

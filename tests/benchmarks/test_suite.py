@@ -206,6 +206,30 @@ def test_inputs_that_fit_the_cache_are_driven_out(monkeypatch):
     assert len(read) == 3
 
 
+def test_who_is_far_slower_is_timed_once_and_said_to_be(monkeypatch):
+    seconds, runs, now = {"ours": 2.0, "near": 39.0, "far": 41.0}, {}, [0.0]
+    monkeypatch.setitem(harness.CLOCKS, "wall", lambda: now[0])
+
+    def function(name):
+        def run():
+            runs[name] = runs.get(name, 0) + 1
+            now[0] += seconds[name]
+
+        return run
+
+    def timed(*more):
+        runs.clear()
+        options = bench.parse(bench_logits, ["--rounds", "3", *more])
+        return bench.timed({n: function(n) for n in seconds}, options, 1 << 60, "ours", warmup=0)
+
+    times = timed("--far", "20")
+    assert runs["far"] == 1 and times["far"].best == 41e3
+    assert {name: timing.runs for name, timing in times.items()} == {"ours": 3, "near": 3, "far": 1}
+    shown = recording.show([{"who": name, "ms": timing} for name, timing in times.items()])
+    assert "far: timed once" in shown and "near: timed once" not in shown
+    assert timed()["far"].runs == 3
+
+
 @pytest.mark.parametrize(("budget", "length", "at_least"), [(999, 960, False), (10**9, 4096, True)])
 def test_the_longest_context(budget, length, at_least):
     tried = []

@@ -94,6 +94,19 @@ def test_a_device_other_than_the_cpu_takes_the_checkpoint(folder, machine, monke
     assert precision.base_dtype("auto", source, device_map="cpu") == torch.float32
 
 
+def test_decoding_reads_weights_as_they_are_where_our_products_serve(folder, machine, monkeypatch):
+    machine(AVX2)
+    for limit, expected in ((4096, "auto"), (16, torch.float32), (0, torch.float32)):
+        monkeypatch.setattr(precision.few_rows, "rows_linear_limit", lambda _, n=limit: n)
+        assert precision.base_dtype("decode", str(folder / "bfloat16")) == expected
+        assert precision.base_dtype("auto", str(folder / "bfloat16")) == torch.float32
+    assert precision.base_dtype("decode", str(folder / "bfloat16"), "cuda") == "auto"
+    monkeypatch.setattr(precision.few_rows, "rows_linear_limit", lambda dtype: 4096)
+    model = QAdapterModel.from_pretrained(folder / "bfloat16", dtype="decode")
+    assert model.hf_model.dtype == torch.bfloat16
+    assert "to decode as it is" in precision.report()
+
+
 def test_a_quantised_base_is_left_alone(folder, machine):
     from transformers import AutoConfig
 

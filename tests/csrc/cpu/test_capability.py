@@ -26,5 +26,5 @@ def test_the_best_is_taken_and_never_more_than_there_is(monkeypatch):
         monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", cpp.CAPABILITIES[-1])
         assert cpp.capability() == cpp.CAPABILITIES[best]
     monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", "sse9")
-    with pytest.raises(ValueError, match=r"expected one of plain, avx2, .*amx, got 'sse9'"):
+    with pytest.raises(ValueError, match=r"expected one of \w+, avx2, .*amx, got 'sse9'"):
         cpp.isa()

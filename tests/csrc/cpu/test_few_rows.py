@@ -197,7 +197,9 @@ def test_linear_refuses():
 
 def test_limits(monkeypatch):
     for dtype in (F32, BF16, F16, torch.float64):
-        assert few_rows.rows_linear_limit(dtype) in range(257)
+        assert few_rows.rows_linear_limit(dtype) in (*range(257), 4096)
+    if cpp.capability() in ("avx2", "avx512"):  # where PyTorch has no product for prompts, either
+        assert few_rows.rows_linear_limit(BF16) == 4096
     assert few_rows.rows_linear_limit(F16) == few_rows.rows_linear_limit(torch.float64) == 0
     monkeypatch.setattr(cpp, "why_not_loaded", lambda: "no extension")
     few_rows.rows_linear_limit.cache_clear()
