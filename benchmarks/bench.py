@@ -125,8 +125,8 @@ def timed(
 ) -> dict[str, harness.Timing]:
     """In turns, as `timing` has it. Inputs of ``size`` bytes that would stay in the cache are
     driven out of it before every call. With ``--far`` a call of each is timed ahead of that, and
-    who is that many times slower than ``own`` keeps this one time (``runs`` is 1). A quick run, whose
-    times mean nothing, does not empty the cache."""
+    who is that many times slower than ``own`` keeps this one time (``runs`` is 1). The cache stays
+    as it is in a quick run, whose times mean nothing."""
     names = ("device", "rounds", "seconds", "least", "clock")
     cold = not options.quick and size < harness.COLD * harness.cache_bytes()
     more = {"cold": cold, **more}
