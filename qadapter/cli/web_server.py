@@ -37,7 +37,8 @@ class Server:
             raise ValueError(f"--server: {self.address} lists no model") from None
 
     def compare(self, options: argparse.Namespace) -> tuple[Compared, Compared]:
-        """As `qadapter.text.compared.compare`; ValueError with the server's words if it refuses."""
+        """As `qadapter.text.compared.compare`, but that tokens which the server sends in one event
+        make one piece; ValueError with the server's words if it refuses."""
         with ThreadPoolExecutor(2) as pool:
             base, policy = pool.map(
                 lambda strength: self._compared(options, strength), (0.0, options.strength)

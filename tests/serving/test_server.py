@@ -199,11 +199,10 @@ def test_the_page_in_the_browser_asks_a_server(address, model):
     here = compare(model, tokenizer, ids, strength=2.0, max_new_tokens=8, do_sample=False)
     assert here[0].text != here[1].text
     for there, wanted in zip(made, here, strict=True):
-        # vLLM writes the space that is between the question and the first word
-        assert [t.strip() for t, _ in there.pieces] == [t.strip() for t, _ in wanted.pieces]
-        assert [n for _, n in there.pieces] == pytest.approx(
-            [n for _, n in wanted.pieces], abs=4e-4
-        )
+        # where tokens come together, they make one piece
+        assert there.text.strip() == wanted.text.strip()
+        nats = [sum(n for _, n in pieces) for pieces in (there.pieces, wanted.pieces)]
+        assert nats[0] == pytest.approx(nats[1], abs=8 * 2e-4) and abs(nats[1]) > 0.1
         assert there.finish_reason == wanted.finish_reason
 
 
