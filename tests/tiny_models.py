@@ -1,6 +1,9 @@
 """Small random models that tests make themselves; nothing is downloaded."""
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 
 
 def make_base(kind: str = "llama", *, dtype: torch.dtype = torch.float32, vocab: int = 97):
@@ -56,7 +59,11 @@ def make_quantised(folder, how: str, dtype: torch.dtype = torch.float32):
     import transformers as tf
 
     settings = quantisation_of(how, dtype)
-    make_base("llama-64", dtype=dtype).save_pretrained(folder)
+    # By hand: save_pretrained writes in the first of several processes alone.
+    base = make_base("llama-64", dtype=dtype)
+    Path(folder).mkdir(exist_ok=True)
+    base.config.save_pretrained(folder)
+    save_file(base.state_dict(), Path(folder) / "model.safetensors", {"format": "pt"})
     return tf.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=settings, dtype=dtype
     ).eval()
