@@ -100,8 +100,9 @@ def show(rows: list[Row]) -> str:
     if not found.empty:
         figures = found.set_index("who").select_dtypes("number").T.rename_axis("").reset_index()
         columns = [("", ""), *((who, who, "{:,.4g}") for who in found["who"])]
-        single = [row["who"] for row in rows if getattr(row.get("ms"), "runs", 0) == 1]
-        lines += [f"{who}: timed once" for who in single]
+        runs = {row["who"]: getattr(row.get("ms"), "runs", 0) for row in rows}
+        if max(runs.values()) > 1:
+            lines += [f"{who}: timed once" for who, count in runs.items() if count == 1]
         lines.insert(0, table(figures, columns))
     return "\n".join(lines)
 
