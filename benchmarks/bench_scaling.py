@@ -42,7 +42,7 @@ SWEEPS: dict[str, tuple[str, tuple[list[int], list[int], list[int]]]] = {
     "threads": ("threads", (THREADS, [], THREADS)),
 }
 OPTIONS: bench.Options = {
-    **{name: bench_linear.OPTIONS[name] for name in ("backend", "seconds", "least", "clock")},
+    **{n: bench_linear.OPTIONS[n] for n in ("backend", "seconds", "least", "far", "clock")},
     "sweep": list(SWEEPS),
     "pairs": 4,
     "dtype": ["bf16"],

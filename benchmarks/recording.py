@@ -103,6 +103,7 @@ def _flat(row: Row) -> Row:
 
 def show(rows: list[Row]) -> str:
     """A line for each figure, a column for each competitor; and who is missing."""
+<<<<<<< HEAD
     found = [_flat(row) for row in plain(rows) if "missing" not in row]
     names = dict.fromkeys(
         name
@@ -120,6 +121,18 @@ def show(rows: list[Row]) -> str:
     missing += [f"{who}: timed once" for who in single]
     tables = [markdown(["", *(row["who"] for row in found)], lines)] if lines else []
     return "\n".join([*tables, *missing])
+=======
+    found = frame(plain(rows))
+    lines = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
+    if not found.empty:
+        figures = found.set_index("who").select_dtypes("number").T.rename_axis("").reset_index()
+        columns = [("", ""), *((who, who, "{:,.4g}") for who in found["who"])]
+        runs = {row["who"]: getattr(row.get("ms"), "runs", 0) for row in rows}
+        if max(runs.values()) > 1:
+            lines += [f"{who}: timed once" for who, count in runs.items() if count == 1]
+        lines.insert(0, table(figures, columns))
+    return "\n".join(lines)
+>>>>>>> avx
 
 
 class Recording:

@@ -43,7 +43,8 @@ SETS = {
 logits logits --n 64 --v 49152 --rounds 9 --seconds 1 --far 20
 linear linear --n 256 --size 576x49152 --dtype bf16 --mode uncached --rounds 5 --seconds 4 \
     --far 20
-linear_scaling scaling --sweep vocab threads --peers qadapter eager --rounds 1 --least 1
+linear_scaling scaling --sweep vocab threads --peers qadapter eager --rounds 1 --least 1 \
+    --far 20
 sample sample --batch-sizes 8 --vocab 49152 --dtype bf16 --streams two \
     --peers eager transformers FlashInfer --filters plain "top-k, top-p" --far 20
 decode decode --batch-sizes 1 --new-tokens 12 --mode sampled --lora all --rounds 1
