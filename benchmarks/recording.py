@@ -103,7 +103,6 @@ def _flat(row: Row) -> Row:
 
 def show(rows: list[Row]) -> str:
     """A line for each figure, a column for each competitor; and who is missing."""
-<<<<<<< HEAD
     found = [_flat(row) for row in plain(rows) if "missing" not in row]
     names = dict.fromkeys(
         name
@@ -117,22 +116,11 @@ def show(rows: list[Row]) -> str:
 
     lines = [[name, *(cell(row.get(name)) for row in found)] for name in names]
     missing = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
-    single = [row["who"] for row in rows if getattr(row.get("ms"), "runs", 0) == 1]
-    missing += [f"{who}: timed once" for who in single]
+    runs = {row["who"]: getattr(row.get("ms"), "runs", 0) for row in rows}
+    if max(runs.values(), default=0) > 1:
+        missing += [f"{who}: timed once" for who, count in runs.items() if count == 1]
     tables = [markdown(["", *(row["who"] for row in found)], lines)] if lines else []
     return "\n".join([*tables, *missing])
-=======
-    found = frame(plain(rows))
-    lines = [f"{row['who']}: {row['missing']}" for row in rows if "missing" in row]
-    if not found.empty:
-        figures = found.set_index("who").select_dtypes("number").T.rename_axis("").reset_index()
-        columns = [("", ""), *((who, who, "{:,.4g}") for who in found["who"])]
-        runs = {row["who"]: getattr(row.get("ms"), "runs", 0) for row in rows}
-        if max(runs.values()) > 1:
-            lines += [f"{who}: timed once" for who, count in runs.items() if count == 1]
-        lines.insert(0, table(figures, columns))
-    return "\n".join(lines)
->>>>>>> avx
 
 
 class Recording:
