@@ -39,8 +39,8 @@ def available() -> tuple[bool, str]:
     """Whether kernels can run here, and the state or the reason."""
     if not torch.cuda.is_available():  # first: to load it takes seconds
         return False, "quack-kernels: torch sees no GPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < (9, 0):
+    installed = importlib.util.find_spec("quack") is not None
+    if installed and torch.cuda.get_device_capability() < (9, 0):
         name = torch.cuda.get_device_name()
         return False, f"quack-kernels is for compute capability 9.0 and later, {name} has not"
     if (reason := why_not_loaded()) is not None:
