@@ -162,6 +162,9 @@ def train(argv: Sequence[str]) -> int:
     trainer = QAdapterTrainer(
         model, config, train_dataset=dataset, eval_dataset=held_out, anchor_dataset=anchors
     )
+    if _caching_pays(model, config):
+        n = f"{config.num_train_epochs:g}"
+        print(f"{n} epochs: with --precompute_base the base runs once instead of {n} times")
     trainer.train(resume_from_checkpoint=options.resume or config.resume_from_checkpoint)
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
@@ -177,6 +180,21 @@ def train(argv: Sequence[str]) -> int:
         )
     print(f"adapter saved to {config.output_dir}" + (f", plot {plot}" if plot else ""))
     return 0
+
+
+def _caching_pays(model: Any, config: Any) -> bool:
+    """Whether the base cache could spare passes that this run is about to make."""
+    from qadapter.model.quantised import mixes_rows
+
+    return (
+        not config.precompute_base
+        and config.max_steps <= 0
+        and config.num_train_epochs > 1
+        and not config.use_logits
+        and model.selects_hidden_rows
+        and model.alpha_0 == model.center
+        and not (config.fsdp or config.deepspeed or mixes_rows(model.hf_model))
+    )
 
 
 def _usable(model: Any, config: Any, dataset: Any, what: str) -> Any:

@@ -214,6 +214,20 @@ def test_training_from_a_cache_of_the_base(files, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--num-train-epochs", "2"], True),
+        (["--num-train-epochs", "2", "--precompute-base"], False),
+        (["--num-train-epochs", "2", "--alpha-0", "0.5"], False),
+        (["--num-train-epochs", "1"], False),
+    ],
+)
+def test_several_epochs_tell_of_the_cache(files, capsys, options, said):
+    assert train(files, "--max-steps", "-1", *options) == 0
+    assert ("2 epochs: with --precompute_base" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--output-dir", "elsewhere"], "--output: give it or --output_dir"),
