@@ -6,6 +6,9 @@
 // In float32. Forward rounds as transformers' apply_rotary_pos_emb does: both products to the
 // dtype, and their sum; so its values are the same, bit for bit. Backward rounds once.
 //
+// The result lies as a layer's products give their heads, [B, T, H, D]: attention reads it so, and
+// the gradient goes into products without a copy. Rows are taken in that order.
+//
 // Bytes, s an element: x read, y written, 2 s; cos and sin are read again from the cache. Eager
 // PyTorch makes four temporaries of the size of x, 11 s.
 
@@ -48,9 +51,11 @@ Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool back, int64_t isa) {
   RotaryJob job;
   job.cos = check_angles(cos, "cos", x, element, job.cos_strides);
   job.sin = check_angles(sin, "sin", x, element, job.sin_strides);
-  Tensor out = new_rows(x, x.size(3));
+  Tensor memory = torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)});
+  Tensor out = torch::stable::transpose(memory, 1, 2);
   job.x = static_cast<const char*>(x.const_data_ptr());
   for (int d = 0; d < 3; ++d) job.x_strides[d] = x.stride(d) * element;
+  for (int d = 0; d < 3; ++d) job.out_strides[d] = out.stride(d) * element;
   job.out = static_cast<char*>(out.mutable_data_ptr());
   job.heads = x.size(1);
   job.tokens = x.size(2);

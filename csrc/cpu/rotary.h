@@ -9,14 +9,15 @@ namespace qadapter {
 struct RotaryJob {
   const char* x;
   int64_t x_strides[3];  // bytes, over B, H, T
-  char* out;             // dense [B, H, T, D]
+  char* out;
+  int64_t out_strides[3];
   const char *cos, *sin;
   int64_t cos_strides[2], sin_strides[2];  // bytes, over B, T
   int64_t heads, tokens, half;             // D = 2 half
   float one = 1.0f;
 };
 
-// Rows [first, end) of B H T.
+// Rows [first, end) of B T H.
 using RotaryRows = void (*)(const RotaryJob&, int64_t first, int64_t end);
 
 struct RotaryTable {

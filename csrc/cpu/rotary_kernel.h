@@ -40,15 +40,16 @@ void rotary_rows(const RotaryJob& job, int64_t first, int64_t end) {
   const int64_t half = job.half;
   const Simd::F one = Simd::set1(job.one);
   for (int64_t i = first; i < end; ++i) {
-    const int64_t t = i % job.tokens, h = i / job.tokens % job.heads;
-    const int64_t b = i / job.tokens / job.heads;
+    const int64_t h = i % job.heads, t = i / job.heads % job.tokens;
+    const int64_t b = i / job.heads / job.tokens;
     const T* x = reinterpret_cast<const T*>(job.x + b * job.x_strides[0] + h * job.x_strides[1] +
                                             t * job.x_strides[2]);
     const T* c =
         reinterpret_cast<const T*>(job.cos + b * job.cos_strides[0] + t * job.cos_strides[1]);
     const T* s =
         reinterpret_cast<const T*>(job.sin + b * job.sin_strides[0] + t * job.sin_strides[1]);
-    T* y = reinterpret_cast<T*>(job.out) + i * 2 * half;
+    T* y = reinterpret_cast<T*>(job.out + b * job.out_strides[0] + h * job.out_strides[1] +
+                                t * job.out_strides[2]);
     int64_t j = 0;
     for (; j + Simd::kGroup <= half; j += Simd::kGroup) {
       const T* const in[6] = {x + j, x + half + j, c + j, s + j, c + half + j, s + half + j};

@@ -12,9 +12,11 @@ is the function the model had; it then tries, on random tokens, that results are
 
     flash-attention   one varlen call; the keys of a shared prompt are gathered once per response
                       (queries and keys then differ in number: its causal mask ends flush right)
-    sdpa              one call a sequence, causal without a mask where it is a whole sequence
+    sdpa              one call a sequence, causal without a mask where it is a whole sequence;
+                      on a CPU with AMX one call for all of them, in bfloat16
 """
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qadapter.model import cpu_attention
 from qadapter.model.quantised import mixes_rows
+from qadapter.ops import varlen_attention
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +138,16 @@ def _sequences(
             )
 
 
+@functools.lru_cache(maxsize=8)
+def _shared_and_own(groups: Groups) -> Tensor:
+    """int64 [S, 2] of the sequences: how much of a prompt they share, and what is their own."""
+    rows = []
+    for shared, *responses in groups.lengths:
+        rows.append((0, shared + sum(responses[:1])))
+        rows.extend((shared, length) for length in responses[1:])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+
+
 # One graph break a layer: traced, the loop would be compiled for these lengths alone.
 @torch.compiler.disable
 def _sdpa_packed(
@@ -144,6 +157,12 @@ def _sdpa_packed(
     window = kw.get("sliding_window")
     outputs = []
     plain = cpu_attention.serves(query, kw)
+    if plain and varlen_attention.serves(query, value):
+        sequences = _shared_and_own(groups)
+        heads = (x[0] for x in (query, key, value))
+        scaling = kw["scaling"]
+        output = varlen_attention.varlen_attention(*heads, sequences, scaling, window)
+        return output.transpose(0, 1)[None]
     for q, k, v in _sequences(groups.lengths, query, key, value):
         num_queries, num_keys = q.shape[2], k.shape[2]
         if num_queries == 0:

@@ -148,7 +148,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin: [1 or B, T, D] of the same dtype, dense rows; their gradient is not taken.
 
     Returns:
-        [B, H, T, D], contiguous.
+        [B, H, T, D], in memory [B, T, H, D].
 
     Raises:
         RuntimeError: A dtype, device or shape that does not fit; the extension cannot be loaded.

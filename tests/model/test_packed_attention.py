@@ -8,6 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qadapter import functional as QF
 from qadapter.model import packed_attention
+from qadapter.ops import varlen_attention
 from qadapter.text.collator import PreferenceCollator
 from qadapter.text.packing import PackedPreferenceCollator
 from tests.text.tokenized_pairs import PAIRS
@@ -281,3 +282,27 @@ def test_empty_pairs_are_refused():
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         with pytest.raises(ValueError, match="without a token"):
             PackedPreferenceCollator()([{**pairs()[0], column: []}])
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_one_call_for_all_sequences(window, monkeypatch):
+    """Where a CPU has AMX; against a product a sequence."""
+    generator = torch.Generator().manual_seed(0)
+    groups = packed_attention.Groups(((5, 30, 7, 40), (17,), (3, 1, 0), (0, 2, 9)))
+    tokens = sum(map(sum, groups.lengths))
+    tensors = [torch.randn(1, h, tokens, 32, generator=generator).bfloat16() for h in (4, 2, 2)]
+    upstream = torch.randn(1, tokens, 4, 32, generator=generator).bfloat16()
+    if not varlen_attention.serves(tensors[0], tensors[2]):
+        pytest.skip("needs a CPU with AMX")
+
+    def evaluate():
+        q, k, v = (t.clone().requires_grad_() for t in tensors)
+        arguments = {"scaling": 0.2, "sliding_window": window}
+        output = packed_attention._sdpa_packed("sdpa", None, q, k, v, groups, **arguments)
+        return output, *torch.autograd.grad(output, (q, k, v), upstream)
+
+    ours = evaluate()
+    monkeypatch.setattr(varlen_attention, "serves", lambda *_: False)
+    for a, b in zip(ours, evaluate(), strict=True):
+        assert a.shape == b.shape
+        assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
