@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qadapter.model import large_pages
 from qadapter.model.checkpoint import resolve_model
 
 SHAPES: dict[str, dict[str, Any]] = {  # random weights
@@ -40,6 +41,7 @@ def load_base(name: str, device: str, dtype: torch.dtype = torch.bfloat16) -> An
     else:
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
     model = model.eval().to(device)
+    large_pages.settle(model)  # as `QAdapterModel.from_pretrained` does, for all who share it
     model.generation_config.eos_token_id = None  # all sequences get equally long
     model.generation_config.pad_token_id = 0
     return model

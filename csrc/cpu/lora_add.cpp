@@ -148,11 +148,13 @@ void lora_add_(Tensor out, Tensor x, Tensor lora_a, Tensor lora_b, double scalin
     return;
   }
 #endif
-  const LoraRows run = lora_for(isa, dtype, low_rank);
+  const LoraTable run = lora_for(isa, dtype, low_rank);
   const int64_t work = std::min(rows, kLoraRows) * job.r * (job.k + job.o);
   for_each_piece((rows + kLoraRows - 1) / kLoraRows, work, [&](int64_t piece) {
-    const int64_t first = piece * kLoraRows;
-    run(job, first, std::min(rows, first + kLoraRows), memory_of(kLoraRows * lora_stride(job.r)));
+    const int64_t first = piece * kLoraRows, end = std::min(rows, first + kLoraRows);
+    float* h = memory_of(kLoraRows * lora_stride(job.r));
+    run.low(job, first, end, h);
+    run.delta(job, first, end, h, 0, job.o);
   });
 }
 

@@ -28,10 +28,6 @@
 namespace qadapter {
 namespace {
 
-const NormTable& tables_for(int64_t isa, DType dtype) {
-  return QADAPTER_FOR_ISA(choose_isa(isa), norm_tables)[static_cast<int>(dtype)];
-}
-
 DType check_norm(const Tensor& x, const Tensor& weight) {
   const DType dtype = layer_dtype(x, "rms_norm: x");
   const int64_t dims = x.dim();
@@ -65,11 +61,15 @@ NormJob norm_job(Tensor& x, const Tensor& weight, double eps, Tensor& out) {
 
 }  // namespace
 
+const NormTable& norm_for(int64_t isa, DType dtype) {
+  return QADAPTER_FOR_ISA(choose_isa(isa), norm_tables)[static_cast<int>(dtype)];
+}
+
 Tensor rms_norm_fwd(Tensor x, Tensor weight, double eps, int64_t isa) {
   const DType dtype = check_norm(x, weight);
   Tensor y = new_rows(x, weight.size(0));
   const NormJob job = norm_job(x, weight, eps, y);
-  if (job.columns > 0) run_rows(job, tables_for(isa, dtype).fwd);
+  if (job.columns > 0) run_rows(job, norm_for(isa, dtype).fwd);
   return y;
 }
 
@@ -79,7 +79,7 @@ Tensor rms_norm_bwd(Tensor grad, Tensor x, Tensor weight, double eps, int64_t is
   Tensor dx = new_rows(x, weight.size(0));
   NormJob job = norm_job(x, weight, eps, dx);
   job.grad = layer_rows(grad, bytes_of(dtype));
-  if (job.columns > 0) run_rows(job, tables_for(isa, dtype).bwd);
+  if (job.columns > 0) run_rows(job, norm_for(isa, dtype).bwd);
   return dx;
 }
 

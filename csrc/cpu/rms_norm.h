@@ -20,4 +20,7 @@ struct NormTable {
   NormRows fwd, bwd;
 };
 
+// The code for float32 or bfloat16; isa as elsewhere.
+const NormTable& norm_for(int64_t isa, DType dtype);
+
 }  // namespace qadapter

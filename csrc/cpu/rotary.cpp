@@ -42,6 +42,10 @@ const char* check_angles(const Tensor& t, const char* name, const Tensor& x, int
 
 }  // namespace
 
+const RotaryTable& rotary_for(int64_t isa, DType dtype) {
+  return QADAPTER_FOR_ISA(choose_isa(isa), rotary_tables)[static_cast<int>(dtype)];
+}
+
 Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool back, int64_t isa) {
   const DType dtype = layer_dtype(x, "rotary: x");
   STD_TORCH_CHECK(x.dim() == 4 && x.size(3) % 2 == 0,
@@ -62,8 +66,7 @@ Tensor rotary(Tensor x, Tensor cos, Tensor sin, bool back, int64_t isa) {
   job.half = x.size(3) / 2;
   const int64_t rows = x.size(0) * job.heads * job.tokens;
   if (rows == 0 || job.half == 0) return out;
-  const RotaryTable* tables = QADAPTER_FOR_ISA(choose_isa(isa), rotary_tables);
-  const RotaryTable& table = tables[static_cast<int>(dtype)];
+  const RotaryTable& table = rotary_for(isa, dtype);
   const RotaryRows run = back ? table.bwd : table.fwd;
   const int64_t each = kLayerPiece / (2 * job.half) + 1;
   for_each_piece((rows + each - 1) / each, each * 2 * job.half, [&](int64_t piece) {

@@ -24,4 +24,7 @@ struct RotaryTable {
   RotaryRows fwd, bwd;
 };
 
+// The code for float32 or bfloat16; isa as elsewhere.
+const RotaryTable& rotary_for(int64_t isa, DType dtype);
+
 }  // namespace qadapter

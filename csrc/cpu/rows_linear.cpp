@@ -20,6 +20,7 @@
 
 #include <atomic>
 #include <optional>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/simd_plain.h"
@@ -30,8 +31,9 @@ namespace plain {
 #include "cpu/rows_linear_sums.h"
 #include "cpu/rows_linear_kernel.h"
 const RowsColumns rows_table[2] = {&rows_columns<float>, &rows_columns<BF16>};
-const LoraRows lora_table[2][2] = {{&lora_rows<float, float>, &lora_rows<float, BF16>},
-                                   {&lora_rows<BF16, float>, &lora_rows<BF16, BF16>}};
+const LoraTable lora_table[2][2] = {
+    {lora_functions<float, float>(), lora_functions<float, BF16>()},
+    {lora_functions<BF16, float>(), lora_functions<BF16, BF16>()}};
 const OuterColumns outer_table[2] = {&outer_columns<float>, &outer_columns<BF16>};
 }  // namespace plain
 }  // namespace qadapter
@@ -46,8 +48,9 @@ namespace avx2 {
 #include "cpu/rows_linear_sums.h"
 #include "cpu/rows_linear_kernel.h"
 const RowsColumns rows_table[2] = {&rows_columns<float>, &rows_columns<BF16>};
-const LoraRows lora_table[2][2] = {{&lora_rows<float, float>, &lora_rows<float, BF16>},
-                                   {&lora_rows<BF16, float>, &lora_rows<BF16, BF16>}};
+const LoraTable lora_table[2][2] = {
+    {lora_functions<float, float>(), lora_functions<float, BF16>()},
+    {lora_functions<BF16, float>(), lora_functions<BF16, BF16>()}};
 const OuterColumns outer_table[2] = {&outer_columns<float>, &outer_columns<BF16>};
 }  // namespace avx2
 }  // namespace qadapter
@@ -62,8 +65,9 @@ namespace avx512 {
 #include "cpu/rows_linear_sums.h"
 #include "cpu/rows_linear_kernel.h"
 const RowsColumns rows_table[2] = {&rows_columns<float>, &rows_columns<BF16>};
-const LoraRows lora_table[2][2] = {{&lora_rows<float, float>, &lora_rows<float, BF16>},
-                                   {&lora_rows<BF16, float>, &lora_rows<BF16, BF16>}};
+const LoraTable lora_table[2][2] = {
+    {lora_functions<float, float>(), lora_functions<float, BF16>()},
+    {lora_functions<BF16, float>(), lora_functions<BF16, BF16>()}};
 const OuterColumns outer_table[2] = {&outer_columns<float>, &outer_columns<BF16>};
 }  // namespace avx512
 }  // namespace qadapter
@@ -116,35 +120,46 @@ RowsColumns columns_for(int64_t isa, DType dtype, const RowsJob& job) {
   return QADAPTER_FOR_ISA(choose_isa(isa), rows_table)[d];
 }
 
-// Calls f(first, end) for pieces of the columns of out. Each thread walks a slice of W from its
-// start, so that it reads one stream and its fetching ahead crosses pieces. Who is done takes what
-// is left of the others' slices. Pieces are multiples of `unit` columns.
+// Calls f(job, first, end) for pieces of the columns of every job's out. Each thread walks a slice
+// of the weights from its start, so that it reads one stream and its fetching ahead crosses pieces.
+// Who is done takes what is left of the others' slices. Pieces are multiples of `units` columns.
 template <class F>
-void for_each_columns(const RowsJob& job, int64_t element, int64_t unit, const F& f) {
+void for_each_columns(const RowsJob* jobs, const int64_t* units, int jobs_count, int64_t element,
+                      const F& f) {
   constexpr int64_t kMostThreads = 64;
   constexpr int64_t kPiece = 32768;         // bytes of W
   constexpr int64_t kWorthwhile = 1 << 19;  // work to wake another thread for
-  // One row of x takes about a fourth of the time in which W is read.
-  const int64_t row_bytes = std::max<int64_t>(1, job.k * element);
-  const int64_t work = job.o * row_bytes * (4 + job.x.count);
-  const int64_t length = (kPiece / row_bytes / unit + 1) * unit, count = (job.o + length - 1) / length;
+  int64_t length[kMostProducts], end[kMostProducts], count = 0, work = 0;  // end: of its pieces
+  for (int j = 0; j < jobs_count; ++j) {
+    const int64_t row_bytes = std::max<int64_t>(1, jobs[j].k * element);
+    // One row of x takes about a fourth of the time in which W is read.
+    work += jobs[j].o * row_bytes * (4 + jobs[j].x.count);
+    length[j] = (kPiece / row_bytes / units[j] + 1) * units[j];
+    end[j] = count += (jobs[j].o + length[j] - 1) / length[j];
+  }
   const int64_t threads =
       std::min<int64_t>({kMostThreads, count, std::max<int64_t>(1, work / kWorthwhile),
                          static_cast<int64_t>(torch::stable::get_num_threads())});
-  if (threads <= 1) return f(0, job.o);
+  if (threads <= 1) {
+    for (int j = 0; j < jobs_count; ++j) f(j, 0, jobs[j].o);
+    return;
+  }
   struct alignas(64) Next {
     std::atomic<int64_t> piece;
   };
   Next next[kMostThreads];
   for (int64_t t = 0; t < threads; ++t) next[t].piece.store(count * t / threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t stop) {
+    for (int64_t thread = begin; thread < stop; ++thread) {
       for (int64_t turn = 0; turn < threads; ++turn) {
         const int64_t slice = (thread + turn) % threads, last = count * (slice + 1) / threads;
         for (;;) {
           const int64_t piece = next[slice].piece.fetch_add(1, std::memory_order_relaxed);
           if (piece >= last) break;
-          f(piece * length, std::min(job.o, (piece + 1) * length));
+          int j = 0;
+          while (piece >= end[j]) ++j;
+          const int64_t first = (piece - (j > 0 ? end[j - 1] : 0)) * length[j];
+          f(j, first, std::min(jobs[j].o, first + length[j]));
         }
       }
     }
@@ -153,7 +168,32 @@ void for_each_columns(const RowsJob& job, int64_t element, int64_t unit, const F
 
 }  // namespace
 
-LoraRows lora_for(int64_t isa, DType x, DType a) {
+void multiply_rows(RowsJob* jobs, int count, DType dtype, int64_t isa, const AfterColumns& after) {
+  STD_TORCH_CHECK(count <= kMostProducts, "qadapter: at most ", kMostProducts, " products at once");
+  int64_t units[kMostProducts];
+  RowsColumns run[kMostProducts];
+  BF16* packed = nullptr;
+  for (int j = 0; j < count; ++j) {
+    const bool tiles = by_tiles(choose_isa(isa), dtype, jobs[j]);
+    units[j] = tiles ? 2 * kTileRows : kVectorRows;
+    run[j] = columns_for(isa, dtype, jobs[j]);
+#if QADAPTER_X86
+    if (tiles && packed == nullptr) {
+      thread_local std::vector<BF16> memory;
+      const size_t elements = static_cast<size_t>(amx::packed_elements(jobs[j]));
+      if (memory.size() < elements) memory.resize(elements);
+      amx::pack_x(jobs[j], packed = memory.data());
+    }
+#endif
+    jobs[j].packed = packed;
+  }
+  for_each_columns(jobs, units, count, bytes_of(dtype), [&](int j, int64_t first, int64_t end) {
+    run[j](jobs[j], first, end);
+    if (after) after(j, first, end);
+  });
+}
+
+LoraTable lora_for(int64_t isa, DType x, DType a) {
   const int i = static_cast<int>(x), j = static_cast<int>(a);
   return QADAPTER_FOR_ISA(choose_isa(isa), lora_table)[i][j];
 }
@@ -200,18 +240,7 @@ Tensor rows_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t 
   job.w_stride = weight.stride(0);
   job.k = k;
   job.o = o;
-  const RowsColumns run = columns_for(isa, dtype, job);
-  const bool tiles = by_tiles(choose_isa(isa), dtype, job);
-#if QADAPTER_X86
-  std::optional<Tensor> packed;
-  if (tiles) {
-    packed = torch::stable::new_empty(x, {amx::packed_elements(job)});
-    job.packed = static_cast<BF16*>(packed->mutable_data_ptr());
-    amx::pack_x(job, job.packed);
-  }
-#endif
-
-  for_each_columns(job, element, tiles ? 2 * kTileRows : 4, [&](int64_t first, int64_t end) { run(job, first, end); });
+  multiply_rows(&job, 1, dtype, isa);
   return result;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <string>
 
 #include "cpu/tensors.h"
@@ -34,11 +35,19 @@ struct RowsJob {
   int64_t w_stride;  // elements
   int64_t k;
   int64_t o;
-  BF16* packed = nullptr;  // x as AMX's kernel wants it, for all threads
+  const BF16* packed = nullptr;  // x as AMX's kernel wants it, for all threads
 };
 
 // Columns [first, end) of out, for all rows.
 using RowsColumns = void (*)(const RowsJob&, int64_t first, int64_t end);
+
+// All products of the same rows x, at most kMostProducts, shared out among the threads as one.
+// after(job, first, end), where it is given: when columns [first, end) of that job's out are there,
+// by the thread that has made them.
+constexpr int kMostProducts = 3;
+using AfterColumns = std::function<void(int job, int64_t first, int64_t end)>;
+void multiply_rows(RowsJob* jobs, int count, DType dtype, int64_t isa,
+                   const AfterColumns& after = nullptr);
 
 // out[i] += scaling * (x[i] A^T) B^T for the rows of x.
 struct LoraJob {
@@ -50,11 +59,18 @@ struct LoraJob {
   float* low = nullptr;  // takes x A^T [rows, r], where it is wanted
 };
 
-// Rows [first, end). `memory`: kLoraRows * lora_stride(r) floats.
-using LoraRows = void (*)(const LoraJob&, int64_t first, int64_t end, float* memory);
+// h = x A^T of rows [first, end), at most kLoraRows; h: kLoraRows * lora_stride(r) floats.
+using LoraLow = void (*)(const LoraJob&, int64_t first, int64_t end, float* h);
+// What h gives, added to columns [from, to) of these rows of out.
+using LoraDelta = void (*)(const LoraJob&, int64_t first, int64_t end, const float* h, int64_t from,
+                           int64_t to);
+struct LoraTable {
+  LoraLow low;
+  LoraDelta delta;
+};
 
 // The code for x and out of dtype x, A and B of dtype a (float32 or bfloat16); isa as elsewhere.
-LoraRows lora_for(int64_t isa, DType x, DType a);
+LoraTable lora_for(int64_t isa, DType x, DType a);
 
 // out[j][c] = scaling * sum_i low[i][j] x[i][c] for columns [first, end) of x.
 struct OuterJob {
@@ -68,7 +84,7 @@ using OuterColumns = void (*)(const OuterJob&, int64_t first, int64_t end);
 OuterColumns outer_for(int64_t isa, DType x);
 constexpr int64_t kOuterColumns = 32;  // of a piece: the widest vectors, twice
 
-constexpr int64_t kLoraRows = 16;  // most rows of a call of LoraRows
+constexpr int64_t kLoraRows = 16;  // most rows of a call of LoraLow
 
 inline int64_t lora_stride(int64_t r) { return (r + 3) / 4 * 4; }  // floats of a row of x A^T
 

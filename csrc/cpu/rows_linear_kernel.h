@@ -169,10 +169,10 @@ void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
   }
 }
 
+// h = x A^T of rows [first, end).
 template <class X, class W>
-void lora_rows(const LoraJob& job, int64_t first, int64_t end, float* h) {
+void lora_low(const LoraJob& job, int64_t first, int64_t end, float* h) {
   using All = Tiles<X, W>;
-  constexpr int kWidth = Simd::kWidth;
   const int64_t rows = end - first, stride = lora_stride(job.r);
   const W* a = reinterpret_cast<const W*>(job.a);
   for (int64_t j = 0; j < job.r; j += kRowsW) {
@@ -196,11 +196,19 @@ void lora_rows(const LoraJob& job, int64_t first, int64_t end, float* h) {
       std::memcpy(job.low + (first + i) * job.r, h + i * stride, job.r * sizeof(float));
     }
   }
+}
+
+// Columns [from, to) of rows [first, end) of out += scaling h B^T.
+template <class X, class W>
+void lora_delta(const LoraJob& job, int64_t first, int64_t end, const float* h, int64_t from,
+                int64_t to) {
+  constexpr int kWidth = Simd::kWidth;
+  const int64_t rows = end - first, stride = lora_stride(job.r);
   // kWidth columns of out at a time: rows of B become columns, which lie across the lanes.
   const W* b = reinterpret_cast<const W*>(job.b);
   const int64_t last = (job.o - 1) * job.b_stride + job.r;  // elements of B
-  for (int64_t o = 0; o < job.o; o += kWidth) {
-    const int columns = static_cast<int>(job.o - o < kWidth ? job.o - o : kWidth);
+  for (int64_t o = from; o < to; o += kWidth) {
+    const int columns = static_cast<int>(to - o < kWidth ? to - o : kWidth);
     alignas(64) float delta[kLoraRows][kWidth] = {};
     for (int64_t j = 0; j < job.r; j += kWidth) {
       const int64_t depth = job.r - j < kWidth ? job.r - j : kWidth;
@@ -236,6 +244,11 @@ void lora_rows(const LoraJob& job, int64_t first, int64_t end, float* h) {
       }
     }
   }
+}
+
+template <class X, class W>
+constexpr LoraTable lora_functions() {
+  return {&lora_low<X, W>, &lora_delta<X, W>};
 }
 
 // Sums stay in registers over all rows: kDeep rows of out, two vectors wide.

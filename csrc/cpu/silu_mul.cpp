@@ -30,10 +30,6 @@
 namespace qadapter {
 namespace {
 
-const SiluTable& tables_for(int64_t isa, DType dtype) {
-  return QADAPTER_FOR_ISA(choose_isa(isa), silu_tables)[static_cast<int>(dtype)];
-}
-
 void run_elements(const SiluJob& job, int64_t count, SiluElements run) {
   for_each_piece((count + kLayerPiece - 1) / kLayerPiece, kLayerPiece, [&](int64_t piece) {
     run(job, piece * kLayerPiece, std::min(count, (piece + 1) * kLayerPiece));
@@ -51,6 +47,10 @@ DType check_silu(const Tensor& gate, const Tensor& up) {
 
 }  // namespace
 
+const SiluTable& silu_for(int64_t isa, DType dtype) {
+  return QADAPTER_FOR_ISA(choose_isa(isa), silu_tables)[static_cast<int>(dtype)];
+}
+
 Tensor silu_mul_fwd(Tensor gate, Tensor up, int64_t isa) {
   const DType dtype = check_silu(gate, up);
   Tensor out = new_dense(gate);
@@ -58,7 +58,7 @@ Tensor silu_mul_fwd(Tensor gate, Tensor up, int64_t isa) {
   job.gate = dense(gate);
   job.up = dense(up);
   job.out = out.mutable_data_ptr();
-  run_elements(job, gate.numel(), tables_for(isa, dtype).fwd);
+  run_elements(job, gate.numel(), silu_for(isa, dtype).fwd);
   return out;
 }
 
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> silu_mul_bwd(Tensor grad, Tensor gate, Tensor up, int
   job.grad = dense(grad);
   job.out = d_gate.mutable_data_ptr();
   job.d_up = d_up.mutable_data_ptr();
-  run_elements(job, gate.numel(), tables_for(isa, dtype).bwd);
+  run_elements(job, gate.numel(), silu_for(isa, dtype).bwd);
   return {d_gate, d_up};
 }
 

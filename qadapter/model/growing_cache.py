@@ -30,18 +30,30 @@ class GrowingLayer(DynamicLayer):
         self.values = self._appended(1, self.values, value_states)
         return self.keys, self.values
 
+    def one_more(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with one token more, whose place holds anything: the caller writes it.
+        The cache holds tokens already."""
+        self.keys = self._with_room(0, self.keys, self.keys, 1)
+        self.values = self._with_room(1, self.values, self.values, 1)
+        return self.keys, self.values
+
     def _appended(self, which: int, held: Tensor | None, new: Tensor) -> Tensor:
+        seen = self._with_room(which, held, new, new.shape[-2])
+        seen[..., seen.shape[-2] - new.shape[-2] :, :] = new
+        return seen
+
+    def _with_room(self, which: int, held: Tensor | None, like: Tensor, more: int) -> Tensor:
+        """``held``, and ``more`` tokens behind it that hold anything."""
         length = held.shape[-2] if held is not None and held.numel() else 0
-        total = length + new.shape[-2]
+        total = length + more
         room = self._rooms[which]
         # Whoever changes the rows or cuts the text puts another tensor in the place of `held`.
         if room is None or room.shape[-2] < total or (length and not _begins(room, held)):
-            sizes = (*new.shape[:-2], total + max(_SPARE, total // 4), new.shape[-1])
-            self._rooms[which] = room = new.new_empty(sizes)
+            sizes = (*like.shape[:-2], total + max(_SPARE, total // 4), like.shape[-1])
+            self._rooms[which] = room = like.new_empty(sizes)
             if held is not None and length:
                 room[..., :length, :] = held
-        room[..., length:total, :] = new
-        return room[..., :total, :]
+        return room.narrow(-2, 0, total)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

@@ -67,7 +67,8 @@ def _norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _recomputed(lambda hidden: original(self, hidden), *args)
 
 
-def _eps(norm: nn.Module) -> Any:
+def eps_of(norm: nn.Module) -> Any:
+    """What a norm adds to the mean of squares."""
     own = vars(norm)
     return own["variance_epsilon"] if "variance_epsilon" in own else own["eps"]
 
@@ -76,7 +77,7 @@ def _fused_norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if len(args) == 1 and not kwargs:
         weight: Any = self._parameters["weight"]  # self.weight is a search
         if not weight.requires_grad and layer_rows.serves(args[0], weight):
-            return layer_rows.rms_norm(args[0], weight, _eps(self))
+            return layer_rows.rms_norm(args[0], weight, eps_of(self))
     return _norm_forward(self, *args, **kwargs)
 
 
@@ -116,7 +117,7 @@ def _is_llama_norm(norm: nn.Module) -> bool:
     generator = torch.Generator().manual_seed(0)
     try:
         trial: Any = copy.deepcopy(norm)
-        eps = _eps(norm)
+        eps = eps_of(norm)
         for dtype in (torch.float32, torch.bfloat16):
             trial.to(dtype)
             trial.weight.copy_(torch.randn(weight.shape, generator=generator))
@@ -184,3 +185,9 @@ def recompute_cheap(model: nn.Module) -> int:
             continue
         count += 1
     return count
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `recompute_cheap` has put the C++ kernels into a norm or a gated MLP."""
+    own = getattr(vars(module).get("forward"), "__func__", None)
+    return own is _fused_norm_forward or own is _fused_gated_forward

@@ -97,4 +97,11 @@ def _with_kernel(forward: Any) -> Callable[..., Any] | None:
         function = forward if torch.compiler.is_compiling() else made
         return function(self, *args, **kwargs)
 
+    chosen.has_kernel = True  # type: ignore[attr-defined]
     return chosen
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `fuse_rotary` has put the C++ kernel into an attention module."""
+    own = getattr(vars(module).get("forward"), "__func__", None)
+    return getattr(own, "has_kernel", False)

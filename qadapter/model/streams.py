@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qadapter.composition import Names
-from qadapter.model import lora_linear, quantised
+from qadapter.model import lora_linear, quantised, whole_layers
 from qadapter.model.checkpoint import is_ordinary
 from qadapter.model.sharded import vocab_rows
 from qadapter.ops import few_rows, low_rank
@@ -84,6 +84,7 @@ class Streams:
         self._rows = self._tokens = 0
         self._kernels = False  # the C++ kernels serve this forward,
         self._few = False  # those for few rows too
+        self._one_token = 0  # and, where it is not 0, that for a whole layer of so many rows
         self._on_gpu = False  # the Triton kernel for few tokens' LoRA does
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._layers: list[nn.Module] = []
@@ -109,6 +110,8 @@ class Streams:
                 self._layers, self.shared_layers = [], 0
             if not self._layers:
                 self.reason = self._differs()
+        if self.reason is None and few_rows.rows_linear_limit(self.hf_model.dtype) > 0:
+            self._find_whole_layers()
 
     def is_stale(self) -> bool:
         """Whether PEFT has changed its layers since, by merging an adapter for example."""
@@ -172,6 +175,8 @@ class Streams:
         self._few = self._kernels and self._tokens <= few_rows.rows_linear_limit(
             self.hf_model.dtype
         )
+        one = self._few and input_ids.shape[1] == 1 and self._rows <= whole_layers.MOST_ROWS
+        self._one_token = self._rows if one else 0
         if count > 1 and not self._layers:
             input_ids = input_ids.repeat(count, 1)
             if attention_mask is not None:
@@ -217,6 +222,14 @@ class Streams:
                     module.__dict__["forward"] = was
             for hook in hooks:
                 hook.remove()
+
+    def _find_whole_layers(self) -> None:
+        self._rows = self._tokens = 2 * len(self.names)
+        self._kernels = self._few = True
+        found = whole_layers.candidates(_decoder_layers(self.hf_model.base_model), self.names)
+        with evaluating(self.peft_model), self.installed():
+            found = [whole for whole in found if whole_layers.is_exact(whole, self._rows)]
+        self._forwards += [(w.layer, w.instead(lambda: self._one_token)) for w in found]
 
     def _linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         parameters = module._parameters  # module.weight is a search

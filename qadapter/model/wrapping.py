@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from qadapter import files
-from qadapter.model import adapters, quantised
+from qadapter.model import adapters, large_pages, quantised
 from qadapter.model.checkpoint import is_adapter_name
 from qadapter.model.precision import base_dtype
 from qadapter.model.probe import BaseProbe, check_streams
@@ -28,6 +28,7 @@ def load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> PreTrainedMode
     try:
         base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
         quantised.one_product(base)
+        large_pages.settle(base)
         return base
     except AttributeError as error:  # a config that the class of its type cannot be made of
         raise ValueError(
