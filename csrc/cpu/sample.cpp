@@ -55,7 +55,7 @@ namespace {
 namespace qadapter {
 namespace avx2 {
 namespace {
-#include "cpu/sample_append.h"
+#include "cpu/sample_append_avx2.h"
 }
 #include "cpu/sample_kernel.h"
 }  // namespace avx2
@@ -134,14 +134,15 @@ Drawn draw(const SampleTable& table, const Row& input, const SampleRow& row, con
   mass.assign(row.blocks, 0.0), equals.assign(row.blocks, 0);
   double total = 0.0;
   int64_t quota = cut.quota;
+  float left[kSampleBlock + kSampleGroups];  // of a block
   for (int64_t block = 0; block < row.blocks; ++block) {
     const float max = row.stats.max[block];
     if (!(max >= cut.pivot) || !(max >= -FLT_MAX)) continue;
     double sum = row.stats.sum[block];
     if (filters.any()) {
-      int64_t equal;
-      sum = table.mass_above(row.x + block * kSampleBlock, kSampleBlock, cut.pivot, max, row.scale2,
-                             equal);
+      int64_t equal, count = 0;
+      table.gather(row.x + block * kSampleBlock, kSampleBlock, cut.pivot, left, count);
+      sum = table.mass_above(left, count, cut.pivot, max, row.scale2, equal);
       if (quota > 0 && equal > 0) {
         equals[block] = std::min(equal, quota);
         quota -= equals[block];

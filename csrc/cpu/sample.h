@@ -35,7 +35,9 @@ struct SampleTable {
   // sum exp2(scale2 * (x - ref)) over x > pivot, and how many equal it
   double (*mass_above)(const float* x, int64_t n, float pivot, float ref, float scale2,
                        int64_t& equal);
-  // The same over x > high; those in (low, high] are appended to out, which needs room for 16 more.
+  // Appends x >= least to out, which needs room for 16 more.
+  void (*gather)(const float* x, int64_t n, float least, float* out, int64_t& count);
+  // The mass of x > high; those in (low, high] are appended to out, which needs room for 16 more.
   double (*split)(const float* x, int64_t n, float low, float high, float ref, float scale2,
                   float* out, int64_t& count);
   // out[j] = exp2(scale2 * (x[j] - ref))

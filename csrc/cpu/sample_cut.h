@@ -111,16 +111,20 @@ class Cutter {
 
   // Leaves the k largest values in `values` (all, if there are fewer).
   Cut largest(int64_t k) {
-    float low = kLow;
+    float least = -FLT_MAX;
     const bool by_blocks = 4 * k <= 3 * row.blocks;
     const int64_t bounds = row.blocks * (by_blocks ? 1 : kSampleGroups);
     if (k <= bounds) {
       std::copy_n(by_blocks ? row.stats.max : row.stats.groups, bounds, spare);
       std::nth_element(spare, spare + (k - 1), spare + bounds, std::greater<float>());
-      low = below(spare[k - 1]);
+      least = std::max(least, spare[k - 1]);
     }
-    collect(low, -kLow);
-    if (count <= k) return {low, 0};
+    count = 0;
+    for (int64_t block = 0; block < row.blocks; ++block) {
+      if (!(row.stats.max[block] >= least)) continue;
+      table.gather(row.x + block * kSampleBlock, kSampleBlock, least, values, count);
+    }
+    if (count <= k) return {below(least), 0};
     std::nth_element(values, values + (k - 1), values + count, std::greater<float>());
     count = k;
     const float pivot = values[k - 1];

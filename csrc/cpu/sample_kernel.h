@@ -23,15 +23,17 @@ inline Simd::F compose_one(const T* q, const T* base, Simd::F weight) {
 
 // x of a block, and the maxima of its groups. Returns whether all x are finite or, with CAREFUL,
 // whether none is NaN or +inf.
-template <class T, Mix MIX, bool CAREFUL>
+template <class T, Mix MIX, bool CAREFUL, bool FETCH>
 inline bool compose_x(const T* q, const T* base, Simd::F weight, float* x, Simd::F* best) {
   using F = Simd::F;
   const F inf = Simd::set1(__builtin_inff()), yes = Simd::set1(-0.0f), no = Simd::zero();
   F check[kAccumulators];
   for (int k = 0; k < kAccumulators; ++k) best[k] = Simd::set1(-__builtin_inff()), check[k] = no;
   for (int j = 0; j < kSampleBlock; j += kSampleGroups) {
-    fetch_ahead(q + j);
-    if (MIX != Mix::none) fetch_ahead(base + j);
+    if (FETCH) {
+      fetch_ahead(q + j);
+      if (MIX != Mix::none) fetch_ahead(base + j);
+    }
     for (int k = 0; k < kAccumulators; ++k) {
       const int at = j + k * Simd::kWidth;
       const F value = compose_one<T, MIX, CAREFUL>(q + at, base + at, weight);
@@ -56,8 +58,9 @@ inline bool compose_block(const T* q, const T* base, const SampleColumns& in, fl
   const F weight = Simd::set1(in.weight);
   F best[kAccumulators];
   sum = 0.0f;
-  if (!compose_x<T, MIX, false>(q, base, weight, x, best) &&
-      !compose_x<T, MIX, true>(q, base, weight, x, best)) {
+  const bool good = in.sums ? compose_x<T, MIX, false, false>(q, base, weight, x, best)
+                            : compose_x<T, MIX, false, true>(q, base, weight, x, best);
+  if (!good && !compose_x<T, MIX, true, false>(q, base, weight, x, best)) {
     return false;
   }
   F all = best[0];
@@ -71,6 +74,10 @@ inline bool compose_block(const T* q, const T* base, const SampleColumns& in, fl
   const F top = Simd::set1(max);
   F sums[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
   for (int j = 0; j < kSampleBlock; j += 4 * Simd::kWidth) {
+    for (int k = 0; k < 4 * Simd::kWidth; k += 16) {
+      fetch_ahead(q + j + k);
+      if (MIX != Mix::none) fetch_ahead(base + j + k);
+    }
     for (int k = 0; k < 4; ++k) {
       const F value = Simd::load1(x + j + k * Simd::kWidth);
       sums[k] = decay.add_to(sums[k], Simd::sub(top, value));
@@ -148,6 +155,21 @@ double mass_above(const float* x, int64_t n, float pivot, float ref, float scale
   return mass.total;
 }
 
+void gather(const float* x, int64_t n, float least, float* out, int64_t& count) {
+  using F = Simd::F;
+  constexpr int kFour = 4 * Simd::kWidth;
+  const F from = Simd::set1(least), yes = Simd::set1(-0.0f), no = Simd::zero();
+  int64_t j = 0;
+  for (; j + kFour <= n; j += kFour) {  // mostly there is nothing
+    F v[4];
+    for (int k = 0; k < 4; ++k) v[k] = Simd::load1(x + j + k * Simd::kWidth);
+    const F best = Simd::max(Simd::max(v[0], v[1]), Simd::max(v[2], v[3]));
+    if (!Simd::any_sign(Simd::pick_less(best, from, no, yes))) continue;
+    for (int k = 0; k < 4; ++k) append_from(v[k], from, out, count);
+  }
+  for_each_vector(x + j, n - j, [&](F value) { append_from(value, from, out, count); });
+}
+
 double split(const float* x, int64_t n, float low, float high, float ref, float scale2, float* out,
              int64_t& count) {
   using F = Simd::F;
@@ -185,5 +207,6 @@ const SampleTable sample_table = {
      {&compose<BF16, Mix::none>, &compose<BF16, Mix::positive>, &compose<BF16, Mix::negative>},
      {&compose<Half, Mix::none>, &compose<Half, Mix::positive>, &compose<Half, Mix::negative>}},
     &mass_above,
+    &gather,
     &split,
     &masses};
