@@ -135,6 +135,7 @@ void rotate(const Layer& layer, RotaryJob job, const char* x, char* out, int64_t
   job.x_strides[2] = 0;
   job.x_strides[1] = 2 * job.half * layer.element;
   job.x_strides[0] = heads * job.x_strides[1];
+  std::copy(job.x_strides, job.x_strides + 3, job.out_strides);
   rotary_for(layer.isa, layer.dtype).fwd(job, 0, layer.rows * heads);
 }
 
