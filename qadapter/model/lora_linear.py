@@ -52,20 +52,13 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, lora_a, lora_b, low = ctx.saved_tensors
-        scaling, needed = ctx.scaling, ctx.needs_input_grad
         grads = _rows(grad)
-        grad_low = torch.empty_like(low)  # g B
-        dx = grads.new_empty((len(grads), 0))
-        across, up = lora_b.t().contiguous(), lora_a.new_empty((0, len(lora_a)))
-        if needed[0]:
-            dx, up = grads @ weight, lora_a.t().contiguous()
-        low_rank.lora_add_(dx, grads, across, up, scaling, 0, len(grads), grad_low)
-        da = db = None
-        if needed[3]:
-            da = low_rank.lora_outer(grad_low, _rows(x), scaling).to(lora_a.dtype)
-        if needed[4]:
-            db = low_rank.lora_outer(low, grads, scaling).t().to(lora_b.dtype)
-        return dx.view(x.shape) if needed[0] else None, None, None, da, db, None
+        wanted = ctx.needs_input_grad[0]
+        dx = grads @ weight if wanted else grads.new_empty((len(grads), 0))
+        da, db = low_rank.lora_backward_(dx, grads, _rows(x), low, lora_a, lora_b, ctx.scaling)
+        if lora_a.dtype != torch.float32:
+            da, db = da.to(lora_a.dtype), db.to(lora_b.dtype)
+        return dx.view(x.shape) if wanted else None, None, None, da, db, None
 
 
 def _rows(tensor: Tensor) -> Tensor:
