@@ -10,7 +10,8 @@ PEFT rounds it, and of all its intermediates x A^T alone, float32 [N, r], is kep
 
     dx = g W + s (g B) A        dA = s (g B)^T x        dB = s g^T (x A^T)
 
-with float32 sums throughout. Layers in float32 keep PEFT's way: MKL's thin products are as fast.
+with float32 sums throughout. In float32 the products are PyTorch's, as fast there, and those that
+add to a tensor of the layer's size do so in place, which saves PEFT's five passes over such tensors.
 """
 
 from types import MethodType
@@ -24,7 +25,10 @@ from torch.nn.functional import linear
 
 from qadapter.ops import cpp, low_rank
 
-_ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
+_ADAPTER_DTYPES = {  # by the layer's
+    torch.bfloat16: (torch.float32, torch.bfloat16),
+    torch.float32: (torch.float32,),
+}
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -39,11 +43,13 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         out = linear(x, weight, bias)
-        x_rows = _rows(x)
-        low = lora_a.new_empty((x_rows.shape[0], lora_a.shape[0]), dtype=torch.float32)
-        low_rank.lora_add_(
-            out.view(-1, out.shape[-1]), x_rows, lora_a, lora_b, scaling, 0, len(x_rows), low
-        )
+        x_rows, out_rows = _rows(x), out.view(-1, out.shape[-1])
+        if x.dtype is torch.float32:
+            low = x_rows @ lora_a.t()
+            out_rows.addmm_(low, lora_b.t(), alpha=scaling)
+        else:
+            low = lora_a.new_empty((x_rows.shape[0], lora_a.shape[0]), dtype=torch.float32)
+            low_rank.lora_add_(out_rows, x_rows, lora_a, lora_b, scaling, 0, len(x_rows), low)
         ctx.save_for_backward(x, weight, lora_a, lora_b, low)
         ctx.scaling = scaling
         return out
@@ -52,10 +58,16 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, lora_a, lora_b, low = ctx.saved_tensors
-        grads = _rows(grad)
+        grads, x_rows = _rows(grad), _rows(x)
         wanted = ctx.needs_input_grad[0]
         dx = grads @ weight if wanted else grads.new_empty((len(grads), 0))
-        da, db = low_rank.lora_backward_(dx, grads, _rows(x), low, lora_a, lora_b, ctx.scaling)
+        if x.dtype is torch.float32:
+            grad_low = (grads @ lora_b).mul_(ctx.scaling)
+            if wanted:
+                dx.addmm_(grad_low, lora_a)
+            da, db = grad_low.t() @ x_rows, (grads.t() @ low).mul_(ctx.scaling)
+        else:
+            da, db = low_rank.lora_backward_(dx, grads, x_rows, low, lora_a, lora_b, ctx.scaling)
         if lora_a.dtype != torch.float32:
             da, db = da.to(lora_a.dtype), db.to(lora_b.dtype)
         return dx.view(x.shape) if wanted else None, None, None, da, db, None
@@ -86,9 +98,8 @@ def _parts(layer: Any, x: Tensor) -> tuple[Any, ...] | None:
     a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     weights = (base.weight, a.weight, b.weight)
     if (
-        x.dtype != torch.bfloat16
-        or base.weight.dtype != torch.bfloat16
-        or a.weight.dtype not in _ADAPTER_DTYPES
+        a.weight.dtype not in _ADAPTER_DTYPES.get(x.dtype, ())
+        or base.weight.dtype != x.dtype
         or b.weight.dtype != a.weight.dtype
         or b.bias is not None
         or base.weight.requires_grad

@@ -42,25 +42,26 @@ def exact(model, x, grad):
     return run(model, x.double(), grad.double())
 
 
-@pytest.mark.parametrize("adapter_dtype", [F32, BF16])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(BF16, F32), (BF16, BF16), (F32, F32)])
 @pytest.mark.parametrize("shape", [(1, 37), (23, 37), (2, 19, 37)])
 @pytest.mark.parametrize("rank", [1, 8, 21])
-def test_as_near_to_float64_as_peft(adapter_dtype, shape, rank):
-    model = layer(rank=rank, bias=len(shape) == 2)
+def test_as_near_to_float64_as_peft(dtype, adapter_dtype, shape, rank):
+    model = layer(rank=rank, dtype=dtype, bias=len(shape) == 2)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(adapter_dtype)
     gen = torch.Generator().manual_seed(1)
-    x = torch.randn(shape, generator=gen).to(BF16)
-    grad = torch.randn(*shape[:-1], 50, generator=gen).to(BF16)
+    x = torch.randn(shape, generator=gen).to(dtype)
+    grad = torch.randn(*shape[:-1], 50, generator=gen).to(dtype)
     truth, eager = exact(model, x, grad), run(model, x, grad)
     assert lora_linear.fuse_lora(model) == 1
     got = run(model, x, grad)
     for one, peft, true in zip(got, eager, truth, strict=True):
         assert one.dtype == peft.dtype and one.shape == peft.shape
         error, of_peft = ((part.double() - true).norm() for part in (one, peft))
-        # a rounding of the result itself is nobody's fault
-        assert error <= 1.1 * of_peft + 1.1 * torch.finfo(one.dtype).eps / 4 * true.norm()
+        # A rounding of the result itself is nobody's fault, nor the order of sums in float32.
+        units = 0.275 if dtype == BF16 else 2
+        assert error <= 1.1 * of_peft + units * torch.finfo(one.dtype).eps * true.norm()
 
 
 def test_strided_inputs_and_gradients():
@@ -73,10 +74,11 @@ def test_strided_inputs_and_gradients():
         torch.testing.assert_close(one.double(), true, rtol=0.01, atol=0.01)
 
 
-def test_what_needs_no_gradient_gets_none():
-    model = layer(dtype=BF16)
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_what_needs_no_gradient_gets_none(dtype):
+    model = layer(dtype=dtype)
     lora_linear.fuse_lora(model)
-    x, grad = torch.randn(5, 37, dtype=BF16), torch.randn(5, 50, dtype=BF16)
+    x, grad = torch.randn(5, 37, dtype=dtype), torch.randn(5, 50, dtype=dtype)
     both = run(model, x, grad)
     factors = [p for p in model.parameters() if p.requires_grad]
     model(x).backward(grad)  # the first layer of a model: x is no result
@@ -112,7 +114,10 @@ def test_what_it_does_not_serve_takes_pefts_way():
     assert fused(plain, x)
     in_float32 = layer(dtype=F32)
     lora_linear.fuse_lora(in_float32)
-    assert not fused(in_float32, x.float())
+    assert fused(in_float32, x.float()) and not fused(in_float32, x)
+    in_float64 = layer(dtype=torch.float64)
+    lora_linear.fuse_lora(in_float64)
+    assert not fused(in_float64, x.double())
     assert not fused(plain, x.float()) and not fused(plain, x[:0])
     with torch.autocast("cpu", BF16):
         assert not fused(plain, x)
