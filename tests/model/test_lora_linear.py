@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from qadapter.model import lora_linear
+from qadapter.model import lora_linear, recompute
 from qadapter.ops import cpp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,3 +166,46 @@ def test_a_copy_is_fused_by_itself():
     x = torch.randn(3, 37, dtype=BF16)
     assert lora_linear.is_fused(twin[0])
     assert torch.equal(twin(x), twin[0].base_layer(x)) and not torch.equal(twin(x), model(x))
+
+
+def mlp(dtype):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mlp": LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96))})
+    config = LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], r=4)
+    made = get_peft_model(model.to(dtype), config, autocast_adapter_dtype=False)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=F32).mul(0.1)
+    whole = made.base_model.model["mlp"].eval()
+    lora_linear.fuse_lora(whole)
+    recompute.recompute_cheap(whole)
+    return whole
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_gated_mlp_in_one_node(dtype, monkeypatch):
+    model, served = mlp(dtype), []
+    original = lora_linear.gated
+    monkeypatch.setattr(
+        lora_linear, "gated", lambda *args: served.append(original(*args)) or served[-1]
+    )
+    x, grad = torch.randn(2, 2, 30, 64).to(dtype)
+    ours = run(model, x, grad)
+    assert served.pop() is not None
+    with torch.no_grad():
+        assert torch.equal(model(x), ours[0])
+    assert served.pop() is None
+    hook = model.up_proj.register_forward_hook(lambda *_: None)
+    apart = run(model, x, grad)  # a node a layer
+    hook.remove()
+    assert served.pop() is None
+    assert torch.equal(ours[0], apart[0])
+    for one, other in zip(ours[1:], apart[1:], strict=True):
+        error = (one - other).float().norm() / other.float().norm()
+        assert error <= torch.finfo(dtype).eps
+    factors = [p for p in model.parameters() if p.requires_grad]
+    model(x).backward(grad)  # the first layer of a model: x is no result
+    assert all(torch.equal(p.grad, one) for p, one in zip(factors, ours[2:], strict=True))
