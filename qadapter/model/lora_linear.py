@@ -102,14 +102,14 @@ class _GatedLora(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)), three such layers: the gradients of x add up in one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: tuple[Parts, ...], *_factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: tuple[Parts, ...], *factors: Tensor) -> Tensor:
         gate_parts, up_parts, down_parts = layers
         gate, low_gate = _output(x, gate_parts)
         up, low_up = _output(x, up_parts)
         product = layer_rows.silu_mul(gate, up)
         out, low_down = _output(product, down_parts)
         ctx.save_for_backward(
-            x, gate, up, product, low_gate, low_up, low_down, *_factors, *(p[0] for p in layers)
+            x, gate, up, product, low_gate, low_up, low_down, *factors, *(p[0] for p in layers)
         )
         ctx.scalings = [parts[4] for parts in layers]
         return out
@@ -140,8 +140,8 @@ def gated(x: Tensor, gate: Any, up: Any, down: Any) -> Tensor | None:
         return None
     if any(_is_watched(layer) for layer in layers):
         return None
-    parts = tuple(_parts(layer, x) for layer in layers)
-    if any(one is None for one in parts):
+    parts = tuple(found for layer in layers if (found := _parts(layer, x)) is not None)
+    if len(parts) < len(layers):
         return None
     factors = [factor for one in parts for factor in one[2:4]]
     return _GatedLora.apply(x, parts, *factors)
