@@ -159,9 +159,9 @@ def _sdpa_packed(
     plain = cpu_attention.serves(query, kw)
     if plain and varlen_attention.serves(query, value):
         sequences = _shared_and_own(groups)
-        heads = (x[0] for x in (query, key, value))
-        scaling = kw["scaling"]
-        output = varlen_attention.varlen_attention(*heads, sequences, scaling, window)
+        output = varlen_attention.varlen_attention(
+            query[0], key[0], value[0], sequences, kw["scaling"], window
+        )
         return output.transpose(0, 1)[None]
     for q, k, v in _sequences(groups.lengths, query, key, value):
         num_queries, num_keys = q.shape[2], k.shape[2]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qadapter.model import lora_linear
 from qadapter.ops import cpp, layer_rows
 
 
@@ -90,6 +91,9 @@ def _gated_forward(self: Any, hidden: Tensor) -> Tensor:
 
 def _fused_gated_forward(self: nn.Module, hidden: Tensor) -> Tensor:
     modules: Any = self._modules
+    layers = (modules["gate_proj"], modules["up_proj"], modules["down_proj"])
+    if (output := lora_linear.gated(hidden, *layers)) is not None:
+        return output
     gate, up = modules["gate_proj"](hidden), modules["up_proj"](hidden)
     if layer_rows.serves(gate, up) and type(up) is Tensor:
         product = layer_rows.silu_mul(gate, up)

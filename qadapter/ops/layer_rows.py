@@ -90,9 +90,14 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        gate, up = ctx.saved_tensors
-        _, _, _, backward, isa = _operations()
-        return backward(grads[0], gate, up, isa)
+        return silu_mul_gradients(grads[0], *ctx.saved_tensors)
+
+
+def silu_mul_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Of gate and up, from that of `silu_mul`, which is like them."""
+    _, _, _, backward, isa = _operations()
+    made: tuple[Tensor, Tensor] = backward(grad, gate, up, isa)
+    return made
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:

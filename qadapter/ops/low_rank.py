@@ -90,6 +90,45 @@ def few_tokens_add_(
     return True
 
 
+@functools.cache
+def _backward() -> tuple[Any, int]:
+    return cpp.extension().lora_bwd_.default, cpp.isa()
+
+
+def lora_backward_(
+    dx: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    low: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """What a low-rank adapter adds to a layer's backward; without gradients of its own.
+
+        dx += scaling (grad B) A      dA = scaling (grad B)^T x      dB = scaling grad^T low
+
+    All in float32; dx is rounded once when it is added to.
+
+    Args:
+        dx: [N, K] of grad's dtype, changed; [N, 0] where it is not wanted.
+        grad: [N, O], float32 or bfloat16 on the CPU: of the layer's output.
+        x: [N, K] of grad's dtype: the layer's input.
+        low: float32 [N, r], contiguous: x A^T.
+        lora_a, lora_b: [r, K] and [O, r], float32 or bfloat16.
+        scaling: The factor.
+
+    Returns:
+        dA [r, K] and dB [O, r], float32.
+
+    Raises:
+        RuntimeError: A dtype, device or shape that does not fit; the extension cannot be loaded.
+    """
+    backward, isa = _backward()
+    made: tuple[Tensor, Tensor] = backward(dx, grad, x, low, lora_a, lora_b, scaling, isa)
+    return made
+
+
 def lora_outer(low: Tensor, x: Tensor, scaling: float) -> Tensor:
     """scaling low^T x, float32 [r, K]: summed in float32, whatever x is; without gradients.
 

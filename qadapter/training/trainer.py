@@ -25,7 +25,7 @@ from qadapter.model import saving
 from qadapter.model.checkpoint import fingerprint_digest
 from qadapter.model.modeling import QAdapterModel
 from qadapter.outputs import AnchoredValues
-from qadapter.training import arguments, metrics, processes
+from qadapter.training import arguments, heap, metrics, processes
 from qadapter.training.anchored import AnchoredTraining, AnchorWatch
 from qadapter.training.anchors import AnchoredCollator
 from qadapter.training.base_cache import CachedCollator
@@ -345,6 +345,8 @@ class QAdapterTrainer(AnchoredTraining):
             resume_from_checkpoint = str(last)
         own = self._own
         own.recommended_strength = own.kl_budget = None  # of another training
+        if own.device.type == "cpu":
+            heap.keep_freed_memory()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._recommend()
         return output

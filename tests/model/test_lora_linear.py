@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from qadapter.model import lora_linear
+from qadapter.model import lora_linear, recompute
 from qadapter.ops import cpp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,25 +42,26 @@ def exact(model, x, grad):
     return run(model, x.double(), grad.double())
 
 
-@pytest.mark.parametrize("adapter_dtype", [F32, BF16])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(BF16, F32), (BF16, BF16), (F32, F32)])
 @pytest.mark.parametrize("shape", [(1, 37), (23, 37), (2, 19, 37)])
 @pytest.mark.parametrize("rank", [1, 8, 21])
-def test_as_near_to_float64_as_peft(adapter_dtype, shape, rank):
-    model = layer(rank=rank, bias=len(shape) == 2)
+def test_as_near_to_float64_as_peft(dtype, adapter_dtype, shape, rank):
+    model = layer(rank=rank, dtype=dtype, bias=len(shape) == 2)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(adapter_dtype)
     gen = torch.Generator().manual_seed(1)
-    x = torch.randn(shape, generator=gen).to(BF16)
-    grad = torch.randn(*shape[:-1], 50, generator=gen).to(BF16)
+    x = torch.randn(shape, generator=gen).to(dtype)
+    grad = torch.randn(*shape[:-1], 50, generator=gen).to(dtype)
     truth, eager = exact(model, x, grad), run(model, x, grad)
     assert lora_linear.fuse_lora(model) == 1
     got = run(model, x, grad)
     for one, peft, true in zip(got, eager, truth, strict=True):
         assert one.dtype == peft.dtype and one.shape == peft.shape
         error, of_peft = ((part.double() - true).norm() for part in (one, peft))
-        # a rounding of the result itself is nobody's fault
-        assert error <= 1.1 * of_peft + 1.1 * torch.finfo(one.dtype).eps / 4 * true.norm()
+        # A rounding of the result itself is nobody's fault, nor the order of sums in float32.
+        units = 0.275 if dtype == BF16 else 2
+        assert error <= 1.1 * of_peft + units * torch.finfo(one.dtype).eps * true.norm()
 
 
 def test_strided_inputs_and_gradients():
@@ -73,10 +74,11 @@ def test_strided_inputs_and_gradients():
         torch.testing.assert_close(one.double(), true, rtol=0.01, atol=0.01)
 
 
-def test_what_needs_no_gradient_gets_none():
-    model = layer(dtype=BF16)
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_what_needs_no_gradient_gets_none(dtype):
+    model = layer(dtype=dtype)
     lora_linear.fuse_lora(model)
-    x, grad = torch.randn(5, 37, dtype=BF16), torch.randn(5, 50, dtype=BF16)
+    x, grad = torch.randn(5, 37, dtype=dtype), torch.randn(5, 50, dtype=dtype)
     both = run(model, x, grad)
     factors = [p for p in model.parameters() if p.requires_grad]
     model(x).backward(grad)  # the first layer of a model: x is no result
@@ -112,7 +114,10 @@ def test_what_it_does_not_serve_takes_pefts_way():
     assert fused(plain, x)
     in_float32 = layer(dtype=F32)
     lora_linear.fuse_lora(in_float32)
-    assert not fused(in_float32, x.float())
+    assert fused(in_float32, x.float()) and not fused(in_float32, x)
+    in_float64 = layer(dtype=torch.float64)
+    lora_linear.fuse_lora(in_float64)
+    assert not fused(in_float64, x.double())
     assert not fused(plain, x.float()) and not fused(plain, x[:0])
     with torch.autocast("cpu", BF16):
         assert not fused(plain, x)
@@ -161,3 +166,46 @@ def test_a_copy_is_fused_by_itself():
     x = torch.randn(3, 37, dtype=BF16)
     assert lora_linear.is_fused(twin[0])
     assert torch.equal(twin(x), twin[0].base_layer(x)) and not torch.equal(twin(x), model(x))
+
+
+def mlp(dtype):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mlp": LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96))})
+    config = LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], r=4)
+    made = get_peft_model(model.to(dtype), config, autocast_adapter_dtype=False)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=F32).mul(0.1)
+    whole = made.base_model.model["mlp"].eval()
+    lora_linear.fuse_lora(whole)
+    recompute.recompute_cheap(whole)
+    return whole
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_gated_mlp_in_one_node(dtype, monkeypatch):
+    model, served = mlp(dtype), []
+    original = lora_linear.gated
+    monkeypatch.setattr(
+        lora_linear, "gated", lambda *args: served.append(original(*args)) or served[-1]
+    )
+    x, grad = torch.randn(2, 2, 30, 64).to(dtype)
+    ours = run(model, x, grad)
+    assert served.pop() is not None
+    with torch.no_grad():
+        assert torch.equal(model(x), ours[0])
+    assert served.pop() is None
+    hook = model.up_proj.register_forward_hook(lambda *_: None)
+    apart = run(model, x, grad)  # a node a layer
+    hook.remove()
+    assert served.pop() is None
+    assert torch.equal(ours[0], apart[0])
+    for one, other in zip(ours[1:], apart[1:], strict=True):
+        error = (one - other).float().norm() / other.float().norm()
+        assert error <= torch.finfo(dtype).eps
+    factors = [p for p in model.parameters() if p.requires_grad]
+    model(x).backward(grad)  # the first layer of a model: x is no result
+    assert all(torch.equal(p.grad, one) for p, one in zip(factors, ours[2:], strict=True))

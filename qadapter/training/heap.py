@@ -1,0 +1,29 @@
+"""glibc's malloc in training on a CPU: what a step frees is kept for the next one."""
+
+import ctypes
+import os
+import platform
+
+# Of malloc.h. Chunks above the first are mapped and given back one by one; 32 MiB is the most that
+# glibc takes. -1: the top of the heap is never given back.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_ON_HEAP = 32 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep freed memory instead of giving it back to the system; whether it does.
+
+    A training step makes and frees gigabytes of tensors; pages that were given back are cleared and
+    mapped again, a fault each. The price is that the process stays as large as it was at its peak.
+    Where the environment has settings of its own (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ or
+    GLIBC_TUNABLES of these names), and with other C libraries, nothing is changed.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    names = ("trim_threshold", "mmap_threshold")
+    if any(f"MALLOC_{name.upper()}_" in os.environ or name in tunables for name in names):
+        return False
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    kept = mallopt(_M_MMAP_THRESHOLD, _MOST_ON_HEAP) == 1
+    return mallopt(_M_TRIM_THRESHOLD, -1) == 1 and kept
