@@ -12,6 +12,8 @@ half. In it take turns, end of sequence switched off:
     two streams   model.generate at strength 0.5
     one stream    model.generate at strength 1, where the base cancels
     two adapters  model.generate of two adapters blended: three streams
+    llama.cpp     the adapter alone by llama.cpp, one row of the packaged model; where the package
+                  xllamacpp is installed
 
 Time per token is the time from one token to the next, of all tokens but the first of all runs (the
 time to the first is given as prefill). All weights are shared by the competitors.
@@ -40,6 +42,7 @@ from benchmarks.bases import load_base
 from benchmarks.decoding_problem import Clock, Competitors, Way
 from benchmarks.tables import Row
 from qadapter import functional as QF
+from qadapter.model.growing_cache import grow_in_place
 
 OPTIONS: bench.Options = {
     "model": ("smollm2", "llama-8b", "tiny"),  # or a folder, or a Hub id
@@ -56,6 +59,7 @@ CANNOT = {
     "base": "is the base alone: it knows nothing of the preference",
     "lora": "is the adapter alone: it cannot be blended with the base",
     "naive": "has no seed per row; each stream takes a forward of its own",
+    "llama.cpp": "is the adapter alone; its times are means of runs by its own clock",
 }
 LESS = ("base", "naive", "two streams")  # what runs in the cases that are no headline
 
@@ -130,6 +134,7 @@ def parts(
     if bool(mask.all()):
         seen = whole = None
     own, theirs = DynamicCache(), DynamicCache()
+    grow_in_place(own)  # as generate does
     with streams.installed():
         streams.hidden(prompt, seen, places, own)
     trunk(prompt, attention_mask=seen, position_ids=places, past_key_values=theirs)
@@ -190,7 +195,7 @@ def run(options: argparse.Namespace) -> recording.Recording:
         ids, mask = decoding.prompts(base, options.model, case["batch"])
         ways = made[which].ways(ids, mask, mode)
         rounds = options.rounds if chosen == decoding.WAYS else max(1, options.rounds - 1)
-        rows = run_case({name: ways[name] for name in chosen}, ids, rounds, options)
+        rows = run_case({n: ways[n] for n in chosen if n in ways}, ids, rounds, options)
         token_ms = next(row["ms"].median for row in rows if row["who"] == "two streams")
         pieces = parts(made[which], mask, mode, token_ms, options)
         others = recorded.more.get("parts", [])

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DynamicCache, LogitsProcessorList, Stopp
 import qadapter
 from benchmarks import harness
 from benchmarks.bases import SHAPES, lora_config, sharing_copy
+from benchmarks.peers.llama_cpp import LlamaCpp
 from benchmarks.peers.sampling import warpers
 from qadapter import QAdapterModel
 from qadapter.model.checkpoint import resolve_model
@@ -25,7 +26,8 @@ MODES: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
 }
 OURS = ("two streams", "one stream", "two adapters")
-WAYS = ("base", "lora", "naive", *OURS)
+LLAMA_CPP = "llama.cpp"  # decodes one row, of the packaged model
+WAYS = ("base", "lora", "naive", *OURS, LLAMA_CPP)
 STRENGTH = 0.5
 QUESTIONS = 4  # in a prompt, for about 64 tokens
 
@@ -121,6 +123,7 @@ class Competitors:
 
     def __init__(self, base: Any, which: str, cache: str) -> None:
         self.base, self.cache = base, cache
+        self.is_packaged = base.name_or_path == str(resolve_model("smollm2"))
         layers = base.config.num_hidden_layers
         self.layers = list(range(layers // 2, layers)) if which == "upper" else None
         self.peft = get_peft_model(sharing_copy(base), lora_config(self.layers)).eval()
@@ -156,6 +159,10 @@ class Competitors:
                 ids, mask, max_new_tokens=new, stopping_criteria=[clock], **blend, **arguments
             )
 
+        peer: dict[str, Way] = {}
+        if len(ids) == 1 and self.is_packaged:
+            llama_cpp = LlamaCpp(self.ours, filters)
+            peer[LLAMA_CPP] = lambda new, clock: llama_cpp.run(ids, mask, new, clock)
         chain = warpers(**filters) if filters else None
         halves = dict.fromkeys(self.blend.adapter_names, 0.5)
         return {
@@ -165,4 +172,5 @@ class Competitors:
             "two streams": ours(self.ours, strength=STRENGTH),
             "one stream": ours(self.ours, strength=1.0),
             "two adapters": ours(self.blend, strength=STRENGTH, adapters=halves),
+            **peer,
         }

@@ -5,20 +5,51 @@ it holds. With 8 prompts of SmolLM2 in two streams that was a quarter of a step 
 and it grows with the text.
 """
 
+import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from qadapter.model import large_pages
+
 _SPARE = 64  # tokens for which there is room at least
+_MANY, _ENOUGH = 128, 1 << 28  # tensors, or bytes, that share large pages
+
+
+class Rooms:
+    """Where the tensors of a cache's layers lie: in large pages where there are such, many in one.
+
+    A step reads all of them, and a layer's own are too small for a large page. All layers grow in
+    the same step, so that the memory behind the old ones goes with them.
+    """
+
+    def __init__(self) -> None:
+        self._memory: large_pages.Memory | None = None
+
+    def __reduce__(self) -> Any:  # a copied cache has its own
+        return type(self), ()
+
+    def empty(self, sizes: tuple[int, ...], like: Tensor) -> Tensor:
+        if like.device.type != "cpu" or not large_pages.wanted():
+            return like.new_empty(sizes)
+        piece = self._memory.piece(sizes, like.dtype) if self._memory is not None else None
+        if piece is None:
+            size = large_pages.rounded(math.prod(sizes) * like.element_size())
+            # Memory that nobody writes to is none.
+            self._memory = large_pages.Memory(size * max(1, min(_MANY, _ENOUGH // max(1, size))))
+            piece = self._memory.piece(sizes, like.dtype)
+        return piece if piece is not None else like.new_empty(sizes)
 
 
 class GrowingLayer(DynamicLayer):
     """A DynamicLayer whose keys and values are the beginning of a larger tensor."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rooms: Rooms | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._where = rooms or Rooms()
         self._rooms: list[Tensor | None] = [None, None]
 
     def update(
@@ -50,7 +81,7 @@ class GrowingLayer(DynamicLayer):
         # Whoever changes the rows or cuts the text puts another tensor in the place of `held`.
         if room is None or room.shape[-2] < total or (length and not _begins(room, held)):
             sizes = (*like.shape[:-2], total + max(_SPARE, total // 4), like.shape[-1])
-            self._rooms[which] = room = like.new_empty(sizes)
+            self._rooms[which] = room = self._where.empty(sizes, like)
             if held is not None and length:
                 room[..., :length, :] = held
         return room.narrow(-2, 0, total)
@@ -71,9 +102,9 @@ def _begins(room: Tensor, held: Tensor | None) -> bool:
 
 def grow_in_place(cache: Any) -> None:
     """Let the plain layers of a transformers cache that holds nothing yet grow in place."""
-    layers = getattr(cache, "layers", [])
+    layers, rooms = getattr(cache, "layers", []), Rooms()
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            layers[i] = GrowingLayer()
+            layers[i] = GrowingLayer(rooms=rooms)
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
-        cache.layer_class_to_replicate = GrowingLayer
+        cache.layer_class_to_replicate = functools.partial(GrowingLayer, rooms=rooms)

@@ -7,7 +7,9 @@ long from the file's pages as from pages of 2 MB. So the weights are copied once
 loaded, into memory that the kernel is asked to give large pages for. Values are the same.
 """
 
+import math
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -42,6 +44,36 @@ def _available() -> int:
     return 1024 * int(sizes.get("MemAvailable", "0 kB").split()[0])
 
 
+def wanted() -> bool:
+    """Whether tensors on the CPU can be had in large pages by asking for them."""
+    return hasattr(mmap, "MADV_HUGEPAGE") and mode() in ("always", "madvise")
+
+
+class Memory:
+    """Memory in large pages, handed out in pieces; it goes when the last tensor around it does."""
+
+    def __init__(self, size: int) -> None:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # what children share has small pages
+        self._room = mmap.mmap(-1, size + LARGE, flags=private)
+        self._room.madvise(mmap.MADV_HUGEPAGE)
+        self._at = -torch.frombuffer(self._room, dtype=torch.uint8).data_ptr() % LARGE
+        self._end = self._at + size
+
+    def piece(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """An uninitialised tensor, with a storage of its own; None where not enough is left."""
+        count = math.prod(shape)
+        at, end = self._at, self._at + rounded(count * dtype.itemsize)
+        if count == 0 or end > self._end:
+            return None
+        self._at = end
+        return torch.frombuffer(self._room, dtype=dtype, count=count, offset=at).view(shape)
+
+
+def rounded(size: int) -> int:
+    """What a piece of ``size`` bytes takes."""
+    return -(-size // _LINE) * _LINE
+
+
 def settle(model: nn.Module) -> int:
     """Move the ordinary weights of ``model`` on the CPU into large pages; how many bytes.
 
@@ -49,28 +81,21 @@ def settle(model: nn.Module) -> int:
     spare as it would need beside the copy, where weights are few, and where there is a GPU that
     they may be meant for. Parameters stay the same objects, tied ones stay tied.
     """
-    if not hasattr(mmap, "MADV_HUGEPAGE") or mode() not in ("always", "madvise"):
-        return 0
-    if torch.cuda.is_available():
+    if not wanted() or torch.cuda.is_available():
         return 0
     of_one: dict[int, list[nn.Parameter]] = {}  # by where they lie
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.is_contiguous() and is_ordinary(parameter):
             of_one.setdefault(parameter.data_ptr(), []).append(parameter)
     alike = [same for same in of_one.values() if len({p.shape for p in same}) == 1]
-    size = sum(-(-same[0].nbytes // _LINE) * _LINE for same in alike)
+    size = sum(rounded(same[0].nbytes) for same in alike)
     if size < LEAST or _available() < 1.5 * size:
         return 0
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # memory shared with children has small pages
-    room = mmap.mmap(-1, size + LARGE, flags=private)
-    room.madvise(mmap.MADV_HUGEPAGE)
-    at = -torch.frombuffer(room, dtype=torch.uint8).data_ptr() % LARGE
+    memory = Memory(size)
     for same in alike:
-        old = same[0]
-        # A storage of its own, around this part: whoever saves or shares it gets no more.
-        new = torch.frombuffer(room, dtype=old.dtype, count=old.numel(), offset=at).view(old.shape)
-        new.copy_(cast(Tensor, old.detach()))
-        for parameter in same:
-            parameter.data = new
-        at += -(-new.nbytes // _LINE) * _LINE
+        new = memory.piece(same[0].shape, same[0].dtype)
+        if new is not None:  # of no elements
+            new.copy_(cast(Tensor, same[0].detach()))
+            for parameter in same:
+                parameter.data = new
     return size
