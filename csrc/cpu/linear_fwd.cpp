@@ -35,6 +35,7 @@
 #include "common/contract.h"
 #include "cpu/isa.h"
 #include "cpu/simd_plain.h"
+#include "cpu/subnormals.h"
 #include "cpu/tensors.h"
 
 namespace qadapter {
@@ -243,8 +244,11 @@ Outputs linear_fwd(std::optional<Tensor> base_hidden, Tensor q_hidden, Tensor we
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks.count;) {
         const int64_t first = i * blocks.rows, count = std::min(blocks.rows, n - first);
-        const float* sums =
-            kernel.walk(job, first, count, out(memory) + t * blocks.floats, &rows[first]);
+        float* own = out(memory) + t * blocks.floats;
+        const float* sums = [&] {
+          [[maybe_unused]] const FlushToZero mode;
+          return kernel.walk(job, first, count, own, &rows[first]);
+        }();
         if (!need_grad) continue;
         const auto write = job.q.dtype == DType::f32
                                ? &write_u<float>

@@ -28,6 +28,7 @@
 #include "common/contract.h"
 #include "cpu/drivers.h"
 #include "cpu/fetch.h"
+#include "cpu/subnormals.h"
 #include "cpu/tensors.h"
 
 #define QADAPTER_KERNEL "cpu/residual_bwd_kernel.h"
@@ -88,6 +89,7 @@ Tensor residual_bwd(std::optional<Tensor> base_logits, Tensor q_logits, Tensor a
   const BwdPiece run = table.piece[static_cast<int>(mix)][stream];
   const Pieces pieces(n, vocab);
   for_each_piece(pieces.count(), pieces.length, [&](int64_t piece) {
+    [[maybe_unused]] const FlushToZero mode;
     const int64_t row = piece / pieces.per_row, first = piece % pieces.per_row * pieces.length;
     BwdColumns in;
     in.q = q_rows.row(row) + first * width;

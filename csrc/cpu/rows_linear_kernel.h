@@ -8,11 +8,11 @@ namespace {
 
 using F = Simd::F;
 
-// kStep elements of one row, as vectors that multiply() takes. Mixed dtypes keep their elements in
+// kStep elements of one row, as vectors that multiply() takes; kSteps of these make a strip. Mixed dtypes keep their elements in
 // order; equal ones come in load2's order, which is the same for both and cheaper.
 template <class X, class W>
 struct Dot {
-  static constexpr int kStep = Simd::kGroup;
+  static constexpr int kStep = Simd::kGroup, kSteps = 1;
   struct V {
     F a, b;
   };
@@ -27,7 +27,7 @@ struct Dot {
 
 template <class T>
 struct Dot<T, T> {
-  static constexpr int kStep = Simd::kGroup;
+  static constexpr int kStep = Simd::kGroup, kSteps = 1;
   struct V {
     F a, b;
   };
@@ -41,10 +41,19 @@ struct Dot<T, T> {
   }
 };
 
+// A vector a step, that sums of three rows of x fit into 16 registers beside what they are made of.
+template <>
+struct Dot<float, float> {
+  static constexpr int kStep = Simd::kWidth, kSteps = 4;
+  using V = F;
+  static inline V load(const float* p) { return Simd::load1(p); }
+  static inline F multiply(F acc, V x, V w) { return Simd::fma(x, w, acc); }
+};
+
 #ifdef QADAPTER_ROWS_BF16_DOT
 template <>
 struct Dot<BF16, BF16> {
-  static constexpr int kStep = 32;
+  static constexpr int kStep = 32, kSteps = 1;
   using V = __m512bh;
   static inline V load(const BF16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static inline F multiply(F acc, V x, V w) { return _mm512_dpbf16_ps(acc, x, w); }
@@ -61,7 +70,7 @@ inline typename D::V load_padded(const T* p, int64_t n) {
 constexpr int kRowsW = 4;  // rows of W in a tile
 constexpr int kTilesAhead = 2;
 
-// What a tile fetches on its way for a later one: `step` bytes in each of its steps. To the second
+// What a tile fetches on its way for a later one: `step` bytes in each of its strips. To the second
 // cache: beside the rows of x the first one has no room, and too few misses under way at a time.
 struct Ahead {
   const char* at;
@@ -79,20 +88,28 @@ inline void tile(const X* const* x, const W* const* w, int64_t k, Ahead ahead,
 #pragma GCC unroll 4
     for (int r = 0; r < kRowsW; ++r) acc[c][r] = Simd::zero();
   }
-  const int64_t whole = k / D::kStep * D::kStep;
-  for (int64_t i = 0; i < whole; i += D::kStep) {
+  const auto step = [&](int64_t i) {
     typename D::V xs[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) xs[c] = D::load(x[c] + i);
-    for (int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
-    ahead.at += ahead.step;
 #pragma GCC unroll 4
     for (int r = 0; r < kRowsW; ++r) {
       const typename D::V ws = D::load(w[r] + i);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[c][r] = D::multiply(acc[c][r], xs[c], ws);
     }
+  };
+  constexpr int64_t kStrip = D::kSteps * D::kStep;
+  const int64_t whole = k / D::kStep * D::kStep;
+  int64_t i = 0;
+  for (; i + kStrip <= k; i += kStrip) {
+#pragma GCC unroll 4
+    for (int n = 0; n < D::kSteps; ++n) step(i + n * D::kStep);
+    // behind the loads, which would wait for it otherwise: bfloat16 of 2 rows was a third slower
+    for (int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
+    ahead.at += ahead.step;
   }
+  for (; i < whole; i += D::kStep) step(i);
   if (whole < k) {
     typename D::V xs[C];
 #pragma GCC unroll 8
@@ -108,15 +125,18 @@ inline void tile(const X* const* x, const W* const* w, int64_t k, Ahead ahead,
   for (int c = 0; c < C; ++c) add_up(acc[c], sums[c]);
 }
 
-// `count` <= kMost rows of x.
+// `count` <= kMost rows of x: of 8 lanes, three of floats, two of what has to be widened first.
 template <class X, class W>
 struct Tiles {
-  static constexpr int kMost = Simd::kWidth == 16 ? 4 : (Simd::kWidth == 8 ? 2 : 1);
+  static constexpr int kOf8 = sizeof(X) == 4 && sizeof(W) == 4 ? 3 : 2;
+  static constexpr int kMost = Simd::kWidth == 16 ? 4 : (Simd::kWidth == 8 ? kOf8 : 1);
 
   static inline void run(int64_t count, const X* const* x, const W* const* w, int64_t k,
                          Ahead ahead, float (*sums)[kRowsW]) {
     if constexpr (kMost >= 4) {
       if (count == 4) return tile<X, W, 4>(x, w, k, ahead, sums);
+    }
+    if constexpr (kMost >= 3) {
       if (count == 3) return tile<X, W, 3>(x, w, k, ahead, sums);
     }
     if constexpr (kMost >= 2) {
@@ -132,8 +152,8 @@ void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
   const T* w_data = reinterpret_cast<const T*>(job.w);
   const T* bias = static_cast<const T*>(job.bias);
   // A later tile's rows of W are fetched in equal parts by the tiles of all rows of x.
-  const int64_t steps = job.k / Dot<T, T>::kStep;
-  const int64_t turns = (job.x.count + All::kMost - 1) / All::kMost * steps;
+  const int64_t strips = job.k / (Dot<T, T>::kSteps * Dot<T, T>::kStep);
+  const int64_t groups = (job.x.count + All::kMost - 1) / All::kMost, turns = groups * strips;
   const int64_t bytes = kRowsW * job.w_stride * static_cast<int64_t>(sizeof(T));
   const int64_t fetched = turns > 0 ? (bytes + turns - 1) / turns : 0;
   for (int64_t o = first; o < end; o += kRowsW) {
@@ -148,8 +168,10 @@ void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
     // Also behind `end`: that is what this thread takes next.
     const bool more = o + (kTilesAhead + 1) * kRowsW <= job.o;
     Ahead ahead{reinterpret_cast<const char*>(w[0]) + kTilesAhead * bytes, more ? fetched : 0};
-    for (int64_t i = 0; i < job.x.count; i += All::kMost, ahead.at += steps * ahead.step) {
-      const int64_t rows = job.x.count - i < All::kMost ? job.x.count - i : All::kMost;
+    for (int64_t group = 0, i = 0; group < groups; ++group, ahead.at += strips * ahead.step) {
+      // As equal as possible: the sums of one row alone are too few to be under way at a time.
+      const int64_t even = (job.x.count - i + groups - group - 1) / (groups - group);
+      const int64_t rows = std::min<int64_t>(All::kMost, even);
       const T* x[All::kMost] = {};
       float sums[All::kMost][kRowsW];
       for (int64_t c = 0; c < rows; ++c) x[c] = reinterpret_cast<const T*>(job.x.row(i + c));
@@ -165,6 +187,7 @@ void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
           for (int r = 0; r < count; ++r) narrow(sums[c][r], out + r);
         }
       }
+      i += rows;
     }
   }
 }

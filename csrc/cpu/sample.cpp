@@ -38,6 +38,7 @@
 #include "cpu/isa.h"
 #include "cpu/sample_cut.h"
 #include "cpu/simd_plain.h"
+#include "cpu/subnormals.h"
 #include "cpu/tensors.h"
 
 namespace qadapter {
@@ -283,6 +284,7 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
   const int64_t per_piece = 16, pieces = (blocks + per_piece - 1) / per_piece;
   if (n >= threads || pieces == 1) {
     for_each_piece(n, vocab, [&](int64_t row) {
+      [[maybe_unused]] const FlushToZero mode;
       static thread_local std::vector<float> x, numbers;
       if (static_cast<int64_t>(x.size()) < x_size) x.resize(x_size);
       if (static_cast<int64_t>(numbers.size()) < stats_size) numbers.resize(stats_size);
@@ -298,6 +300,7 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
   const std::unique_ptr<float[]> numbers(new float[n * stats_size]);
   std::vector<char> broken(n * pieces, 0);
   for_each_piece(n * pieces, per_piece * kSampleBlock, [&](int64_t i) {
+    [[maybe_unused]] const FlushToZero mode;
     const int64_t row = i / pieces, first = i % pieces * per_piece;
     float spare[kSampleBlock];
     const Row input = input_of(row, keep_x ? x.get() + row * x_size : spare);
@@ -305,6 +308,7 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
                               stats_in(numbers.get() + row * stats_size));
   });
   for_each_piece(n, vocab, [&](int64_t row) {
+    [[maybe_unused]] const FlushToZero mode;
     for (int64_t i = row * pieces; i < (row + 1) * pieces; ++i) {
       if (broken[i]) return;
     }

@@ -131,6 +131,15 @@ def test_values(product_isa, shape, alphas):
         check(run(*inputs, alphas, need_grad=False), inputs, alphas, need_grad=False)
 
 
+def test_results_below_float32(product_isa):
+    """They are zeros here, but not in what the caller computes afterwards."""
+    alphas = (1.0, 0.05, 1.0)
+    for dtype in (F32, BF16):
+        inputs = make(9, 300, 64, dtype, dtype)
+        check(run(*inputs, alphas), inputs, alphas)
+    assert (torch.full((8,), 1e-44) * 0.5 > 0).all()
+
+
 @pytest.mark.parametrize("vocab", [2, 5, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 511, 513])
 def test_vocabulary_sizes(product_isa, vocab):
     for dtype in (F32, BF16):

@@ -142,6 +142,15 @@ def test_large_logits(isa, dtype, alpha_0, alpha_tilde, center):
     check_backward(base, q, some_actions(5, 999), alphas, *got[5:])
 
 
+def test_results_below_float32(isa):
+    """They are zeros here, but not in what the caller computes afterwards."""
+    base, q = logits(5, 999, torch.float32)
+    alphas = (1, 0.05, 1)
+    got = check_forward(base, q, some_actions(5, 999), alphas)
+    check_backward(base, q, some_actions(5, 999), alphas, *got[5:])
+    assert (torch.full((8,), 1e-44) * 0.5 > 0).all()
+
+
 @pytest.mark.parametrize("alphas", [(1, 1, 1), (0, 1, 0), (0, 1, 1), (0.5, 2, 1), (1, 0.5, 0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_tokens(isa, dtype, alphas):

@@ -231,6 +231,14 @@ def test_flushed_subnormals(isa, filters):
     assert torch.equal(tokens, expected[0]) and torch.equal(logprobs, expected[1])
 
 
+def test_results_below_float32(isa):
+    """They are zeros here, but not in what the caller computes afterwards."""
+    q = logits("flat", 20, 3000) * 60
+    for filters in ((0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0)):
+        both(None, q, filters)
+    assert (torch.full((8,), 1e-44) * 0.5 > 0).all()
+
+
 def test_shared_and_own_seeds(isa):
     q = logits("flat", 1, 999).expand(64, -1)
     shared, _ = both(None, q, seed=torch.tensor([-5]))
