@@ -268,6 +268,7 @@ void outer_tiles(const OuterJob& job, const BF16* packed, int64_t first, int64_t
       columns >= 32 ? ~0u : (1u << columns) - 1,
       columns >= 64 ? ~0u : (columns > 32 ? (1u << (columns - 32)) - 1 : 0u)};
   alignas(64) BF16 pairs[4][kTileElements];
+  constexpr int64_t kAhead = 64;  // rows: theirs are lines apart, which nobody fetches by itself
   for (int64_t t = 0; t < row_tiles; ++t) {
     _tile_zero(0);
     _tile_zero(1);
@@ -280,6 +281,12 @@ void outer_tiles(const OuterJob& job, const BF16* packed, int64_t first, int64_t
           return k < n ? reinterpret_cast<const BF16*>(job.x.row(k)) + first : nullptr;
         };
         const BF16 *even = row(i), *odd = row(i + 1);
+        if (t == 0 && row(i + kAhead + 1)) {
+          __builtin_prefetch(row(i + kAhead));
+          __builtin_prefetch(row(i + kAhead) + kDeep);
+          __builtin_prefetch(row(i + kAhead + 1));
+          __builtin_prefetch(row(i + kAhead + 1) + kDeep);
+        }
 #pragma GCC unroll 2
         for (int s = 0; s < 2; ++s) {
           const __m512i a = _mm512_maskz_loadu_epi16(even ? masks[s] : 0, even + s * 32);
