@@ -6,6 +6,7 @@
     triton.py           the launchers of `qadapter.kernels`
     backends.py         which of them serves a call
 
-few_rows.py and layer_rows.py are no such operations: what is called too often for a dispatch.
+few_rows.py, layer_rows.py and decoder_layer.py are no such operations: what is called too often for
+a dispatch.
 `preference`, `linear` and `sample` are families like `residual`; `library` holds what they share.
 """
