@@ -105,6 +105,8 @@ class LlamaCpp:
             settings, lora = xllamacpp.CommonParams(), xllamacpp.CommonAdapterLoraInfo()
             lora.path, lora.scale = str(adapter), 1.0
             settings.model.path, settings.lora_adapters = str(base), [lora]
+            # Into memory, which may have large pages, as ours are; the folder goes.
+            settings.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
             settings.n_ctx, settings.n_parallel = 1024, 1
             settings.cpuparams.n_threads = torch.get_num_threads()
             settings.cpuparams_batch.n_threads = torch.get_num_threads()

@@ -3,7 +3,9 @@
 modeling.py          QAdapterModel: owns both streams, runs them for training
 two_streams.py       a forward of both for training; values.py: what a loss needs of it
 packed_attention.py  a batch without padding; cpu_attention.py, recompute.py: less time, memory
-streams.py           all streams in one forward, for decoding
+streams.py           all streams in one forward, for decoding; whole_layers.py: a layer as one
+                     operation; growing_cache.py: its keys and values
+large_pages.py       where weights, keys and values lie on a CPU
 decoding.py          the loop: a token a step; generate.py: transformers' arguments for it;
                      decoding_probes.py: what a base needs there, tried
 locking.py           calls on one model take turns

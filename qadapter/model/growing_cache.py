@@ -7,7 +7,7 @@ and it grows with the text.
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,8 +64,9 @@ class GrowingLayer(DynamicLayer):
     def one_more(self) -> tuple[Tensor, Tensor]:
         """Keys and values with one token more, whose place holds anything: the caller writes it.
         The cache holds tokens already."""
-        self.keys = self._with_room(0, self.keys, self.keys, 1)
-        self.values = self._with_room(1, self.values, self.values, 1)
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        self.keys = self._with_room(0, keys, keys, 1)
+        self.values = self._with_room(1, values, values, 1)
         return self.keys, self.values
 
     def _appended(self, which: int, held: Tensor | None, new: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import math
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +94,7 @@ def settle(model: nn.Module) -> int:
     for same in alike:
         new = memory.piece(same[0].shape, same[0].dtype)
         if new is not None:  # of no elements
-            new.copy_(cast(Tensor, same[0].detach()))
+            new.copy_(same[0].detach())
             for parameter in same:
                 parameter.data = new
     return size

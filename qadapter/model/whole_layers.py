@@ -34,11 +34,11 @@ class WholeLayer:
 
     def __init__(self, layer: nn.Module, names: Names) -> None:
         self.layer = layer
-        parts = layer._modules
-        self.attention: Any = parts["self_attn"]
-        products = {**self.attention._modules, **cast(nn.Module, parts["mlp"])._modules}
-        self._norms = [cast(nn.Module, parts[name]) for name in _NORMS]
-        self._linears: list[nn.Module] = []
+        parts: dict[str, Any] = dict(layer._modules)
+        self.attention = parts["self_attn"]
+        products = {**self.attention._modules, **parts["mlp"]._modules}
+        self._norms = [parts[name] for name in _NORMS]
+        self._linears: list[Any] = []
         self._loras: list[tuple[Any, ...]] = []  # A and B by adapter, factors, adapter
         self._places: list[int] = []
         for place, name in enumerate(PRODUCTS):
@@ -202,8 +202,8 @@ def is_exact(whole: WholeLayer, rows: int) -> bool:
         for function in (whole.layer.forward, lambda x, **given: whole(x, rows, **given)):
             cache = DynamicCache()
             grow_in_place(cache)
-            cache.update(*old, attention.layer_idx)
-            made = function(
+            cache.update(old[0], old[1], attention.layer_idx)
+            made: Any = function(
                 hidden,
                 attention_mask=mask,
                 position_ids=torch.full((rows, 1), 3),

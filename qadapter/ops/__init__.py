@@ -6,7 +6,7 @@
     triton.py           the launchers of `qadapter.kernels`
     backends.py         which of them serves a call
 
-few_rows.py, layer_rows.py and varlen_attention.py are no such operations: what is called too often
-for a dispatch. `preference`, `linear` and `sample` are families like `residual`; `library` holds
-what they share.
+few_rows.py, layer_rows.py, decoder_layer.py and varlen_attention.py are no such operations: what is
+called too often for a dispatch. `preference`, `linear` and `sample` are families like `residual`;
+`library` holds what they share.
 """
