@@ -195,7 +195,10 @@ def run(options: argparse.Namespace) -> recording.Recording:
         ids, mask = decoding.prompts(base, options.model, case["batch"])
         ways = made[which].ways(ids, mask, mode)
         rounds = options.rounds if chosen == decoding.WAYS else max(1, options.rounds - 1)
-        rows = run_case({n: ways[n] for n in chosen if n in ways}, ids, rounds, options)
+        taking = chosen
+        if chosen == decoding.WAYS and decoding.LLAMA_CPP in ways:
+            taking = (*chosen, decoding.LLAMA_CPP)
+        rows = run_case({name: ways[name] for name in taking}, ids, rounds, options)
         token_ms = next(row["ms"].median for row in rows if row["who"] == "two streams")
         pieces = parts(made[which], mask, mode, token_ms, options)
         others = recorded.more.get("parts", [])

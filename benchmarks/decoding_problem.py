@@ -27,7 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 OURS = ("two streams", "one stream", "two adapters")
 LLAMA_CPP = "llama.cpp"  # decodes one row, of the packaged model
-WAYS = ("base", "lora", "naive", *OURS, LLAMA_CPP)
+WAYS = ("base", "lora", "naive", *OURS)
 STRENGTH = 0.5
 QUESTIONS = 4  # in a prompt, for about 64 tokens
 
