@@ -15,8 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qadapter.model.checkpoint import is_ordinary
-
 MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MEMORY = Path("/proc/meminfo")
 LARGE = 2 << 20  # bytes of a page
@@ -80,6 +78,8 @@ def settle(model: nn.Module) -> int:
     spare as it would need beside the copy, where weights are few, and where there is a GPU that
     they may be meant for. Parameters stay the same objects, tied ones stay tied.
     """
+    from qadapter.model.checkpoint import is_ordinary  # PEFT's; `qadapter env` goes without
+
     if not wanted() or torch.cuda.is_available():
         return 0
     of_one: dict[int, list[nn.Parameter]] = {}  # by where they lie
