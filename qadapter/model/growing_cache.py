@@ -28,12 +28,13 @@ class Rooms:
 
     def __init__(self) -> None:
         self._memory: large_pages.Memory | None = None
+        self._large = large_pages.wanted()  # reads a file of the system
 
     def __reduce__(self) -> Any:  # a copied cache has its own
         return type(self), ()
 
     def empty(self, sizes: tuple[int, ...], like: Tensor) -> Tensor:
-        if like.device.type != "cpu" or not large_pages.wanted():
+        if like.device.type != "cpu" or not self._large:
             return like.new_empty(sizes)
         piece = self._memory.piece(sizes, like.dtype) if self._memory is not None else None
         if piece is None:
