@@ -53,13 +53,13 @@ def sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def lora_config(layers: list[int] | None = None) -> LoraConfig:
-    """On query and value, of all layers or of some: it costs every way the same, and the comparison
-    is of the rest."""
+def lora_config(targets: str | None = None, layers: list[int] | None = None) -> LoraConfig:
+    """On ``targets``, else on query and value, of all layers or of some: it costs every way the
+    same, and the comparison is of the rest."""
     return LoraConfig(
         r=8,
         lora_alpha=16,
-        target_modules=["q_proj", "v_proj"],
+        target_modules=targets or ["q_proj", "v_proj"],
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )

@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_train_step [--data pairs.jsonl --pairs 4 --batches 3 --threads 2]
     python -m benchmarks.bench_train_step --scaling
+    python -m benchmarks.bench_train_step --lora "query and value"
 
 Ours: base pass without gradient and adapter pass over a pack of the real tokens, prompts once; the
 loss from the hidden states of the response rows; backward. "cached" has the base's two floats a
@@ -26,6 +27,7 @@ from benchmarks.training_problem import WAYS, Setup, make_batch
 
 OPTIONS: bench.Options = {
     "model": ("smollm2", "smollm2", "tiny"),
+    "lora": "all linear",  # the default of a training
     "data": training_problem.DEMO,
     "shuffle": int,
     "pairs": 4,
@@ -35,6 +37,7 @@ OPTIONS: bench.Options = {
     "scaling": (False, False, True),  # the tiny model has no tokenizer, so no text
     "lengths": ([128, 256, 512, 1024, 2048], [128, 256, 512, 1024, 2048], [128]),
 }
+CHOICES = {"lora": list(training_problem.LORA)}
 
 
 def measure(setup: Setup, pairs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -73,8 +76,13 @@ def run(options: argparse.Namespace) -> recording.Recording:
         name, case = "train_step_scaling", "length"
     elif options.shuffle is not None:
         name = "train_step_shuffled"
-    setup = training_problem.load(options.model, options.device)
-    more: dict[str, Any] = {"model": options.model, "cannot": CANNOT, "missing": setup.missing}
+    setup = training_problem.load(options.model, options.device, options.lora)
+    more: dict[str, Any] = {
+        "model": options.model,
+        "lora": options.lora,
+        "cannot": CANNOT,
+        "missing": setup.missing,
+    }
     if not options.scaling:
         more |= {"pairs": options.pairs, "max_length": options.max_length}
         more["data"] = Path(options.data).name

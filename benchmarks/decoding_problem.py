@@ -126,7 +126,7 @@ class Competitors:
         self.is_packaged = base.name_or_path == str(resolve_model("smollm2"))
         layers = base.config.num_hidden_layers
         self.layers = list(range(layers // 2, layers)) if which == "upper" else None
-        self.peft = get_peft_model(sharing_copy(base), lora_config(self.layers)).eval()
+        self.peft = get_peft_model(sharing_copy(base), lora_config(layers=self.layers)).eval()
         random_lora(self.peft, 0)
         self.ours, self.blend = self._two_streams(0), self._two_streams(0)
         with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ class Competitors:
             self.blend.load_adapter(folder, "second")
 
     def _two_streams(self, seed: int) -> QAdapterModel:
-        base, config = sharing_copy(self.base), lora_config(self.layers)
+        base, config = sharing_copy(self.base), lora_config(layers=self.layers)
         model = QAdapterModel.from_base(base, lora_config=config)
         random_lora(model.peft_model, seed)
         return model.eval()

@@ -294,8 +294,11 @@ def step_parts(record: Record) -> str:
         *((part, partial(of_step, field=f"{part} median")) for part in PARTS),
         ("rest", partial(of_step, field="rest")),
         ("step", "parts step median", "{:,.1f}"),
-        ("over its products", partial(of_products, step="step", products="products")),
-        ("cached", partial(of_products, step="cached", products="products cached")),
+        *(
+            (f"{over}{which}", partial(of_products, step=step, products=f"products{lora}{which}"))
+            for over, lora in (("over its products", ""), ("with LoRA's", " LoRA"))
+            for which, step in (("", "step"), (" cached", "cached"))
+        ),
     ]
     return table(frame(rows), columns)
 

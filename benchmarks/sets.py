@@ -56,10 +56,10 @@ context context --budgets 512 --resolution 64
         "cpu",
         "everything, in about two hours",
         steps(f"""
-logits logits --seconds 20
-linear linear --size 576x49152 --seconds 10
-linear linear --size 576x128256 2048x128256 --mode uncached --seconds 10 --append
-linear_scaling scaling --rounds 3 --seconds 20
+logits logits --seconds 20 --far 20
+linear linear --size 576x49152 --seconds 10 --far 20
+linear linear --size 576x128256 2048x128256 --mode uncached --seconds 10 --far 20 --append
+linear_scaling scaling --rounds 3 --seconds 20 --far 20
 {ALIKE.strip()}
 context context --resolution 64
 loss_curves loss_curve

@@ -3,7 +3,11 @@
 Of a token 7 products a layer with frozen weights, forward in each stream and backward to the
 activations; of every sequence scores and their sum over the values, forward in each stream, and
 backward the five products of attention that keeps no scores; of a response row three with the
-head, two where the base is cached. The LoRA's own, some percent of these, are left out.
+head, two where the base is cached.
+
+A LoRA's own six a layer, down to its rank and up again, forward once and backward to its input and
+both of its matrices, are few FLOPs and many bytes: they are left out, or taken as products of the
+layer's dtype, which no training in mixed precision has.
 """
 
 from collections import Counter
@@ -13,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from qadapter import QAdapterModel
@@ -27,6 +32,15 @@ def _linear_layers(model: QAdapterModel) -> Counter[tuple[int, int]]:
         (layer.weight.shape[0], layer.weight.shape[1])
         for name, layer in model.hf_model.named_modules()
         if isinstance(layer, nn.Linear) and layer is not head and "lora_" not in name
+    )
+
+
+def _lora_layers(model: QAdapterModel) -> Counter[tuple[int, int, int]]:
+    """How often each [out, in] has a LoRA of rank r."""
+    return Counter(
+        (*layer.base_layer.weight.shape, next(iter(layer.lora_A.values())).weight.shape[0])
+        for layer in model.hf_model.modules()
+        if isinstance(layer, LoraLinear)
     )
 
 
@@ -49,8 +63,10 @@ def _attention(queries: int, keys: int, heads: int, dim: int, random: Callable[.
     return forward, backward
 
 
-def products(model: QAdapterModel, packed: dict[str, Any], cached: bool) -> Callable[[], None]:
-    """A function that does them all, with numbers of no meaning."""
+def products(
+    model: QAdapterModel, packed: dict[str, Any], cached: bool, lora: bool = False
+) -> Callable[[], None]:
+    """A function that does them all, with numbers of no meaning; with ``lora`` the LoRA's too."""
     head = model.hf_model.get_output_embeddings().weight
     config = model.config.get_text_config()
     heads, layers = config.num_attention_heads, config.num_hidden_layers
@@ -63,6 +79,10 @@ def products(model: QAdapterModel, packed: dict[str, Any], cached: bool) -> Call
     shapes = _linear_layers(model)
     weights = {shape: random(*shape) for shape in shapes}
     inputs = {n: random(tokens, n) for n in {n for shape in shapes for n in shape}}
+    loras = [
+        (out, of, count, random(tokens, r), random(out, r), random(r, of))
+        for (out, of, r), count in (_lora_layers(model) if lora else Counter()).items()
+    ]
     lengths = (packed[f"cu_seq_lens_{of}"].tolist() for of in "qk")
     spans = zip(*([b - a for a, b in pairwise(ends)] for ends in lengths), strict=True)
     sequences = [_attention(q, k, heads, dim, random) for q, k in spans]
@@ -74,6 +94,11 @@ def products(model: QAdapterModel, packed: dict[str, Any], cached: bool) -> Call
                 for _ in range(streams):
                     inputs[of] @ weights[out, of].t()
                 inputs[out] @ weights[out, of]
+        for out, of, count, low, b, a in loras:
+            x, grad = inputs[of], inputs[out]
+            for _ in range(count):
+                x @ a.t(), low @ b.t()
+                grad @ b, low @ a, low.t() @ x, grad.t() @ low
         for _ in range(layers):
             for forward, backward in sequences:
                 for _ in range(streams):

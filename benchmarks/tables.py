@@ -122,7 +122,9 @@ def conditions(record: Record, threads: bool = True) -> str:
     return f"{what}, torch {machine['torch']}, {machine['date'][:10]}"
 
 
-FACTS = ("model", "dtype", "pairs", "data", "max_length", "new_tokens", "strength", "resolution")
+FACTS = (
+    "model", "lora", "dtype", "pairs", "data", "max_length", "new_tokens", "strength", "resolution"
+)  # fmt: skip
 
 
 def about(record: Record) -> str:

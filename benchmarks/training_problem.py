@@ -25,6 +25,7 @@ from qadapter.text.tokenization import eos_token_ids, pad_token_id
 
 DEMO = str(Path(qadapter.__file__).parent / "demo_data" / "train.jsonl")
 WAYS = ("ours", "cached", "released", "TRL DPO")
+LORA: dict[str, Any] = {"query and value": None, "all linear": "all-linear"}
 
 
 @dataclass
@@ -38,16 +39,18 @@ class Setup:
     missing: dict[str, str]
 
 
-def load(name: str, device: str) -> Setup:
+def load(name: str, device: str, lora: str = "query and value") -> Setup:
+    """``lora``: the layers that have one, a key of `LORA`."""
     tokenizer = None
+    of_lora = lora_config(LORA[lora])
     if name in SHAPES:
         # An 8B in float32 fills a GPU by itself.
         base = load_base(name, device, torch.float32 if device == "cpu" else torch.bfloat16)
-        model = QAdapterModel.from_base(base, lora_config=lora_config())
+        model = QAdapterModel.from_base(base, lora_config=of_lora)
     else:
         source = resolve_model(name)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = QAdapterModel.from_pretrained(source, lora_config=lora_config()).to(device)
+        model = QAdapterModel.from_pretrained(source, lora_config=of_lora).to(device)
     model.train()
     if (reason := packed_attention.enable(model.hf_model)) is not None:
         raise SystemExit(f"{name} cannot be packed: {reason}")
@@ -134,7 +137,8 @@ def parts(setup: Setup, batch: Batch, rounds: int) -> dict[str, Any]:
     """Milliseconds of the parts of our step, each measured alone, of the whole, and the rest.
 
     "head and loss" is forward and backward from hidden states; the optimiser is AdamW on LoRA.
-    "products" are the step's bare matrix products, and of the step with a cached base.
+    "products" are the step's bare matrix products, and of the step with a cached base; with "LoRA"
+    those of its LoRAs are among them.
     """
     model, packed = setup.model, batch.packed
     names = ("attention_mask", "position_ids", *packed_attention.ARGUMENTS)
@@ -187,6 +191,8 @@ def parts(setup: Setup, batch: Batch, rounds: int) -> dict[str, Any]:
     floors = {
         "products": step_floor.products(model, packed, cached=False),
         "products cached": step_floor.products(model, packed, cached=True),
+        "products LoRA": step_floor.products(model, packed, cached=False, lora=True),
+        "products LoRA cached": step_floor.products(model, packed, cached=True, lora=True),
         "cached": batch.ways["cached"],
     }
     our_step(model, packed)  # the optimiser needs gradients

@@ -86,12 +86,14 @@ def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = N
         title=f"{model}: {PREFERENCE}",
     )
 
-    answers, forgetting = {}, {}
-    for strength in tqdm((0.0, *STRENGTHS), desc="Answering and measuring by strength"):
+    answers = {}
+    for strength in tqdm((0.0, *STRENGTHS), desc="Answering by strength"):
         name = f"strength {strength:g}" if strength else "base"
         answers[name] = _answers(two_streams, tokenizer, questions, strength)
-        if strength:
-            forgetting[name] = _forgetting(two_streams, tokenizer, strength)
+    compositions = [two_streams.composition_at(strength) for strength in STRENGTHS]
+    forgetting = evaluation.forgetting_of(
+        two_streams, tokenizer, evaluation.load_unrelated(), compositions
+    )
     report = {
         "model": model,
         "dtype": dtype,
@@ -99,7 +101,10 @@ def run(output: str | Path, *, model: str = "smollm2", max_steps: int | None = N
         "recipe": recipe,
         "questions": len(questions),
         "follows": {name: sum(map(follows, texts)) / len(texts) for name, texts in answers.items()},
-        "forgetting": forgetting,
+        "forgetting": {
+            f"strength {strength:g}": figures
+            for strength, figures in zip(STRENGTHS, forgetting, strict=True)
+        },
         "recommended_strength": two_streams.recommended_strength,
         "preference": evaluation.evaluate_preferences(two_streams, tokenizer, held_out),
         "training_seconds": round(training_seconds, 1),
@@ -134,18 +139,6 @@ def _answers(
     )
     new = ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def _forgetting(model: QAdapterModel, tokenizer: Any, strength: float) -> dict[str, Any]:
-    """KL and change in log-likelihood on unrelated text, of the policy at a strength."""
-    trained = (model.alpha_0, model.alpha_tilde, model.center)
-    model.set_composition(1 / strength, 1 / strength, model.center)
-    try:
-        return evaluation.evaluate_forgetting(
-            model, tokenizer, evaluation.load_unrelated(), progress=False
-        )
-    finally:
-        model.set_composition(*trained)
 
 
 def _side_by_side(questions: Sequence[str], answers: dict[str, list[str]]) -> str:

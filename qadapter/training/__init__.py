@@ -7,6 +7,6 @@ engines.py, kept_base.py          the trainer where an engine shards the model; 
 processes.py                      what processes that train together agree on
 anchor_texts.py, anchor_files.py  texts of the base itself, that it should keep
 evaluation.py, frontier.py        preference and forgetting; over strengths; plots.py: pictures
-heap.py                           memory that a step frees is kept for the next
+heap.py                           memory that a step frees is kept, older objects are no garbage
 export_check.py                   what an exported adapter is off its policy
 """

@@ -34,18 +34,18 @@ class _Forgetting:
 
     def add(
         self,
-        model: QAdapterModel,
+        composition: dict[str, Any],
         streams: BothStreams,
         values: ResidualValues,
         actions: Tensor,
         count: int,
     ) -> None:
-        """The first ``count`` rows of a batch."""
+        """The first ``count`` rows of a batch, whose ``values`` are of ``composition``."""
         scored = (actions != -100)[:count]
         self.tokens += int(scored.sum())
         self.base_nll -= float(values.base_logp[:count].double().sum())
         self.policy_nll -= float(values.policy_logp[:count].double().sum())
-        kl = streams.first(count).kl(model.composition, values.value[:count])
+        kl = streams.first(count).kl(composition, values.value[:count])
         self.kl += float(kl[scored].double().sum())
 
     def report(self) -> dict[str, Any]:
@@ -101,7 +101,9 @@ def evaluate_preferences(
         margins.append(outputs.margins.cpu())
         for logp, into in ((values.base_logp, base_margins), (values.policy_logp, policy_margins)):
             into.append(likelihood_margins(logp, actions, cu_seqlens).cpu())
-        chosen.add(model, streams, values, actions, int(cu_seqlens[outputs.margins.numel()]))
+        chosen.add(
+            model.composition, streams, values, actions, int(cu_seqlens[outputs.margins.numel()])
+        )
     all_margins = torch.cat(margins)
     accuracy = share_above_zero(all_margins)
     count = all_margins.numel()
@@ -131,15 +133,41 @@ def evaluate_forgetting(
 
     ``dataset`` is in the preference format; its ``chosen`` responses are the text.
     """
+    return forgetting_of(
+        model,
+        tokenizer,
+        dataset,
+        [model.composition],
+        batch_size=batch_size,
+        max_length=max_length,
+        drop_long_prompts=drop_long_prompts,
+        progress=progress,
+    )[0]
+
+
+def forgetting_of(
+    model: QAdapterModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    compositions: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 4,
+    max_length: int = 1024,
+    drop_long_prompts: bool = True,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """`evaluate_forgetting` at each of ``compositions`` (as `QAdapterModel.composition_at` gives
+    them); both streams pass over the text once."""
     prepared = prepare(model, tokenizer, dataset, max_length, drop_long_prompts)
     pad = pad_token_id(tokenizer, model)
-    sums = _Forgetting()
+    sums = [_Forgetting() for _ in compositions]
     for batch in batches(prepared, ("chosen",), batch_size, pad, progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         streams, actions = forward(model, batch), batch["actions"]
-        values = streams.values(actions, model.composition)
-        sums.add(model, streams, values, actions, actions.numel())
-    return {"responses": len(prepared), **sums.report()}
+        for of_one, composition in zip(sums, compositions, strict=True):
+            values = streams.values(actions, composition)
+            of_one.add(composition, streams, values, actions, actions.numel())
+    return [{"responses": len(prepared), **of_one.report()} for of_one in sums]
 
 
 def load_unrelated(path: str | Path | None = None) -> Dataset:

@@ -1,8 +1,12 @@
-"""glibc's malloc in training on a CPU: what a step frees is kept for the next one."""
+"""Memory in training: what a step frees is kept for the next one, and what was there before it is
+not looked through for garbage."""
 
 import ctypes
+import gc
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Of malloc.h. Chunks above the first are mapped and given back one by one; 32 MiB is the most that
 # glibc takes. -1: the top of the heap is never given back.
@@ -27,3 +31,18 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     kept = mallopt(_M_MMAP_THRESHOLD, _MOST_ON_HEAP) == 1
     return mallopt(_M_TRIM_THRESHOLD, -1) == 1 and kept
+
+
+@contextmanager
+def objects_left_alone() -> Iterator[None]:
+    """Meanwhile Python's garbage collector does not go through the objects that exist now.
+
+    There are a million once torch, transformers and a model are loaded, none of them garbage, and
+    autograd's objects of a step have the collector come by several times a step.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

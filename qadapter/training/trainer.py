@@ -347,7 +347,8 @@ class QAdapterTrainer(AnchoredTraining):
         own.recommended_strength = own.kl_budget = None  # of another training
         if own.device.type == "cpu":
             heap.keep_freed_memory()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with heap.objects_left_alone():
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._recommend()
         return output
 

@@ -1,6 +1,7 @@
 """The products that a step's time is held against are the step's own, no more and no fewer."""
 
 import pytest
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step_floor
@@ -31,3 +32,14 @@ def test_products_are_those_of_the_step(cached):
     expected += 2 * layers * heads * dim * pairs_seen * (2 * streams + 5)
     expected += 2 * rows * hidden * config.vocab_size * (streams + 1)
     assert counted.get_total_flops() == expected
+
+    with FlopCounterMode(display=False) as counted:
+        step_floor.products(model, packed, cached, lora=True)()
+    sizes = [
+        tuple(factor.weight.shape)
+        for module in model.modules()
+        if isinstance(module, LoraLinear)
+        for factor in (*module.lora_A.values(), *module.lora_B.values())
+    ]
+    assert sizes
+    assert counted.get_total_flops() == expected + 6 * tokens * sum(a * b for a, b in sizes)

@@ -1,5 +1,6 @@
-"""Freed memory is kept, where the environment does not say otherwise."""
+"""Freed memory is kept where the environment does not say otherwise; old objects are no garbage."""
 
+import gc
 import json
 import os
 import platform
@@ -55,3 +56,10 @@ def test_settings_of_the_environment_stay(settings):
     kept, (first, second) = run(**settings)
     assert not kept
     assert first < 20 * second or first < 1000  # huge pages everywhere: few faults at all
+
+
+def test_older_objects_are_left_alone_meanwhile():
+    before = gc.get_freeze_count()
+    with heap.objects_left_alone():
+        assert gc.get_freeze_count() > before + 1000
+    assert gc.get_freeze_count() == 0

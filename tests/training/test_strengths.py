@@ -67,12 +67,15 @@ def test_the_figures_of_every_strength(tiny_tokenizer, kind, composition):
         torch.testing.assert_close(kl.sums[number], kls, rtol=1e-4, atol=1e-5)
         assert made[number]["accuracy"] == accuracy
         assert made[number]["gain"] == pytest.approx(gain, rel=1e-4, abs=1e-4)
-    # And forgetting, at the strength that the model is set to.
-    model.set_composition(0.5, 0.5, model.center)
-    forgotten = evaluation.evaluate_forgetting(model, tiny_tokenizer, data, progress=False)
-    want = float(kl.sums[-1].sum() / kl.states.sum())
-    assert forgotten["kl_base_policy"] == pytest.approx(want, rel=1e-4, abs=1e-5)
-    assert forgotten["tokens"] == int(kl.states.sum())
+    of_each = evaluation.forgetting_of(model, tiny_tokenizer, data, compositions, progress=False)
+    for number, forgotten in enumerate(of_each):
+        want = float(kl.sums[number].sum() / kl.states.sum())
+        assert forgotten["kl_base_policy"] == pytest.approx(want, rel=1e-4, abs=1e-5)
+        assert forgotten["tokens"] == int(kl.states.sum())
+    # One alone is that at which the model is set.
+    model.set_composition(1 / STRENGTHS[-1], 1 / STRENGTHS[-1], model.center)
+    alone = evaluation.evaluate_forgetting(model, tiny_tokenizer, data, progress=False)
+    assert alone == of_each[-1]
 
 
 def test_both_ends_of_the_interval():
