@@ -8,7 +8,17 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.report_tables import CASES, milliseconds
-from benchmarks.tables import Column, Record, Row, conditions, frame, paragraphs, table, there
+from benchmarks.tables import (
+    Column,
+    Record,
+    Row,
+    conditions,
+    frame,
+    paragraphs,
+    processor,
+    table,
+    there,
+)
 
 
 def machines(records: list[Record]) -> str:
@@ -161,16 +171,6 @@ OPERATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("transformers", "eager"),
     ),
 }
-SPEED: list[Column] = [
-    ("", "what"),
-    ("ours", "ours ms", lambda ms: duration(ms)),
-    ("MiB", "ours MiB", "{:.0f}"),
-    ("instead of", "peer"),
-    ("takes", lambda row: row["peer ms"] / row["ours ms"], "{:.1f}x"),
-    ("its MiB", "peer MiB", "{:.0f}"),
-]
-
-
 def duration(ms: float) -> str:
     if ms >= 1000:
         return f"{ms / 1000:.2f} s"
@@ -209,18 +209,35 @@ def _steps(record: Record) -> Iterator[Row]:
             yield _line(text, "TRL DPO", *figures)
 
 
+def _beside(machines: dict[str, list[Row]]) -> str:
+    """A row an operation and peer, a column a machine; memory is that of the first machine."""
+    rows: dict[tuple[str, str], Row] = {}
+    for machine, lines in machines.items():
+        for line in lines:
+            row = rows.setdefault((line["what"], line["peer"]), {**line})
+            times = line["peer ms"] / line["ours ms"]
+            row[machine] = f"{duration(line['ours ms'])}, {times:.1f}x"
+    columns: list[Column] = [("", "what"), ("instead of", "peer")]
+    columns += [(machine, machine) for machine in machines]
+    columns += [("MiB", "ours MiB", "{:.0f}"), ("its MiB", "peer MiB", "{:.0f}")]
+    return table(pd.DataFrame(list(rows.values())), columns)
+
+
 def speed(records: list[Record]) -> str:
-    """A table for each machine: our time, and how many times it others take."""
-    machines: dict[str, list[Row]] = {}
+    """Our time on each machine, and how many times it others take."""
+    machines: dict[tuple[str, str], list[Row]] = {}
+    about: dict[tuple[str, str], dict[str, None]] = {}
     for benchmark in ("train_step", *OPERATIONS):
         for record in records:
             if record["benchmark"] == benchmark:
                 lines = _steps(record) if benchmark == "train_step" else _operation(record)
-                machines.setdefault(conditions(record), []).extend(lines)
-    made = (
-        f"{machine}. Medians; MiB is what is added at the peak.\n\n"
-        + table(pd.DataFrame(lines), SPEED)
-        for machine, lines in machines.items()
-        if lines
-    )
-    return paragraphs(*made)
+                machines.setdefault(processor(record), []).extend(lines)
+                about.setdefault(processor(record), {})[conditions(record)] = None
+    if not any(machines.values()):
+        return ""
+    # The instruction set alone is a name where no two have it.
+    sets = [instructions for _, instructions in machines]
+    names = {m: m[1] if sets.count(m[1]) == 1 and m[1] else " ".join(m).strip() for m in machines}
+    said = "\n".join(f"- {names[machine]}: {'; '.join(of)}" for machine, of in about.items())
+    beside = _beside({names[machine]: lines for machine, lines in machines.items()})
+    return paragraphs(said, "Medians; MiB is what is added at the peak.", beside)

@@ -113,12 +113,29 @@ def paragraphs(*parts: str) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+INSTRUCTIONS = {
+    "amx": "AMX",
+    "avx512_bf16": "AVX-512 bf16",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+    "neon": "NEON",
+}
+
+
+def processor(record: Record) -> tuple[str, str]:
+    """The GPU, or the CPU and its instructions as far as they were recorded."""
+    machine = record["environment"]
+    if "gpu" in machine:
+        return machine["gpu"], ""
+    return machine["cpu"], INSTRUCTIONS.get(machine.get("instruction_set", ""), "")
+
+
 def conditions(record: Record, threads: bool = True) -> str:
     """The machine, torch and the date; without the threads where these are what varies."""
     machine = record["environment"]
     count = machine["threads"]
-    used = f", {count} thread{'s' if count > 1 else ''}" if threads else ""
-    what = machine.get("gpu") or f"{machine['cpu']}{used}"
+    used = f"{count} thread{'s' if count > 1 else ''}" if threads and "gpu" not in machine else ""
+    what = ", ".join(filter(None, (*processor(record), used)))
     return f"{what}, torch {machine['torch']}, {machine['date'][:10]}"
 
 

@@ -146,6 +146,8 @@ class QAdapterTrainer(AnchoredTraining):
         )
         if args.anchored:
             self.add_callback(AnchorWatch(self))
+        if self.args.device.type == "cpu":
+            self.add_callback(heap.FreedMemory())
         self._refuse_quantised_shards()
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
         verdicts = {
@@ -345,8 +347,6 @@ class QAdapterTrainer(AnchoredTraining):
             resume_from_checkpoint = str(last)
         own = self._own
         own.recommended_strength = own.kl_budget = None  # of another training
-        if own.device.type == "cpu":
-            heap.keep_freed_memory()
         with heap.objects_left_alone():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._recommend()

@@ -14,8 +14,12 @@ from qadapter.training import heap
 
 # Faults of the second of two rounds that touch 20 blocks of 4 MiB and free them.
 SCRIPT = """
-import ctypes, json, resource, runpy, sys
-kept = runpy.run_path(sys.argv[1])["keep_freed_memory"]()
+import ctypes, json, resource, runpy, sys, types
+sys.modules["transformers"] = types.SimpleNamespace(TrainerCallback=object)
+heap = runpy.run_path(sys.argv[1])
+freed = heap["FreedMemory"]()
+freed.on_train_begin(None, None, None)
+kept = freed.kept
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes = [ctypes.c_size_t]
@@ -29,7 +33,11 @@ for _ in range(2):
     for block in blocks:
         libc.free(block)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(json.dumps([kept, faults]))
+def resident(step):
+    freed.on_step_end(None, types.SimpleNamespace(global_step=step), None)
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+sizes = resident(heap["GIVE_BACK_EVERY"] - 1), resident(heap["GIVE_BACK_EVERY"])
+print(json.dumps([kept, faults, sizes]))
 """
 
 
@@ -43,9 +51,10 @@ def run(**settings):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_freed_memory_is_kept():
-    kept, (first, second) = run()
+    kept, (first, second), (before, after) = run()
     assert kept
     assert first > 20 * second
+    assert before - after > 60 << 20  # until it is given back
 
 
 @pytest.mark.parametrize(
@@ -53,7 +62,7 @@ def test_freed_memory_is_kept():
     [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}],
 )
 def test_settings_of_the_environment_stay(settings):
-    kept, (first, second) = run(**settings)
+    kept, (first, second), _ = run(**settings)
     assert not kept
     assert first < 20 * second or first < 1000  # huge pages everywhere: few faults at all
 
