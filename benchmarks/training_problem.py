@@ -22,6 +22,7 @@ from qadapter.text.collator import PreferenceCollator
 from qadapter.text.data import load_preference_data, prepare_dataset
 from qadapter.text.packing import PackedPreferenceCollator
 from qadapter.text.tokenization import eos_token_ids, pad_token_id
+from qadapter.training import heap
 
 DEMO = str(Path(qadapter.__file__).parent / "demo_data" / "train.jsonl")
 WAYS = ("ours", "cached", "released", "TRL DPO")
@@ -42,6 +43,8 @@ class Setup:
 def load(name: str, device: str, lora: str = "query and value") -> Setup:
     """``lora``: the layers that have one, a key of `LORA`."""
     tokenizer = None
+    if device == "cpu":
+        heap.keep_freed_memory()  # as the trainer does; for the other ways, too
     of_lora = lora_config(LORA[lora])
     if name in SHAPES:
         # An 8B in float32 fills a GPU by itself.
