@@ -9,8 +9,8 @@ processors with softmax and torch.multinomial, the same compiled, and FlashInfer
 from the logits of the streams: composing them counts.
 
 GB/s counts one read of the logits; "of read" is the time that this read takes at the best that a
-plain reading loop reaches on the same tensors, in the same turns, over the median time. Tensors
-that would fit in the cache are driven out of it before every call; the loop's are, too.
+plain reading loop reaches on the same tensors, in the same turns, over the median time. On a CPU
+logits are where the head's product has just left them, in the cache if they fit.
 
 The torch backend is left out where B * V is large, and compilation to a few cases, as both take
 long. Logits whose nucleus is most of the vocabulary: --logits flat.
@@ -127,7 +127,9 @@ def run_filters(
             known[name]["graph"] = functions[name] is not function
     reads = {f"read {k}": f for k, f in harness.read_function(problem.q).items()}
     own_name, timed = next(iter(functions)), {**functions, **reads}
-    times = bench.timed(timed, options, problem.q.nbytes, own_name, warmup=1, settle_ms=SETTLE_MS)
+    times = bench.timed(
+        timed, options, problem.q.nbytes, own_name, warmup=1, settle_ms=SETTLE_MS, cold=False
+    )
     tensors = 1 if problem.base is None else 2
     read_ms = tensors * min(times[name].best for name in reads)
     size = tensors * problem.q.nbytes
