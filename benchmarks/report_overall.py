@@ -171,6 +171,8 @@ OPERATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("transformers", "eager"),
     ),
 }
+
+
 def duration(ms: float) -> str:
     if ms >= 1000:
         return f"{ms / 1000:.2f} s"
@@ -240,4 +242,4 @@ def speed(records: list[Record]) -> str:
     names = {m: m[1] if sets.count(m[1]) == 1 and m[1] else " ".join(m).strip() for m in machines}
     said = "\n".join(f"- {names[machine]}: {'; '.join(of)}" for machine, of in about.items())
     beside = _beside({names[machine]: lines for machine, lines in machines.items()})
-    return paragraphs(said, "Medians; MiB is what is added at the peak.", beside)
+    return paragraphs(said, beside)
