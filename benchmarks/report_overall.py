@@ -151,7 +151,7 @@ OURS = ("qadapter", "qadapter cpp", "qadapter triton", "two streams")
 # Results -> what it is, which case (the first such), instead of whom (the first who ran).
 OPERATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "linear": (
-        "loss, hidden states, {dtype} {d} x {v:,}",
+        "hidden states, {dtype} {d} x {v:,}",
         {"dtype": "bf16", "mode": "uncached"},
         ("compile", "eager"),
     ),
@@ -161,12 +161,12 @@ OPERATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("compile", "eager"),
     ),
     "decode": (
-        "a token, {model}, batch {batch}, two streams",
+        "a token, {model}, 2 streams x {batch}",
         {"mode": "sampled", "batch": 8},
         ("naive",),
     ),
     "sample": (
-        "sampling a token, {dtype} {b} x {v:,}",
+        "sampling, {dtype} {b} x {v:,}",
         {"filters": "top-k, top-p", "streams": "two", "logits": "peaked"},
         ("transformers", "eager"),
     ),
@@ -176,13 +176,18 @@ OPERATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 def duration(ms: float) -> str:
     if ms >= 1000:
         return f"{ms / 1000:.2f} s"
-    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{ms:.3f} ms"
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{ms:.2f} ms"
 
 
-def _line(what: str, who: str, ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> Row:
-    """Of the table of speed; the pairs are milliseconds and MiB."""
-    row = {"what": what, "peer": NAMES.get(who, who), "ours ms": ours[0], "ours MiB": ours[1]}
-    return row | {"peer ms": theirs[0], "peer MiB": theirs[1]}
+def in_short(ours: float, theirs: float) -> str:
+    """Milliseconds as our time, and how many times it theirs is."""
+    times = theirs / ours
+    return f"{duration(ours)}, {times:.0f}x" if times >= 100 else f"{duration(ours)}, {times:.1f}x"
+
+
+def _line(what: str, who: str, ours: float, theirs: float) -> Row:
+    """Of the table of speed, in milliseconds."""
+    return {"what": what, "peer": NAMES.get(who, who), "ours ms": ours, "peer ms": theirs}
 
 
 def _operation(record: Record) -> Iterator[Row]:
@@ -196,32 +201,28 @@ def _operation(record: Record) -> Iterator[Row]:
     peer = next((name for name in peers if name in who), None)
     if ours is not None and peer is not None:
         text = what.format(**{**record.get("shape", {}), **ours})
-        figures = ((row["ms median"], row.get("peak_mib")) for row in (ours, who[peer]))
-        yield _line(text, peer, *figures)
+        yield _line(text, peer, ours["ms median"], who[peer]["ms median"])
 
 
 def _steps(record: Record) -> Iterator[Row]:
-    """Our training step, and with the base cached: means of all batches, the highest peak."""
-    what = f"a training step, {record['model']}, {record['pairs']} pairs"
+    """Our training step, and with the base cached: means of all batches."""
+    what = f"training step, {record['model']}, {record['pairs']} pairs"
     for way, text in (("ours", what), ("cached", "the same, the base cached")):
         both = (way, "TRL DPO")
         rows = frame(r for r in record["rows"] if {f"{name} ms" for name in both} <= r.keys())
         if not rows.empty:
-            figures = ((rows[f"{w} ms median"].mean(), rows[f"{w} peak MiB"].max()) for w in both)
-            yield _line(text, "TRL DPO", *figures)
+            yield _line(text, "TRL DPO", *(rows[f"{w} ms median"].mean() for w in both))
 
 
 def _beside(machines: dict[str, list[Row]]) -> str:
-    """A row an operation and peer, a column a machine; memory is that of the first machine."""
+    """A row an operation and peer, a column a machine."""
     rows: dict[tuple[str, str], Row] = {}
     for machine, lines in machines.items():
         for line in lines:
             row = rows.setdefault((line["what"], line["peer"]), {**line})
-            times = line["peer ms"] / line["ours ms"]
-            row[machine] = f"{duration(line['ours ms'])}, {times:.1f}x"
+            row[machine] = in_short(line["ours ms"], line["peer ms"])
     columns: list[Column] = [("", "what"), ("instead of", "peer")]
     columns += [(machine, machine) for machine in machines]
-    columns += [("MiB", "ours MiB", "{:.0f}"), ("its MiB", "peer MiB", "{:.0f}")]
     return table(pd.DataFrame(list(rows.values())), columns)
 
 

@@ -228,7 +228,7 @@ def test_the_speed_in_short_is_of_the_results(column):
     lines = {(line[0], line[1]): line[place] for line in cells(text)}
 
     def check(what, peer, ours, theirs):
-        assert lines[what, peer] == f"{report_overall.duration(ours)}, {theirs / ours:.1f}x"
+        assert lines[what, peer] == report_overall.in_short(ours, theirs)
 
     if is_measured("train_step", machine):
         rows = committed("train_step", machine)["rows"]
@@ -236,27 +236,32 @@ def test_the_speed_in_short_is_of_the_results(column):
             way: sum(row[f"{way} ms"]["median"] for row in rows) / len(rows)
             for way in ("ours", "cached", "TRL DPO")
         }
-        step = "a training step, smollm2, 4 pairs"
+        step = "training step, smollm2, 4 pairs"
         check(step, "TRL's DPO", mean["ours"], mean["TRL DPO"])
         check("the same, the base cached", "TRL's DPO", mean["cached"], mean["TRL DPO"])
     if is_measured("linear", machine):
         who = medians("linear", machine, dtype="bf16", d=576, v=49152, mode="uncached")
-        hidden = "loss, hidden states, bf16 576 x 49,152"
+        hidden = "hidden states, bf16 576 x 49,152"
         check(hidden, "torch.compile", who["qadapter"], who["compile"])
     who = medians("logits", machine, dtype="bf16", op="loss+backward")
     logits = "loss, logits, bf16 256 x 128,256"
     check(logits, "torch.compile", who["qadapter"], who["compile"])
     who = medians("decode", machine, batch=8, mode="sampled", lora="all")
-    token = "a token, smollm2, batch 8, two streams"
+    token = "a token, smollm2, 2 streams x 8"
     check(token, "two forwards", who["two streams"], who["naive"])
     case = {"streams": "two", "logits": "peaked", "filters": "top-k, top-p"}
     who = medians("sample", machine, dtype="bf16", b=8, v=49152, **case)
-    draw = "sampling a token, bf16 8 x 49,152"
+    draw = "sampling, bf16 8 x 49,152"
     check(draw, "transformers", who["qadapter cpp"], who["transformers"])
 
 
+def test_the_speed_in_short_says_times_and_ratios():
+    assert report_overall.in_short(1420.0, 9798.0) == "1.42 s, 6.9x"
+    assert report_overall.in_short(0.1384, 16.2) == "0.14 ms, 117x"
+
+
 def test_the_speed_in_short_is_narrow():
-    assert max(map(len, report.content("speed").splitlines())) <= 125
+    assert max(map(len, report.content("speed").splitlines())) <= 100
 
 
 def test_the_speed_in_short_of_nothing_is_said_to_be_missing(copied):
