@@ -151,17 +151,17 @@ OURS = ("qadapter", "qadapter cpp", "qadapter triton", "two streams")
 # Results -> what it is, which case (the first such), instead of whom (the first who ran).
 OPERATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "linear": (
-        "hidden states, {dtype} {d} x {v:,}",
+        "hidden, {dtype} {d} x {v:,}",
         {"dtype": "bf16", "mode": "uncached"},
         ("compile", "eager"),
     ),
     "logits": (
-        "loss, logits, {dtype} {n} x {v:,}",
+        "logits, {dtype} {n} x {v:,}",
         {"dtype": "bf16", "op": "loss+backward"},
         ("compile", "eager"),
     ),
     "decode": (
-        "a token, {model}, 2 streams x {batch}",
+        "a token, {model}, 2 x {batch} rows",
         {"mode": "sampled", "batch": 8},
         ("naive",),
     ),
@@ -206,7 +206,7 @@ def _operation(record: Record) -> Iterator[Row]:
 
 def _steps(record: Record) -> Iterator[Row]:
     """Our training step, and with the base cached: means of all batches."""
-    what = f"training step, {record['model']}, {record['pairs']} pairs"
+    what = f"a step, {record['model']}, {record['pairs']} pairs"
     for way, text in (("ours", what), ("cached", "the same, the base cached")):
         both = (way, "TRL DPO")
         rows = frame(r for r in record["rows"] if {f"{name} ms" for name in both} <= r.keys())

@@ -236,18 +236,18 @@ def test_the_speed_in_short_is_of_the_results(column):
             way: sum(row[f"{way} ms"]["median"] for row in rows) / len(rows)
             for way in ("ours", "cached", "TRL DPO")
         }
-        step = "training step, smollm2, 4 pairs"
+        step = "a step, smollm2, 4 pairs"
         check(step, "TRL's DPO", mean["ours"], mean["TRL DPO"])
         check("the same, the base cached", "TRL's DPO", mean["cached"], mean["TRL DPO"])
     if is_measured("linear", machine):
         who = medians("linear", machine, dtype="bf16", d=576, v=49152, mode="uncached")
-        hidden = "hidden states, bf16 576 x 49,152"
+        hidden = "hidden, bf16 576 x 49,152"
         check(hidden, "torch.compile", who["qadapter"], who["compile"])
     who = medians("logits", machine, dtype="bf16", op="loss+backward")
-    logits = "loss, logits, bf16 256 x 128,256"
+    logits = "logits, bf16 256 x 128,256"
     check(logits, "torch.compile", who["qadapter"], who["compile"])
     who = medians("decode", machine, batch=8, mode="sampled", lora="all")
-    token = "a token, smollm2, 2 streams x 8"
+    token = "a token, smollm2, 2 x 8 rows"
     check(token, "two forwards", who["two streams"], who["naive"])
     case = {"streams": "two", "logits": "peaked", "filters": "top-k, top-p"}
     who = medians("sample", machine, dtype="bf16", b=8, v=49152, **case)
