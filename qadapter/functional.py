@@ -393,10 +393,12 @@ def sample(
     if not 0.0 <= checks.number("min_p", min_p) <= 1.0:
         raise ValueError(f"min_p: expected a number in [0, 1], got {min_p!r}")
 
+    q_logits = q_logits.detach()
     batch, vocab = q_logits.shape
     device = q_logits.device
     base_weight = alpha_0 - center
-    no_base = not isinstance(base_weight, Tensor) and base_weight == 0
+    number = not isinstance(base_weight, Tensor)
+    no_base = number and base_weight == 0
     sharded = group is not None or vocab_offset is not None
     offset = shards.check(group, vocab_offset) if sharded else 0
     if sharded and seed is None:
@@ -404,9 +406,9 @@ def sample(
     arguments = (
         # A base without weight cancels, and need not be read.
         None if base_logits is None or no_base else base_logits.detach(),
-        q_logits.detach(),
-        sample_ops.scales(alpha_tilde, temperature, device),
-        sample_ops.as_rows(base_weight, device),
+        q_logits,
+        sample_ops.scales(alpha_tilde, temperature, q_logits),
+        sample_ops.as_rows(base_weight, q_logits),
         sample_ops.row_keys(seed, batch, device),
         sample_ops.int64_rows("position", 0 if position is None else position, batch, device),
         temperature == 0,
@@ -416,4 +418,5 @@ def sample(
     )
     if sharded:
         return Sample(*shards.sample(*arguments, group=group, vocab_offset=offset))
-    return Sample(*torch.ops.qadapter.sample(*arguments))
+    numbers = number and not isinstance(alpha_tilde, Tensor)
+    return Sample(*sample_ops.call(*arguments, numbers=numbers))

@@ -132,10 +132,12 @@ Drawn draw(const SampleTable& table, const Row& input, const SampleRow& row, con
   // Masses of the blocks, relative to the row's maximum; equal tokens go to the first blocks.
   static thread_local std::vector<double> mass;
   static thread_local std::vector<int64_t> equals;
-  mass.assign(row.blocks, 0.0), equals.assign(row.blocks, 0);
+  static thread_local std::vector<float> factor;
+  mass.assign(row.blocks, 0.0), equals.assign(row.blocks, 0), factor.resize(row.blocks);
+  table.masses(row.stats.max, row.blocks, row.max, row.scale2, factor.data());
   double total = 0.0;
   int64_t quota = cut.quota;
-  float left[kSampleBlock + kSampleGroups];  // of a block
+  alignas(64) float left[kSampleBlock + kSampleGroups];  // of a block
   for (int64_t block = 0; block < row.blocks; ++block) {
     const float max = row.stats.max[block];
     if (!(max >= cut.pivot) || !(max >= -FLT_MAX)) continue;
@@ -150,7 +152,7 @@ Drawn draw(const SampleTable& table, const Row& input, const SampleRow& row, con
         sum += equals[block] * std::exp2((static_cast<double>(cut.pivot) - max) * row.scale2);
       }
     }
-    mass[block] = sum * row.factor(block);
+    mass[block] = sum * factor[block];
     total += mass[block];
   }
 
@@ -167,10 +169,11 @@ Drawn draw(const SampleTable& table, const Row& input, const SampleRow& row, con
       sum += mass[block];
       if (sum > u * total) break;
     }
-    rest /= row.factor(chosen);
+    rest /= factor[chosen];
   }
 
-  float buffer[kSampleBlock], e[kSampleBlock], max, sum, groups[kSampleGroups];
+  alignas(64) float buffer[kSampleBlock], e[kSampleBlock], groups[kSampleGroups];
+  float max, sum;
   const float* x = row.x + chosen * kSampleBlock;
   if (!filters.any()) {
     SampleColumns part = input.in;
@@ -202,6 +205,21 @@ Drawn draw(const SampleTable& table, const Row& input, const SampleRow& row, con
   return {chosen * kSampleBlock + token, static_cast<float>(logprob)};
 }
 
+// Numbers from the start of a cache line on: vectors of 64 bytes are then in one line, not in two.
+class Buffer {
+ public:
+  float* with_room_for(int64_t count) {
+    if (static_cast<int64_t>(memory_.size()) < count + kLine) memory_.resize(count + kLine);
+    void* start = memory_.data();
+    size_t space = memory_.size() * sizeof(float);
+    return static_cast<float*>(std::align(64, count * sizeof(float), start, space));
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;
+  std::vector<float> memory_;
+};
+
 const double* doubles(const Tensor& t, int64_t n) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.is_contiguous() &&
                       (t.numel() == n || t.numel() == 1),
@@ -225,7 +243,9 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
   STD_TORCH_CHECK((seed.numel() == n || seed.numel() == 1) &&
                       (position.numel() == n || position.numel() == 1),
                   "qadapter: expected seed and position of one number, or one per row");
-  const auto of_row = [n](const Tensor& t, int64_t row) { return t.numel() == n ? row : 0; };
+  const auto step_of = [n](const Tensor& t) { return t.numel() == n ? 1 : 0; };
+  const int64_t scale_step = step_of(scale), weight_step = step_of(base_weight);
+  const int64_t seed_step = step_of(seed), position_step = step_of(position);
 
   const Filters filters{top_k < vocab ? top_k : 0, top_p, min_p};
   const bool keep_x = filters.any();
@@ -239,10 +259,10 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
   float* logprobs_out = out(logprobs);
 
   const auto input_of = [&](int64_t row, float* x) {
-    const double weight = b_rows.data ? weights[of_row(base_weight, row)] : 0.0;
+    const double weight = b_rows.data ? weights[row * weight_step] : 0.0;
     const Mix mix = mix_of(weight);
     Row r;
-    r.scale = scales[of_row(scale, row)];
+    r.scale = scales[row * scale_step];
     r.width = bytes_of(dtype);
     r.compose = table.compose[static_cast<int>(dtype)][static_cast<int>(mix)];
     // 0 * inf must not arise where a difference of 0 is scaled
@@ -259,20 +279,21 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
     const float max = *std::max_element(stats.max, stats.max + blocks);
     const SampleRow done{x, stats, blocks, max, input.in.scale2, input.scale};
     if (!(max >= -FLT_MAX)) return;  // no token
-    uint64_t key = static_cast<uint64_t>(seeds[of_row(seed, row)]);
-    if (seed.numel() != n) {
+    uint64_t key = static_cast<uint64_t>(seeds[row * seed_step]);
+    if (seed_step == 0) {
       uint32_t w0, w1;
       philox(key, static_cast<uint64_t>(row), w0, w1);
       key = (uint64_t{w0} << 32) | w1;
     }
-    const double u = uniform(key, static_cast<uint64_t>(positions[of_row(position, row)]));
+    const double u = uniform(key, static_cast<uint64_t>(positions[row * position_step]));
     const Drawn drawn = draw(table, input, done, filters, greedy, u, one, two);
     tokens_out[row] = drawn.token, logprobs_out[row] = drawn.logprob;
   };
-  const auto stats_in = [&](float* numbers) {
-    return BlockStats{numbers, numbers + blocks, numbers + blocks * (1 + kSampleGroups)};
+  const auto stats_in = [&](float* numbers) {  // the groups first: they are stored as vectors
+    float* max = numbers + blocks * kSampleGroups;
+    return BlockStats{max, numbers, max + blocks};
   };
-  const int64_t stats_size = blocks * (2 + kSampleGroups);
+  const int64_t stats_size = (blocks * (2 + kSampleGroups) + 15) / 16 * 16;  // whole lines
   const int64_t x_size = keep_x ? blocks * kSampleBlock : kSampleBlock;
   for (int64_t row = 0; row < n; ++row) {
     tokens_out[row] = -1, logprobs_out[row] = __builtin_nanf("");
@@ -285,35 +306,35 @@ std::tuple<Tensor, Tensor> sample(std::optional<Tensor> base_logits, Tensor q_lo
   if (n >= threads || pieces == 1) {
     for_each_piece(n, vocab, [&](int64_t row) {
       [[maybe_unused]] const FlushToZero mode;
-      static thread_local std::vector<float> x, numbers;
-      if (static_cast<int64_t>(x.size()) < x_size) x.resize(x_size);
-      if (static_cast<int64_t>(numbers.size()) < stats_size) numbers.resize(stats_size);
-      const Row input = input_of(row, x.data());
-      const BlockStats stats = stats_in(numbers.data());
-      if (input.blocks(0, blocks, stats)) finish(row, input, stats, x.data(), one, two);
+      static thread_local Buffer x_buffer, numbers;
+      float* x = x_buffer.with_room_for(x_size);
+      const Row input = input_of(row, x);
+      const BlockStats stats = stats_in(numbers.with_room_for(stats_size));
+      if (input.blocks(0, blocks, stats)) finish(row, input, stats, x, one, two);
     });
     return {tokens, logprobs};
   }
 
   // Fewer rows than threads: the first pass in pieces of rows.
-  const std::unique_ptr<float[]> x(new float[n * (keep_x ? x_size : 0) + 1]);
-  const std::unique_ptr<float[]> numbers(new float[n * stats_size]);
+  Buffer x_buffer, numbers_buffer;
+  float* x = x_buffer.with_room_for(n * (keep_x ? x_size : 0) + 1);
+  float* numbers = numbers_buffer.with_room_for(n * stats_size);
   std::vector<char> broken(n * pieces, 0);
   for_each_piece(n * pieces, per_piece * kSampleBlock, [&](int64_t i) {
     [[maybe_unused]] const FlushToZero mode;
     const int64_t row = i / pieces, first = i % pieces * per_piece;
-    float spare[kSampleBlock];
-    const Row input = input_of(row, keep_x ? x.get() + row * x_size : spare);
+    alignas(64) float spare[kSampleBlock];
+    const Row input = input_of(row, keep_x ? x + row * x_size : spare);
     broken[i] = !input.blocks(first, std::min(per_piece, blocks - first),
-                              stats_in(numbers.get() + row * stats_size));
+                              stats_in(numbers + row * stats_size));
   });
   for_each_piece(n, vocab, [&](int64_t row) {
     [[maybe_unused]] const FlushToZero mode;
     for (int64_t i = row * pieces; i < (row + 1) * pieces; ++i) {
       if (broken[i]) return;
     }
-    float* row_x = x.get() + row * (keep_x ? x_size : 0);
-    finish(row, input_of(row, row_x), stats_in(numbers.get() + row * stats_size), row_x, one, two);
+    float* row_x = x + row * (keep_x ? x_size : 0);
+    finish(row, input_of(row, row_x), stats_in(numbers + row * stats_size), row_x, one, two);
   });
   return {tokens, logprobs};
 }

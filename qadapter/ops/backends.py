@@ -98,12 +98,18 @@ def _state(name: str) -> tuple[bool, str, tuple[str, ...]]:
     return available, reason, ("cpu" if name == "cpp" else "cuda",) if available else ()
 
 
+def _cpp_state() -> tuple[bool, str, tuple[str, ...]]:
+    reason = cpp.why_not_loaded()
+    return reason is None, reason or "", ("cpu",)
+
+
 def why_not(name: str, tensor: Tensor) -> str | None:
     """None if backend ``name`` can serve ``tensor``; else the reason."""
     if name == "torch":
         return None
     device, dtype = tensor.device.type, tensor.dtype
-    available, reason, devices = _state(name)
+    # cpp is asked for before every operation on a CPU: without the text about it.
+    available, reason, devices = _state(name) if name != "cpp" else _cpp_state()
     if not available:
         return reason
     if device not in devices:

@@ -24,6 +24,7 @@ does a row whose scale is not positive or whose base_weight is not finite (on a 
 There is no gradient.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -38,6 +39,11 @@ from qadapter.ops.philox import first_key
 
 # A temperature of 1e-50 is as good as greedy, one of 1e300 as good as uniform.
 SMALLEST_SCALE, LARGEST_SCALE = 1.0e-300, 3.0e38
+
+
+@functools.lru_cache(maxsize=64)
+def _number(value: float) -> Tensor:
+    return torch.full((1,), value, dtype=torch.float64)
 
 
 def number_rows(value: float | int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -82,24 +88,46 @@ def float_rows(name: str, value: float | Tensor, q_logits: Tensor) -> Any:
     return value.detach().double()
 
 
-def as_rows(value: float | Tensor, device: torch.device) -> Tensor:
+def as_rows(value: float | Tensor, q_logits: Tensor) -> Tensor:
+    """float64 [B] as given, or [1]: of a number, which may be shared and is only to be read."""
     if isinstance(value, Tensor):
         return value
-    return number_rows(value, torch.float64, device)
+    if traced(q_logits):
+        return number_rows(value, torch.float64, q_logits.device)
+    return _number(value)
 
 
-def scales(alpha_tilde: float | Tensor, temperature: float, device: torch.device) -> Tensor:
-    """1 / (alpha_tilde * temperature), float64 [B] or [1]."""
+def scales(alpha_tilde: float | Tensor, temperature: float, q_logits: Tensor) -> Tensor:
+    """1 / (alpha_tilde * temperature), as `as_rows`."""
     temperature = temperature or 1.0
     if not isinstance(alpha_tilde, Tensor):
         product = max(alpha_tilde * temperature, 1.0 / LARGEST_SCALE)
-        return as_rows(max(1.0 / product, SMALLEST_SCALE), device)
+        return as_rows(max(1.0 / product, SMALLEST_SCALE), q_logits)
     scale = (1.0 / (alpha_tilde * temperature)).clamp(SMALLEST_SCALE, LARGEST_SCALE)
     # What is not a positive number stays visible behind the clamp.
     return torch.where((alpha_tilde > 0) & alpha_tilde.isfinite(), scale, math.nan)
 
 
 # The operation.
+
+
+def traced(q_logits: Tensor) -> bool:
+    """Whether somebody wants to see the call itself: a compiler, fake or wrapped tensors."""
+    return torch.compiler.is_compiling() or type(q_logits) is not Tensor
+
+
+def call(*arguments: Any, numbers: bool) -> tuple[Tensor, Tensor]:
+    """The operation with arguments that are checked, but for the values of scale and base_weight
+    where those are not ``numbers``.
+
+    Not by way of PyTorch's dispatcher if that can be: after logits have passed through the caches,
+    code comes from afar too: checks and dispatch took a third of a call with eight rows.
+    """
+    if traced(arguments[1]):
+        return torch.ops.qadapter.sample(*arguments)
+    if not numbers:
+        _check_composition(*arguments[2:4])
+    return _run(*arguments)
 
 
 def _check_rows(name: str, value: Tensor, batch: int, dtype: torch.dtype) -> None:
@@ -134,10 +162,7 @@ def _sample(
     base_weight: Tensor,
     seed: Tensor,
     position: Tensor,
-    greedy: bool,
-    top_k: int,
-    top_p: float,
-    min_p: float,
+    *how: Any,
 ) -> tuple[Tensor, Tensor]:
     batch = q_logits.shape[0]
     _check_rows("scale", scale, batch, torch.float64)
@@ -145,6 +170,18 @@ def _sample(
     _check_rows("seed", seed, batch, torch.int64)
     _check_rows("position", position, batch, torch.int64)
     _check_composition(scale, base_weight)
+    return _run(base_logits, q_logits, scale, base_weight, seed, position, *how)
+
+
+def _run(
+    base_logits: Tensor | None,
+    q_logits: Tensor,
+    scale: Tensor,
+    base_weight: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    *how: Any,
+) -> tuple[Tensor, Tensor]:
     return backends.implementation(q_logits, sample_torch.sample)(
         rows_dense(base_logits),
         rows_dense(q_logits),
@@ -152,10 +189,7 @@ def _sample(
         base_weight.contiguous(),
         seed.contiguous(),
         position.contiguous(),
-        greedy,
-        top_k,
-        top_p,
-        min_p,
+        *how,
     )
 
 
