@@ -28,6 +28,7 @@ from benchmarks.training_problem import WAYS, Setup, make_batch
 OPTIONS: bench.Options = {
     "model": ("smollm2", "smollm2", "tiny"),
     "lora": "all linear",  # the default of a training
+    "dtype": "auto",  # as training takes it, by what the CPU has; --dtype float32 where it is held
     "data": training_problem.DEMO,
     "shuffle": int,
     "pairs": 4,
@@ -37,7 +38,7 @@ OPTIONS: bench.Options = {
     "scaling": (False, False, True),  # the tiny model has no tokenizer, so no text
     "lengths": ([128, 256, 512, 1024, 2048], [128, 256, 512, 1024, 2048], [128]),
 }
-CHOICES = {"lora": list(training_problem.LORA)}
+CHOICES = {"lora": list(training_problem.LORA), "dtype": ["auto", "float32", "bfloat16"]}
 
 
 def measure(setup: Setup, pairs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -76,10 +77,11 @@ def run(options: argparse.Namespace) -> recording.Recording:
         name, case = "train_step_scaling", "length"
     elif options.shuffle is not None:
         name = "train_step_shuffled"
-    setup = training_problem.load(options.model, options.device, options.lora)
+    setup = training_problem.load(options.model, options.device, options.lora, options.dtype)
     more: dict[str, Any] = {
         "model": options.model,
         "lora": options.lora,
+        "dtype": str(setup.model.hf_model.dtype).removeprefix("torch."),
         "cannot": CANNOT,
         "missing": setup.missing,
     }

@@ -40,8 +40,8 @@ class Setup:
     missing: dict[str, str]
 
 
-def load(name: str, device: str, lora: str = "query and value") -> Setup:
-    """``lora``: the layers that have one, a key of `LORA`."""
+def load(name: str, device: str, lora: str = "query and value", dtype: str = "auto") -> Setup:
+    """``lora``: the layers that have one, a key of `LORA`. ``dtype``: of the base, for all ways."""
     tokenizer = None
     if device == "cpu":
         heap.keep_freed_memory()  # as the trainer does; for the other ways, too
@@ -53,7 +53,7 @@ def load(name: str, device: str, lora: str = "query and value") -> Setup:
     else:
         source = resolve_model(name)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = QAdapterModel.from_pretrained(source, lora_config=of_lora).to(device)
+        model = QAdapterModel.from_pretrained(source, dtype=dtype, lora_config=of_lora).to(device)
     model.train()
     if (reason := packed_attention.enable(model.hf_model)) is not None:
         raise SystemExit(f"{name} cannot be packed: {reason}")
