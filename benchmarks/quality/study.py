@@ -29,7 +29,7 @@ from benchmarks.quality.train import DEVICE, composition, new_model, train
 from qadapter import QAdapterModel, files
 from qadapter.composition import StreamWeights
 from qadapter.model.checkpoint import resolve_model
-from qadapter.text.tokenization import eos_token_ids
+from qadapter.text.tokenization import PromptTooLongError, eos_token_ids, tokenize_preference
 from qadapter.training.anchor_texts import make_anchors
 
 BASE = StreamWeights(0.0, 1.0)
@@ -171,14 +171,15 @@ class Study:
     def _replayed(self, text: quality_data.Row) -> list[quality_data.Row]:
         """Tokenised; none if too long. A cut answer is without the end that the template writes."""
         *prompt, answer = text["messages"]
-        rows = self.tokens([{"prompt": prompt, "chosen": [answer], "rejected": [answer]}])
-        cut = text["truncated"]
-        return [
-            {**row, "chosen_ids": row["chosen_ids"][:-1], "chosen_truncated": True}
-            if cut and not row["chosen_truncated"]
-            else row
-            for row in rows
-        ]
+        pair = {"prompt": prompt, "chosen": [answer], "rejected": [answer]}
+        length, eos = self.set.usual["max_length"], eos_token_ids(self.model(), self.tokenizer)
+        try:
+            row = tokenize_preference(pair, self.tokenizer, max_length=length, eos_token_ids=eos)
+        except PromptTooLongError:
+            return []
+        if text["truncated"] and not row["chosen_truncated"]:
+            row |= {"chosen_ids": row["chosen_ids"][:-1], "chosen_truncated": True}
+        return [row]
 
     def settings(self, run: Run) -> Settings:
         return run.settings(self.set.usual)

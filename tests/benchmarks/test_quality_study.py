@@ -318,6 +318,21 @@ def test_decoding_is_timed_to_the_last_token(base, tmp_path, files_of, monkeypat
     assert made.model().generation_config.eos_token_id == before == 2
 
 
+def test_answers_to_replay_that_are_too_long_are_left_out(base, tmp_path, files_of):
+    pairs = data.load(str(files_of / "train.jsonl"), str(files_of / "test.jsonl"))
+    chosen = changed(QUICK, {"max_length": 64, "questions": 5, "lora_r": 2})
+    made = study.Study(chosen, pairs, tmp_path / "out", base, ("n-grams",))
+
+    def replayed(question, truncated):
+        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": "a b"})
+        return made._replayed({"messages": list(messages), "truncated": truncated})
+
+    assert replayed("why " * 100, False) == []
+    (whole,), (cut,) = replayed("why", False), replayed("why", True)
+    assert cut["chosen_ids"] == whole["chosen_ids"][:-1]
+    assert (whole["chosen_truncated"], cut["chosen_truncated"]) == (False, True)
+
+
 def test_an_untouched_policy_is_right_half_the_time():
     point = {"pairs": {"gain": [0.0, 1.0, -1.0]}, "unrelated": {"kl": [], "nll_change": []}}
     assert summary._metrics(point)["accuracy"] == [0.5, 1.0, 0.0]
