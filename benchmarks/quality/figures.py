@@ -87,6 +87,9 @@ def curves(rows: pd.DataFrame) -> Iterator[Curve]:
 
 
 def frontier(rows: pd.DataFrame) -> Picture:
+    """Of methods with one seed beside others with several, tables alone tell."""
+    seeds = rows["seeds"].map(len)
+    rows = rows[seeds.groupby(rows["method"]).transform("max") >= min(2, seeds.max())]
     names = ["accuracy", "gain", *rows.filter(regex="^wins "), "follows", "questions"]
     names = [name for name in names if name in rows]
     columns = min(3, len(names))
