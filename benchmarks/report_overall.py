@@ -149,11 +149,19 @@ NAMES = {
     "naive": "two forwards",
 }
 OURS = ("qadapter", "qadapter cpp", "qadapter triton", "two streams")
+
+
+def trained_in(record: Record) -> str:
+    """What training takes there: without such instructions PyTorch's products of bfloat16 crawl."""
+    without = ("plain", "neon", "avx2", "avx512")
+    return "fp32" if record["environment"].get("instruction_set") in without else "bf16"
+
+
 # Results -> what it is, which case (the first such), instead of whom (the first who ran).
 OPERATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "linear": (
         "hidden, {d} x {v:,}",
-        {"mode": "uncached"},  # in the dtype that the machine trains in, `trained_in`
+        {"dtype": trained_in, "mode": "uncached"},
         ("compile", "eager"),
     ),
     "logits": (
@@ -172,12 +180,6 @@ OPERATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("transformers", "eager"),
     ),
 }
-
-
-def trained_in(record: Record) -> str:
-    """What training takes there: without such instructions PyTorch's products of bfloat16 crawl."""
-    without = ("plain", "neon", "avx2", "avx512")
-    return "fp32" if record["environment"].get("instruction_set") in without else "bf16"
 
 
 def duration(ms: float) -> str:
@@ -200,10 +202,8 @@ def _line(what: str, who: str, ours: float, theirs: float) -> Row:
 def _operation(record: Record) -> Iterator[Row]:
     what, wanted, peers = OPERATIONS[record["benchmark"]]
     rows = frame(record["rows"])
-    if record["benchmark"] == "linear":
-        wanted = {**wanted, "dtype": trained_in(record)}
     for name, value in wanted.items():
-        rows = rows[rows[name] == value]
+        rows = rows[rows[name] == (value(record) if callable(value) else value)]
     first = rows[list(CASES[record["benchmark"]])].head(1)
     who = {row["who"]: row for row in rows.merge(first).to_dict("records")}
     ours = next((who[name] for name in OURS if name in who), None)
@@ -249,11 +249,9 @@ def speed(records: list[Record]) -> str:
         return ""
     order = list(INSTRUCTIONS.values())
     by_set = sorted(machines, key=lambda m: order.index(m[1]) if m[1] in order else -1)
-    machines = {machine: machines[machine] for machine in by_set}
-    about = {machine: about[machine] for machine in by_set}
     # The instruction set alone is a name where no two have it.
     sets = [instructions for _, instructions in machines]
     names = {m: m[1] if sets.count(m[1]) == 1 and m[1] else " ".join(m).strip() for m in machines}
-    said = "\n".join(f"- {names[machine]}: {'; '.join(of)}" for machine, of in about.items())
-    beside = _beside({names[machine]: lines for machine, lines in machines.items()})
+    said = "\n".join(f"- {names[machine]}: {'; '.join(about[machine])}" for machine in by_set)
+    beside = _beside({names[machine]: machines[machine] for machine in by_set})
     return paragraphs(said, beside)

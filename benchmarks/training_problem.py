@@ -41,7 +41,7 @@ class Setup:
 
 
 def load(name: str, device: str, lora: str = "query and value", dtype: str = "auto") -> Setup:
-    """``lora``: the layers that have one, a key of `LORA`. ``dtype``: of the base, for all ways."""
+    """``lora``: the layers that have one, a key of `LORA`. ``dtype``: of a pre-trained base."""
     tokenizer = None
     if device == "cpu":
         heap.keep_freed_memory()  # as the trainer does; for the other ways, too

@@ -116,8 +116,13 @@ class Study:
     def judge_reports(self) -> list[Record]:
         return cached(self.output / "judges.json", lambda: [made.report for made in self.judges])
 
+    @cached_property
+    def limits(self) -> tuple[int, list[int]]:
+        """How many tokens a sequence has at most, and which end it."""
+        return self.set.usual["max_length"], eos_token_ids(self.model(), self.tokenizer)
+
     def tokens(self, rows: list[quality_data.Row]) -> list[quality_data.Row]:
-        length, eos = self.set.usual["max_length"], eos_token_ids(self.model(), self.tokenizer)
+        length, eos = self.limits
         return quality_data.tokenised(rows, self.tokenizer, length, eos)
 
     def model(self, settings: Settings | None = None) -> QAdapterModel:
@@ -172,7 +177,7 @@ class Study:
         """Tokenised; none if too long. A cut answer is without the end that the template writes."""
         *prompt, answer = text["messages"]
         pair = {"prompt": prompt, "chosen": [answer], "rejected": [answer]}
-        length, eos = self.set.usual["max_length"], eos_token_ids(self.model(), self.tokenizer)
+        length, eos = self.limits
         try:
             row = tokenize_preference(pair, self.tokenizer, max_length=length, eos_token_ids=eos)
         except PromptTooLongError:
