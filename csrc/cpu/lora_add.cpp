@@ -6,8 +6,9 @@
 //
 // Bytes: A and B once per 16 rows: 4 r (K + O), 37 KB for r = 8 and K = O = 576; x and out are in
 // the cache. Operations: 2 M r (K + O). Beside them, each 16 rows of B are transposed in registers
-// (64 shuffles with AVX-512, for any r up to 16), so that no sum runs across lanes. A call for one
-// or two rows is bound by its overhead. Rows do not depend on one another.
+// (64 shuffles with AVX-512, for any r up to 16), so that no sum runs across lanes; for more than 16
+// rows once and into memory, and out is passed row by row. A call for one or two rows is bound by
+// its overhead. Rows do not depend on one another.
 //
 // With AMX, 32 rows of bfloat16 or more go through its tiles (lora_amx.h), A, B and x A^T as sums of
 // three bfloat16 each, which are theirs exactly. What a row gives then depends on the number of rows
@@ -153,12 +154,22 @@ void lora_add_(Tensor out, Tensor x, Tensor lora_a, Tensor lora_b, double scalin
   }
 #endif
   const LoraTable run = lora_for(isa, dtype, low_rank);
+  Tensor packed;
+  float* turned = nullptr;
+  if (rows > kLoraRows && job.o > 0) {
+    packed = torch::stable::new_empty(x, {job.r * lora_columns(job.o)}, ScalarType::Float);
+    run.pack(job, turned = static_cast<float*>(packed.mutable_data_ptr()));
+  }
   const int64_t work = std::min(rows, kLoraRows) * job.r * (job.k + job.o);
   for_each_piece((rows + kLoraRows - 1) / kLoraRows, work, [&](int64_t piece) {
     const int64_t first = piece * kLoraRows, end = std::min(rows, first + kLoraRows);
     float* h = memory_of(kLoraRows * lora_stride(job.r));
     run.low(job, first, end, h);
-    run.delta(job, first, end, h, 0, job.o);
+    if (turned) {
+      run.rows(job, turned, first, end, h);
+    } else {
+      run.delta(job, first, end, h, 0, job.o);
+    }
   });
 }
 

@@ -30,6 +30,7 @@ namespace qadapter {
 namespace plain {
 #include "cpu/rows_linear_sums.h"
 #include "cpu/rows_linear_kernel.h"
+#include "cpu/lora_kernel.h"
 const RowsColumns rows_table[2] = {&rows_columns<float>, &rows_columns<BF16>};
 const LoraTable lora_table[2][2] = {
     {lora_functions<float, float>(), lora_functions<float, BF16>()},
@@ -47,6 +48,7 @@ namespace qadapter {
 namespace avx2 {
 #include "cpu/rows_linear_sums.h"
 #include "cpu/rows_linear_kernel.h"
+#include "cpu/lora_kernel.h"
 const RowsColumns rows_table[2] = {&rows_columns<float>, &rows_columns<BF16>};
 const LoraTable lora_table[2][2] = {
     {lora_functions<float, float>(), lora_functions<float, BF16>()},
@@ -64,6 +66,7 @@ namespace qadapter {
 namespace avx512 {
 #include "cpu/rows_linear_sums.h"
 #include "cpu/rows_linear_kernel.h"
+#include "cpu/lora_kernel.h"
 const RowsColumns rows_table[2] = {&rows_columns<float>, &rows_columns<BF16>};
 const LoraTable lora_table[2][2] = {
     {lora_functions<float, float>(), lora_functions<float, BF16>()},
@@ -80,7 +83,9 @@ namespace avx512_bf16 {
 using Simd = avx512::Simd;
 #include "cpu/rows_linear_sums.h"
 #include "cpu/rows_linear_kernel.h"
+#include "cpu/lora_kernel.h"
 const RowsColumns rows_bf16 = &rows_columns<BF16>;
+const LoraTable lora_bf16[2] = {lora_functions<BF16, float>(), lora_functions<BF16, BF16>()};
 }  // namespace avx512_bf16
 }  // namespace qadapter
 #undef QADAPTER_ROWS_BF16_DOT
@@ -195,6 +200,9 @@ void multiply_rows(RowsJob* jobs, int count, DType dtype, int64_t isa, const Aft
 
 LoraTable lora_for(int64_t isa, DType x, DType a) {
   const int i = static_cast<int>(x), j = static_cast<int>(a);
+#if QADAPTER_X86
+  if (x == DType::bf16 && choose_isa(isa) >= Isa::avx512_bf16) return avx512_bf16::lora_bf16[j];
+#endif
   return QADAPTER_FOR_ISA(choose_isa(isa), lora_table)[i][j];
 }
 

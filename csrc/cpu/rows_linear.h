@@ -64,9 +64,15 @@ using LoraLow = void (*)(const LoraJob&, int64_t first, int64_t end, float* h);
 // What h gives, added to columns [from, to) of these rows of out.
 using LoraDelta = void (*)(const LoraJob&, int64_t first, int64_t end, const float* h, int64_t from,
                            int64_t to);
+// For more rows than that: B^T as vectors, r * lora_columns(o) floats, and all columns with it.
+using LoraPack = void (*)(const LoraJob&, float* packed);
+using LoraRows = void (*)(const LoraJob&, const float* packed, int64_t first, int64_t end,
+                          const float* h);
 struct LoraTable {
   LoraLow low;
   LoraDelta delta;
+  LoraPack pack;
+  LoraRows rows;
 };
 
 // The code for x and out of dtype x, A and B of dtype a (float32 or bfloat16); isa as elsewhere.
@@ -87,6 +93,7 @@ constexpr int64_t kOuterColumns = 32;  // of a piece: the widest vectors, twice
 constexpr int64_t kLoraRows = 16;  // most rows of a call of LoraLow
 
 inline int64_t lora_stride(int64_t r) { return (r + 3) / 4 * 4; }  // floats of a row of x A^T
+inline int64_t lora_columns(int64_t o) { return (o + 31) / 32 * 32; }  // two of the widest vectors
 
 // "[2, 3]", for errors.
 inline std::string shape_of(const Tensor& t) {

@@ -1,4 +1,5 @@
-// The end of a tile: vectors of partial sums to floats, floats to T. Included inside a namespace
+// The end of a tile: vectors of partial sums to floats, floats to T, one (narrow), four (put4) or
+// a vector of them (put_all). Included inside a namespace
 // that has Simd, with QADAPTER_ROWS_BITS the width of its vectors (0: the compiler's own).
 
 namespace {
@@ -27,7 +28,34 @@ template <class T>
 inline void put4(const float sums[4], T* out) {
   for (int i = 0; i < 4; ++i) narrow(sums[i], out + i);
 }
+inline void put_all(Simd::F x, BF16* out) { put4(reinterpret_cast<const float*>(&x), out); }
 #else
+#if QADAPTER_ROWS_BITS == 256
+inline void put_all(Simd::F x, BF16* out) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m128i low = _mm256_castsi256_si128(high), rest = _mm256_extracti128_si256(high, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packus_epi32(low, rest));
+}
+#elif defined(QADAPTER_ROWS_BF16_DOT)
+inline void put_all(Simd::F x, BF16* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x));
+}
+#else
+inline void put_all(Simd::F x, BF16* out) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+#endif
 inline __m256 fold(__m256 x) { return x; }
 #if QADAPTER_ROWS_BITS == 512
 inline __m256 fold(__m512 x) {
@@ -62,5 +90,7 @@ inline void put4(const float sums[4], BF16* out) {
 }
 #endif
 #endif
+
+inline void put_all(Simd::F x, float* out) { Simd::store1(out, x); }
 
 }  // namespace

@@ -114,6 +114,19 @@ def test_a_lora_row_does_not_depend_on_the_others(dtype):
     assert torch.equal(out, alone)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_what_is_not_finite_stays_so(dtype):
+    out, x, a, b = lora_problem(40, 77, 30, 8, dtype, F32)
+    strange = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(F32)  # NaNs, all
+    b[3, :3], x[20, 1], out[30, 76] = strange, INF, -INF
+    expected = out.double() + x.double() @ a.double().T @ b.double().T
+    low_rank.lora_add_(out, x, a, b, 1.0, 0, 40)
+    assert out[:, 3].isnan().all() and out[20].isnan().eq(expected[20].isnan()).all()
+    assert torch.equal(out[20].isinf(), expected[20].isinf()) and out[30, 76] == -INF
+    others = torch.arange(40) != 20
+    assert out[others][:, 4:76].isfinite().all()
+
+
 def test_lora_refuses():
     out, x, a, b = lora_problem(4, 5, 8, 2, F32, F32)
     bad = [
