@@ -10,9 +10,9 @@ PEFT rounds it, and of all its intermediates x A^T alone, float32 [N, r], is kep
 
     dx = g W + s (g B) A        dA = s (g B)^T x        dB = s g^T (x A^T)
 
-with float32 sums throughout. In float32 the products are PyTorch's, as fast there, and those that
-add to a tensor of the layer's size do so in place, which saves PEFT's five passes over such
-tensors. A gated MLP of such layers is one node: the gradients of its input add up in one tensor.
+with float32 sums throughout. Without vector code (AVX2 or more) the products of float32 layers are
+PyTorch's, and those that add to a tensor of the layer's size do so in place, which saves PEFT's
+five passes over such tensors. A gated MLP of such layers is one node: the gradients of its input add up in one tensor.
 """
 
 from types import MethodType
@@ -36,12 +36,16 @@ _ADAPTER_DTYPES = {  # by the layer's
 Parts = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
 
 
+def _by_torch(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and not low_rank.has_vectors()
+
+
 def _output(x: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
     """A layer's output, and x A^T."""
     weight, bias, lora_a, lora_b, scaling = parts
     out = linear(x, weight, bias)
     x_rows, out_rows = _rows(x), out.view(-1, out.shape[-1])
-    if x.dtype is torch.float32:
+    if _by_torch(x):
         low = x_rows @ lora_a.t()
         out_rows.addmm_(low, lora_b.t(), alpha=scaling)
     else:
@@ -60,7 +64,7 @@ def _gradients(
         dx.addmm_(grads, weight)
     else:
         dx = grads @ weight if wanted else grads.new_empty((len(grads), 0))
-    if x_rows.dtype is torch.float32:
+    if _by_torch(x_rows):
         grad_low = (grads @ lora_b).mul_(scaling)
         if wanted:
             dx.addmm_(grad_low, lora_a)

@@ -24,6 +24,11 @@ def _operations() -> tuple[Any, Any, int]:
     return extension.lora_add_.default, extension.lora_outer.default, cpp.isa()
 
 
+def has_vectors() -> bool:
+    """Whether the extension has vector code for this CPU, and not the compiler's alone."""
+    return _operations()[2] > 0
+
+
 def lora_add_(
     out: Tensor,
     x: Tensor,

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from qadapter.model import lora_linear, recompute
-from qadapter.ops import cpp
+from qadapter.ops import cpp, low_rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +42,20 @@ def exact(model, x, grad):
     return run(model, x.double(), grad.double())
 
 
+@pytest.fixture(params=["plain", None])
+def vectors(request, monkeypatch):
+    """The compiler's own code, and the best that this CPU has."""
+    if request.param:
+        monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
+    caches = (low_rank._operations, low_rank._backward)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(BF16, F32), (BF16, BF16), (F32, F32)])
 @pytest.mark.parametrize("shape", [(1, 37), (23, 37), (2, 19, 37)])
 @pytest.mark.parametrize("rank", [1, 8, 21])
