@@ -40,7 +40,7 @@ def program(tmp_path_factory):
 def test_kernels_agree_with_float64(program):
     done = subprocess.run([EMULATOR, program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 26
+    assert len(done.stdout.splitlines()) == 32
 
 
 @pytest.mark.parametrize("kernel", ["add_block", "bwd_piece", "multiply"])

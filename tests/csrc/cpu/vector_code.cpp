@@ -38,6 +38,7 @@ namespace rows {
 #define QADAPTER_ROWS_BITS 0
 #include "cpu/rows_linear_sums.h"
 #include "cpu/rows_linear_kernel.h"
+#include "cpu/lora_kernel.h"
 }  // namespace rows
 }  // namespace plain
 }  // namespace qadapter
@@ -170,18 +171,20 @@ void test_linear() {
 }
 
 template <class D>
+RowView view(std::vector<typename D::T>& data, int64_t columns) {
+  RowView v;
+  v.data = reinterpret_cast<char*>(data.data());
+  v.count = static_cast<int64_t>(data.size()) / columns, v.far = columns * sizeof(typename D::T);
+  return v;
+}
+
+template <class D>
 void test_rows() {
   constexpr int64_t kRows = 5, kDim = 199, kOut = 14;
-  const auto x = filled<D>(kRows * kDim, 1.0f), w = filled<D>(kOut * kDim, 1.0f);
+  auto x = filled<D>(kRows * kDim, 1.0f), w = filled<D>(kOut * kDim, 1.0f);
   std::vector<typename D::T> out(kRows * kOut);
   RowsJob job{};
-  const auto view = [](const void* data, int64_t columns) {
-    RowView v;
-    v.data = static_cast<char*>(const_cast<void*>(data));
-    v.count = kRows, v.far = columns * sizeof(typename D::T);
-    return v;
-  };
-  job.x = view(x.data(), kDim), job.out = view(out.data(), kOut);
+  job.x = view<D>(x, kDim), job.out = view<D>(out, kOut);
   job.w = reinterpret_cast<const char*>(w.data());
   job.w_stride = job.k = kDim, job.o = kOut;
   plain::rows::rows_columns<typename D::T>(job, 0, kOut);
@@ -196,6 +199,56 @@ void test_rows() {
   check("rows_linear", D::name, error, 32 * D::unit + 1e-5);
 }
 
+// One row in the way of a few, and all in that of many: the same sums. Then the outer product.
+template <class D>
+void test_lora() {
+  constexpr int64_t kRows = 13, kDim = 37, kOut = 39, kRank = 6;
+  auto x = filled<D>(kRows * kDim, 1.0f), out = filled<D>(kRows * kOut, 1.0f);
+  const auto a = filled<F32>(kRank * kDim, 1.0f), b = filled<F32>(kOut * kRank, 1.0f);
+  const auto before = out;
+  LoraJob job{};
+  job.x = view<D>(x, kDim), job.out = view<D>(out, kOut);
+  job.a = reinterpret_cast<const char*>(a.data()), job.b = reinterpret_cast<const char*>(b.data());
+  job.a_stride = job.k = kDim, job.b_stride = job.r = kRank, job.o = kOut, job.scaling = -0.7f;
+  constexpr LoraTable run = plain::rows::lora_functions<typename D::T, float>();
+  std::vector<float> h(kRows * lora_stride(kRank)), packed(kRank * lora_columns(kOut));
+  run.low(job, 0, kRows, h.data());
+  run.pack(job, packed.data());
+  run.rows(job, packed.data(), 0, kRows, h.data());
+  const auto many = out;
+  out = before;
+  run.delta(job, 0, kRows, h.data(), 0, kOut);
+  double error = 0, apart = 0, outer_error = 0;
+  for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t o = 0; o < kOut; ++o) {
+      double right = 0;
+      for (int64_t j = 0; j < kRank; ++j) {
+        double low = 0;
+        for (int64_t d = 0; d < kDim; ++d) low += D::value(x[i * kDim + d]) * a[j * kDim + d];
+        right += low * b[o * kRank + j];
+      }
+      const int64_t at = i * kOut + o;
+      at_least(error, std::abs(D::value(many[at]) - D::value(before[at]) + 0.7 * right));
+      at_least(apart, std::abs(D::value(many[at]) - D::value(out[at])));
+    }
+  }
+  check("lora_add", D::name, error, 32 * D::unit + 1e-5);
+  check("lora_add, few and many", D::name, apart, 0);
+
+  const auto low = filled<F32>(kRows * kRank, 1.0f);
+  std::vector<float> outer(kRank * kDim);
+  const OuterJob of{job.x, low.data(), outer.data(), kDim, kRank, 2.0f};
+  plain::rows::outer_columns<typename D::T>(of, 0, kDim);
+  for (int64_t j = 0; j < kRank; ++j) {
+    for (int64_t d = 0; d < kDim; ++d) {
+      double right = 0;
+      for (int64_t i = 0; i < kRows; ++i) right += low[i * kRank + j] * D::value(x[i * kDim + d]);
+      at_least(outer_error, std::abs(outer[j * kDim + d] - 2 * right));
+    }
+  }
+  check("lora_outer", D::name, outer_error, 1e-4);
+}
+
 }  // namespace
 
 int main() {
@@ -207,5 +260,7 @@ int main() {
   test_linear<F16>();
   test_rows<F32>();
   test_rows<B16>();
+  test_lora<F32>();
+  test_lora<B16>();
   return failures != 0;
 }
