@@ -13,8 +13,9 @@
 // forward, 5 n^2 d backward, and n^2 / 2 exponentials each. Bytes: q, k, v, out once, and backward
 // the gradients beside them.
 //
-// By AMX in bfloat16, heads of a multiple of 32 elements; there is no other vector code, and
-// elsewhere qadapter.model.cpu_attention takes products. The sums over the queries that see a key
+// In bfloat16, by AMX or AVX512_BF16, heads of a multiple of 32 elements; there is no other vector
+// code, and elsewhere qadapter.model.cpu_attention takes products. The two differ in the block of 32
+// by 32 sums that all products are made of. The sums over the queries that see a key
 // are one thread's, in one order, so that threads change nothing; what a sequence gives depends on
 // no other.
 
@@ -42,9 +43,24 @@ namespace qadapter {
 namespace amx {
 using Simd = avx512::Simd;
 #include "cpu/amx_tiles.h"
-#include "cpu/varlen_tiles_amx.h"
-#include "cpu/varlen_attention_amx.h"
+#include "cpu/varlen_block_amx.h"
+#include "cpu/varlen_tiles.h"
+#include "cpu/varlen_attention_kernel.h"
+const AttentionKernel attention = attention_kernel();
 }  // namespace amx
+}  // namespace qadapter
+#include "cpu/isa_end.h"
+
+#include "cpu/isa_begin_avx512_bf16.h"
+namespace qadapter {
+namespace avx512_bf16 {
+using Simd = avx512::Simd;
+#include "cpu/dot_tiles.h"
+#include "cpu/varlen_block_dot.h"
+#include "cpu/varlen_tiles.h"
+#include "cpu/varlen_attention_kernel.h"
+const AttentionKernel attention = attention_kernel();
+}  // namespace avx512_bf16
 }  // namespace qadapter
 #include "cpu/isa_end.h"
 #endif
@@ -52,12 +68,14 @@ using Simd = avx512::Simd;
 namespace qadapter {
 namespace {
 
-bool serves(int64_t dim, int64_t isa) {
+// Of heads of `dim` elements; null where there is none.
+const AttentionKernel* kernel_for(int64_t dim, int64_t isa) {
 #if QADAPTER_X86
-  return choose_isa(isa) == Isa::amx && dim > 0 && dim % amx::kDeep == 0;
-#else
-  return static_cast<void>(dim), static_cast<void>(isa), false;
+  if (dim > 0 && dim % amx::kDeep == 0 && choose_isa(isa) >= Isa::avx512_bf16) {
+    return choose_isa(isa) == Isa::amx ? &amx::attention : &avx512_bf16::attention;
+  }
 #endif
+  return static_cast<void>(dim), static_cast<void>(isa), nullptr;
 }
 
 HeadRows head_rows(const Tensor& t, const char* name, int64_t heads, int64_t tokens, int64_t dim) {
@@ -79,8 +97,8 @@ VarlenJob job_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && k.size(0) > 0 && q.size(0) % k.size(0) == 0,
                   "varlen_attention: q, k: expected [H, T, D] and [Hk, T, D], H a multiple of Hk, "
                   "got ", shape_of(q), " and ", shape_of(k));
-  STD_TORCH_CHECK(serves(q.size(2), isa), "varlen_attention: D: expected a multiple of 32, and a "
-                  "CPU with AMX, got ", q.size(2));
+  STD_TORCH_CHECK(kernel_for(q.size(2), isa), "varlen_attention: D: expected a multiple of 32, and "
+                  "a CPU with AVX512_BF16 or AMX, got ", q.size(2));
   STD_TORCH_CHECK(window >= 1, "varlen_attention: window: expected 1 or more, got ", window);
   VarlenJob job;
   job.tokens = q.size(1);
@@ -122,7 +140,7 @@ struct Pack {
   }
 };
 
-[[maybe_unused]] char* memory_of(int64_t bytes) {
+char* memory_of(int64_t bytes) {
   thread_local std::vector<char> memory;
   if (memory.size() < static_cast<size_t>(bytes + 64)) memory.resize(bytes + 64);
   char* data = memory.data();
@@ -136,13 +154,12 @@ void varlen_attention_fwd_(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
   VarlenJob job = job_of(q, k, v, lse, scaling, window, isa);
   job.out = head_rows(out, "out", q.size(0), job.tokens, job.dim);
   const Pack pack(sequences, job.tokens);
-#if QADAPTER_X86
+  const AttentionKernel& run = *kernel_for(job.dim, isa);
   const int64_t heads = k.size(0), count = static_cast<int64_t>(pack.sequences.size());
   for_each_piece(heads * count, job.tokens * job.group * job.dim, [&](int64_t piece) {
     const Sequence& s = pack.sequences[piece / heads];
-    amx::forward_sequence(job, s, piece % heads, memory_of(amx::forward_memory(job, s)));
+    run.forward(job, s, piece % heads, memory_of(run.forward_memory(job, s)));
   });
-#endif
 }
 
 void varlen_attention_bwd_(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad, Tensor q,
@@ -155,7 +172,7 @@ void varlen_attention_bwd_(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor g
   job.grad_k = head_rows(grad_k, "grad_k", heads, job.tokens, job.dim);
   job.grad_v = head_rows(grad_v, "grad_v", heads, job.tokens, job.dim);
   const Pack pack(sequences, job.tokens);
-#if QADAPTER_X86
+  const AttentionKernel& run = *kernel_for(job.dim, isa);
   const int64_t groups = static_cast<int64_t>(pack.groups.size()) - 1;
   for_each_piece(heads * groups, job.tokens * job.group * job.dim, [&](int64_t piece) {
     const Sequence* first = pack.sequences.data() + pack.groups[piece / heads];
@@ -163,11 +180,10 @@ void varlen_attention_bwd_(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor g
     int64_t tokens = 0, most = 0;
     for (const Sequence* s = first; s < end; ++s) tokens += s->own;
     for (const Sequence* s = first; s < end; ++s) {
-      most = std::max(most, amx::backward_memory(job, *s, tokens));
+      most = std::max(most, run.backward_memory(job, *s, tokens));
     }
-    amx::backward_group(job, first, end, piece % heads, first->start, tokens, memory_of(most));
+    run.backward(job, first, end, piece % heads, first->start, tokens, memory_of(most));
   });
-#endif
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qadapter_C, library) {

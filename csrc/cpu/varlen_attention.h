@@ -37,4 +37,15 @@ struct VarlenJob {
   float scaling = 1.0f;
 };
 
+// The code of an instruction set, with the bytes of memory that it wants: forward for the query
+// heads of key head h and one sequence, backward for those and a group of sequences [first, end),
+// which begins at token `start` and has `tokens`.
+struct AttentionKernel {
+  int64_t (*forward_memory)(const VarlenJob&, const Sequence&);
+  void (*forward)(const VarlenJob&, const Sequence&, int64_t h, char* room);
+  int64_t (*backward_memory)(const VarlenJob&, const Sequence&, int64_t tokens);
+  void (*backward)(const VarlenJob&, const Sequence* first, const Sequence* end, int64_t h,
+                   int64_t start, int64_t tokens, char* room);
+};
+
 }  // namespace qadapter

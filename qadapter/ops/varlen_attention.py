@@ -1,7 +1,8 @@
 """Causal attention of a whole pack of sequences in one call: csrc/cpu/varlen_attention.cpp.
 
 No operation of torch.ops.qadapter: it is called twice a layer and step, by
-`qadapter.model.packed_attention`, and serves bfloat16 on a CPU with AMX alone.
+`qadapter.model.packed_attention`, and serves bfloat16 on a CPU with AVX512_BF16
+or AMX alone.
 """
 
 import functools
@@ -23,8 +24,8 @@ def _operations() -> tuple[Any, Any, int]:
 
 
 @functools.cache
-def _amx() -> bool:
-    return cpp.why_not_loaded() is None and cpp.CAPABILITIES[cpp.isa()] == "amx"
+def _has_kernel() -> bool:
+    return cpp.why_not_loaded() is None and cpp.capability() in ("avx512_bf16", "amx")
 
 
 def serves(query: Tensor, value: Tensor) -> bool:
@@ -37,7 +38,7 @@ def serves(query: Tensor, value: Tensor) -> bool:
         and query.shape[-1] % 32 == 0
         and query.numel() > 0
         and not torch.compiler.is_compiling()
-        and _amx()
+        and _has_kernel()
     )
 
 
@@ -98,7 +99,7 @@ def varlen_attention(
 
     Raises:
         RuntimeError: A dtype, device or shape that does not fit, sequences that are not those of
-            the pack; a CPU without AMX; the extension cannot be loaded.
+            the pack; a CPU without AVX512_BF16 and AMX; the extension cannot be loaded.
     """
     most = max(1, q.shape[1]) if window is None else window
     q, k, v = (_dense_rows(x) for x in (q, k, v))

@@ -286,14 +286,14 @@ def test_empty_pairs_are_refused():
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_one_call_for_all_sequences(window, monkeypatch):
-    """Where a CPU has AMX; against a product a sequence."""
+    """Where a CPU has AVX512_BF16 or AMX; against a product a sequence."""
     generator = torch.Generator().manual_seed(0)
     groups = packed_attention.Groups(((5, 30, 7, 40), (17,), (3, 1, 0), (0, 2, 9)))
     tokens = sum(map(sum, groups.lengths))
     tensors = [torch.randn(1, h, tokens, 32, generator=generator).bfloat16() for h in (4, 2, 2)]
     upstream = torch.randn(1, tokens, 4, 32, generator=generator).bfloat16()
     if not varlen_attention.serves(tensors[0], tensors[2]):
-        pytest.skip("needs a CPU with AMX")
+        pytest.skip("needs a CPU with AVX512_BF16 or AMX")
 
     def evaluate():
         q, k, v = (t.clone().requires_grad_() for t in tensors)

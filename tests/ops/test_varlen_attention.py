@@ -6,9 +6,28 @@ import torch.nn.functional as F
 
 from qadapter.ops import cpp, varlen_attention
 
-pytestmark = pytest.mark.skipif(
-    cpp.why_not_loaded() is not None or cpp.capability() != "amx", reason="needs a CPU with AMX"
-)
+SETS = cpp.CAPABILITIES[: cpp.isa() + 1] if cpp.available()[0] else ()
+CODE = [name for name in ("avx512_bf16", "amx") if name in SETS]
+
+pytestmark = [
+    pytest.mark.skipif(not CODE, reason="needs a CPU with AVX512_BF16 or AMX"),
+    pytest.mark.usefixtures("vector_code"),
+]
+
+
+CACHES = (varlen_attention._operations, varlen_attention._has_kernel)
+
+
+@pytest.fixture(params=CODE)
+def vector_code(request, monkeypatch):
+    """Everything by each instruction set that has code for it."""
+    monkeypatch.setenv("QADAPTER_CPU_CAPABILITY", request.param)
+    for cache in CACHES:
+        cache.cache_clear()
+    yield
+    for cache in CACHES:
+        cache.cache_clear()
+
 
 PACKS = [
     [(0, 1)],
@@ -118,5 +137,5 @@ def test_what_it_serves(monkeypatch):
     assert not varlen_attention.serves(query.float(), query.float())
     assert not varlen_attention.serves(query[..., :48], query[..., :48])
     assert not varlen_attention.serves(query, query[..., :32])
-    monkeypatch.setattr(varlen_attention, "_amx", lambda: False)
+    monkeypatch.setattr(varlen_attention, "_has_kernel", lambda: False)
     assert not varlen_attention.serves(query, query)

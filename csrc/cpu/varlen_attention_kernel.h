@@ -1,5 +1,5 @@
-// Attention and its gradients by AMX; varlen_attention.cpp has the maths. Included after
-// varlen_tiles_amx.h, inside namespace qadapter::amx.
+// Attention and its gradients; varlen_attention.cpp has the maths. Included after varlen_tiles.h,
+// inside the namespace of an instruction set.
 
 namespace {
 
@@ -244,6 +244,10 @@ void backward_group(const VarlenJob& job, const Sequence* first, const Sequence*
       put(grad_v, job.grad_v);
     }
   }
+}
+
+constexpr AttentionKernel attention_kernel() {
+  return {&forward_memory, &forward_sequence, &backward_memory, &backward_group};
 }
 
 }  // namespace
