@@ -12,7 +12,8 @@ PEFT rounds it, and of all its intermediates x A^T alone, float32 [N, r], is kep
 
 with float32 sums throughout. Without vector code (AVX2 or more) the products of float32 layers are
 PyTorch's, and those that add to a tensor of the layer's size do so in place, which saves PEFT's
-five passes over such tensors. A gated MLP of such layers is one node: the gradients of its input add up in one tensor.
+five passes over such tensors. A gated MLP of such layers is one node: the gradients of its input
+add up in one tensor.
 """
 
 from types import MethodType
