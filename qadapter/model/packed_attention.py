@@ -13,7 +13,7 @@ is the function the model had; it then tries, on random tokens, that results are
     flash-attention   one varlen call; the keys of a shared prompt are gathered once per response
                       (queries and keys then differ in number: its causal mask ends flush right)
     sdpa              one call a sequence, causal without a mask where it is a whole sequence;
-                      on a CPU with AMX one call for all of them, in bfloat16
+                      with AVX512_BF16 or AMX one call for all of them, in bfloat16
 """
 
 import functools
