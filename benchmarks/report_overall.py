@@ -252,6 +252,7 @@ def speed(records: list[Record]) -> str:
     # The instruction set alone is a name where no two have it.
     sets = [instructions for _, instructions in machines]
     names = {m: m[1] if sets.count(m[1]) == 1 and m[1] else " ".join(m).strip() for m in machines}
-    said = "\n".join(f"- {names[machine]}: {'; '.join(about[machine])}" for machine in by_set)
+    lines = {machine: ";\n  ".join(about[machine]) for machine in by_set}
+    said = "\n".join(f"- {names[machine]}: {line}" for machine, line in lines.items())
     beside = _beside({names[machine]: machines[machine] for machine in by_set})
     return paragraphs(said, beside)
