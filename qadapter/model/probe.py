@@ -26,7 +26,7 @@ class BaseProbe:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
-        self.before = _base_logits(model).clone()
+        self.before = _frozen_logits(model).clone()
 
     @torch.no_grad()
     def check(self, model: nn.Module, what: str) -> None:
@@ -35,11 +35,11 @@ class BaseProbe:
         The same code runs before and after, so not a bit may differ; only where a base does not
         repeat itself (atomic sums on a GPU) as much as it differs from itself.
         """
-        after = _base_logits(model)
+        after = _frozen_logits(model)
         if after.shape == self.before.shape and torch.equal(after, self.before):
             return
         far = _distance(after, self.before)
-        noise = max(_distance(after, _base_logits(model)) for _ in range(REPEATS))
+        noise = max(_distance(after, _frozen_logits(model)) for _ in range(REPEATS))
         if not far <= 4 * noise:
             raise ValueError(
                 f"{what} changes the base: with the adapter off its logits are off by {far:.2g}, "
@@ -109,6 +109,19 @@ def _logits(model: Any) -> Tensor:
     ids = torch.arange(1, 1 + TOKENS, device=model.device).clamp(max=vocab - 1)[None]
     with evaluating(model):
         return model(input_ids=ids, use_cache=False).logits
+
+
+def _frozen_logits(model: nn.Module) -> Tensor:
+    """Those of a base as an adapter leaves it, frozen: `torch.matmul` takes other products, which
+    may round differently, where a weight wants a gradient."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad = False
+    try:
+        return _base_logits(model)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
 
 
 def _base_logits(model: nn.Module) -> Tensor:

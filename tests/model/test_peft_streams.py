@@ -171,6 +171,11 @@ LAYERS = {
 }
 
 
+def assert_alike(one, other):
+    """Products of small matrices round by where their weights lie in memory, on some CPUs."""
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Adapters on other layers, in folders of their names."""
@@ -234,7 +239,7 @@ def test_the_models_own_adapter_is_replaced(saved):
     model.peft_model.load_adapter(str(saved / "more"), "default")
     model.peft_model.set_adapter("default")
     fresh = QAdapterModel.from_pretrained(saved / "more")
-    assert torch.equal(model(IDS).q_logits, fresh(IDS).q_logits)
+    assert_alike(model(IDS).q_logits, fresh(IDS).q_logits)
     assert torch.equal(model(IDS).base_logits, fresh(IDS).base_logits)
     torch.testing.assert_close(decoded(model), decoded(fresh))
 
@@ -339,7 +344,7 @@ def test_all_linear_leaves_out_what_is_not_a_plain_product(kind, given, tmp_path
     assert (out.q_logits - want).abs().max() > 0.01
     model.save_pretrained(tmp_path / "adapter")
     again = QAdapterModel.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(again(IDS).q_logits, out.q_logits)
+    assert_alike(again(IDS).q_logits, out.q_logits)
 
 
 def test_all_linear_keeps_a_layer_that_is_a_product_in_other_words():
