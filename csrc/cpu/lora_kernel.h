@@ -32,32 +32,39 @@ void lora_low(const LoraJob& job, int64_t first, int64_t end, float* h) {
   }
 }
 
+// Columns [o, o + kWidth) of B^T and `depth` of its rows from j on: rows of B become columns, which
+// lie across the lanes. Those past the last are not used.
+template <class W>
+inline void turned_block(const LoraJob& job, int64_t o, int64_t j, int64_t depth, F* block) {
+  constexpr int kWidth = Simd::kWidth;
+  const W* b = reinterpret_cast<const W*>(job.b);
+  const int64_t last = (job.o - 1) * job.b_stride + job.r;  // elements of B
+  if ((o + kWidth - 1) * job.b_stride + j + kWidth <= last) {
+    // elements behind the row's end are read, but not used
+    for (int c = 0; c < kWidth; ++c) block[c] = Simd::load1(b + (o + c) * job.b_stride + j);
+  } else {
+    for (int c = 0; c < kWidth; ++c) {
+      W padded[kWidth] = {};
+      if (o + c < job.o) std::memcpy(padded, b + (o + c) * job.b_stride + j, depth * sizeof(W));
+      block[c] = Simd::load1(padded);
+    }
+  }
+  Simd::transpose(block);
+}
+
 // Columns [from, to) of rows [first, end) of out += scaling h B^T.
 template <class X, class W>
 void lora_delta(const LoraJob& job, int64_t first, int64_t end, const float* h, int64_t from,
                 int64_t to) {
   constexpr int kWidth = Simd::kWidth;
   const int64_t rows = end - first, stride = lora_stride(job.r);
-  // kWidth columns of out at a time: rows of B become columns, which lie across the lanes.
-  const W* b = reinterpret_cast<const W*>(job.b);
-  const int64_t last = (job.o - 1) * job.b_stride + job.r;  // elements of B
   for (int64_t o = from; o < to; o += kWidth) {
     const int columns = static_cast<int>(to - o < kWidth ? to - o : kWidth);
     alignas(64) float delta[kLoraRows][kWidth] = {};
     for (int64_t j = 0; j < job.r; j += kWidth) {
       const int64_t depth = job.r - j < kWidth ? job.r - j : kWidth;
       F block[kWidth];
-      if ((o + kWidth - 1) * job.b_stride + j + kWidth <= last) {
-        // elements behind the row's end are read, but not used
-        for (int c = 0; c < kWidth; ++c) block[c] = Simd::load1(b + (o + c) * job.b_stride + j);
-      } else {
-        for (int c = 0; c < kWidth; ++c) {
-          W padded[kWidth] = {};
-          if (c < columns) std::memcpy(padded, b + (o + c) * job.b_stride + j, depth * sizeof(W));
-          block[c] = Simd::load1(padded);
-        }
-      }
-      Simd::transpose(block);
+      turned_block<W>(job, o, j, depth, block);
       for (int64_t i = 0; i < rows; ++i) {
         F sum = Simd::load1(delta[i]);
         for (int64_t d = 0; d < depth; ++d) {
@@ -80,21 +87,15 @@ void lora_delta(const LoraJob& job, int64_t first, int64_t end, const float* h, 
   }
 }
 
-// B^T in blocks of kWidth columns, [block][r][kWidth], for lora_rows: columns past the last are 0.
+// B^T in blocks of kWidth columns, [block][r][kWidth], for lora_rows.
 template <class W>
 void lora_pack(const LoraJob& job, float* packed) {
   constexpr int kWidth = Simd::kWidth;
-  const W* b = reinterpret_cast<const W*>(job.b);
   for (int64_t o = 0; o < lora_columns(job.o); o += kWidth, packed += job.r * kWidth) {
     for (int64_t j = 0; j < job.r; j += kWidth) {
       const int64_t depth = job.r - j < kWidth ? job.r - j : kWidth;
       F block[kWidth];
-      for (int c = 0; c < kWidth; ++c) {
-        W padded[kWidth] = {};
-        if (o + c < job.o) std::memcpy(padded, b + (o + c) * job.b_stride + j, depth * sizeof(W));
-        block[c] = Simd::load1(padded);
-      }
-      Simd::transpose(block);
+      turned_block<W>(job, o, j, depth, block);
       for (int64_t d = 0; d < depth; ++d) Simd::store1(packed + (j + d) * kWidth, block[d]);
     }
   }

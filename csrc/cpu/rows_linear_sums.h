@@ -33,8 +33,7 @@ inline void put_all(Simd::F x, BF16* out) { put4(reinterpret_cast<const float*>(
 #if QADAPTER_ROWS_BITS == 256
 inline void put_all(Simd::F x, BF16* out) {
   const __m256i bits = _mm256_castps_si256(x);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i rounded = Simd::round_bf16(x);
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
@@ -48,10 +47,9 @@ inline void put_all(Simd::F x, BF16* out) {
 #else
 inline void put_all(Simd::F x, BF16* out) {
   const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i quiet_bit = _mm512_set1_epi32(0x400000);
+  const __m512i rounded = _mm512_mask_or_epi32(Simd::round_bf16(x), nan, bits, quiet_bit);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }

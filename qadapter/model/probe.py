@@ -114,14 +114,8 @@ def _logits(model: Any) -> Tensor:
 def _frozen_logits(model: nn.Module) -> Tensor:
     """Those of a base as an adapter leaves it, frozen: `torch.matmul` takes other products, which
     may round differently, where a weight wants a gradient."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad = False
-    try:
+    with _requiring_grad([p for p in model.parameters() if p.requires_grad], False):
         return _base_logits(model)
-    finally:
-        for parameter in trained:
-            parameter.requires_grad = True
 
 
 def _base_logits(model: nn.Module) -> Tensor:
@@ -162,10 +156,10 @@ def _off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _requiring_grad(parameters: list[nn.Parameter]) -> Iterator[None]:
+def _requiring_grad(parameters: list[nn.Parameter], wanted: bool = True) -> Iterator[None]:
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
-        parameter.requires_grad = True
+        parameter.requires_grad = wanted
     try:
         yield
     finally:
