@@ -80,6 +80,19 @@ inline Isa detect_isa() {
 #endif
 }
 
+// Whether the core is AMD's, for what was measured there to want other fetching.
+inline bool is_amd() {
+#if QADAPTER_X86
+  static const bool amd = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+  }();
+  return amd;
+#else
+  return false;
+#endif
+}
+
 // `wanted` < 0: the best one. Never more than the CPU has.
 inline Isa choose_isa(int64_t wanted) {
   const Isa best = detect_isa();

@@ -68,17 +68,20 @@ inline typename D::V load_padded(const T* p, int64_t n) {
 }
 
 constexpr int kRowsW = 4;  // rows of W in a tile
-constexpr int kTilesAhead = 2;
+constexpr int kMostNear = 3;  // rows of x
 
-// What a tile fetches on its way for a later one: `step` bytes in each of its strips. To the second
-// cache: beside the rows of x the first one has no room, and too few misses under way at a time.
+// What a tile fetches on its way for a later one: `step` bytes in each of its strips, for the tile
+// after the next, to the second cache: beside the rows of x the first one has no room, and too few
+// misses under way at a time. On AMD's cores up to kMostNear rows are so quick that they catch up
+// with that. There the next tile is fetched instead (NEAR), to the first cache, a line behind
+// each load, in the order of addresses: in the order of the loads it is as slow as none.
 struct Ahead {
   const char* at;
   int64_t step;
 };
 
 // sums[c][r] = x[c] . w[r].
-template <class X, class W, int C>
+template <class X, class W, int C, bool NEAR>
 inline void tile(const X* const* x, const W* const* w, int64_t k, Ahead ahead,
                  float (*sums)[kRowsW]) {
   using D = Dot<X, W>;
@@ -88,6 +91,7 @@ inline void tile(const X* const* x, const W* const* w, int64_t k, Ahead ahead,
 #pragma GCC unroll 4
     for (int r = 0; r < kRowsW; ++r) acc[c][r] = Simd::zero();
   }
+  constexpr int kLines = kRowsW * D::kStep * static_cast<int>(sizeof(W)) / 64;
   const auto step = [&](int64_t i) {
     typename D::V xs[C];
 #pragma GCC unroll 8
@@ -95,9 +99,11 @@ inline void tile(const X* const* x, const W* const* w, int64_t k, Ahead ahead,
 #pragma GCC unroll 4
     for (int r = 0; r < kRowsW; ++r) {
       const typename D::V ws = D::load(w[r] + i);
+      if (NEAR && r < kLines) __builtin_prefetch(ahead.at + 64 * r);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[c][r] = D::multiply(acc[c][r], xs[c], ws);
     }
+    if (NEAR) ahead.at += 64 * kLines;
   };
   constexpr int64_t kStrip = D::kSteps * D::kStep;
   const int64_t whole = k / D::kStep * D::kStep;
@@ -105,6 +111,7 @@ inline void tile(const X* const* x, const W* const* w, int64_t k, Ahead ahead,
   for (; i + kStrip <= k; i += kStrip) {
 #pragma GCC unroll 4
     for (int n = 0; n < D::kSteps; ++n) step(i + n * D::kStep);
+    if (NEAR) continue;
     // behind the loads, which would wait for it otherwise: bfloat16 of 2 rows was a third slower
     for (int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(ahead.at + line, 0, 2);
     ahead.at += ahead.step;
@@ -131,18 +138,19 @@ struct Tiles {
   static constexpr int kOf8 = sizeof(X) == 4 && sizeof(W) == 4 ? 3 : 2;
   static constexpr int kMost = Simd::kWidth == 16 ? 4 : (Simd::kWidth == 8 ? kOf8 : 1);
 
+  template <bool NEAR = false>
   static inline void run(int64_t count, const X* const* x, const W* const* w, int64_t k,
                          Ahead ahead, float (*sums)[kRowsW]) {
-    if constexpr (kMost >= 4) {
-      if (count == 4) return tile<X, W, 4>(x, w, k, ahead, sums);
+    if constexpr (kMost >= 4 && !NEAR) {
+      if (count == 4) return tile<X, W, 4, NEAR>(x, w, k, ahead, sums);
     }
     if constexpr (kMost >= 3) {
-      if (count == 3) return tile<X, W, 3>(x, w, k, ahead, sums);
+      if (count == 3) return tile<X, W, 3, NEAR>(x, w, k, ahead, sums);
     }
     if constexpr (kMost >= 2) {
-      if (count == 2) return tile<X, W, 2>(x, w, k, ahead, sums);
+      if (count == 2) return tile<X, W, 2, NEAR>(x, w, k, ahead, sums);
     }
-    tile<X, W, 1>(x, w, k, ahead, sums);
+    tile<X, W, 1, NEAR>(x, w, k, ahead, sums);
   }
 };
 
@@ -156,6 +164,9 @@ void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
   const int64_t groups = (job.x.count + All::kMost - 1) / All::kMost, turns = groups * strips;
   const int64_t bytes = kRowsW * job.w_stride * static_cast<int64_t>(sizeof(T));
   const int64_t fetched = turns > 0 ? (bytes + turns - 1) / turns : 0;
+  const bool near =
+      is_amd() && groups == 1 && job.x.count <= kMostNear && job.w_stride == job.k;
+  const int64_t tiles_ahead = near ? 1 : 2;
   for (int64_t o = first; o < end; o += kRowsW) {
     const int count = static_cast<int>(end - o < kRowsW ? end - o : kRowsW);
     const T* w[kRowsW];
@@ -166,8 +177,9 @@ void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
       if (bias) offset[r] = widen(bias[row]);
     }
     // Also behind `end`: that is what this thread takes next.
-    const bool more = o + (kTilesAhead + 1) * kRowsW <= job.o;
-    Ahead ahead{reinterpret_cast<const char*>(w[0]) + kTilesAhead * bytes, more ? fetched : 0};
+    const bool more = o + (tiles_ahead + 1) * kRowsW <= job.o;
+    Ahead ahead{reinterpret_cast<const char*>(w[0]) + (more ? tiles_ahead * bytes : 0),
+                more ? fetched : 0};
     for (int64_t group = 0, i = 0; group < groups; ++group, ahead.at += strips * ahead.step) {
       // As equal as possible: the sums of one row alone are too few to be under way at a time.
       const int64_t even = (job.x.count - i + groups - group - 1) / (groups - group);
@@ -175,7 +187,11 @@ void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
       const T* x[All::kMost] = {};
       float sums[All::kMost][kRowsW];
       for (int64_t c = 0; c < rows; ++c) x[c] = reinterpret_cast<const T*>(job.x.row(i + c));
-      All::run(rows, x, w, job.k, ahead, sums);
+      if (near) {
+        All::template run<true>(rows, x, w, job.k, ahead, sums);
+      } else {
+        All::run(rows, x, w, job.k, ahead, sums);
+      }
       for (int64_t c = 0; c < rows; ++c) {
         T* out = reinterpret_cast<T*>(job.out.row(i + c)) + o;
         if (bias) {
