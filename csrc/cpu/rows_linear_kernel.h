@@ -8,8 +8,9 @@ namespace {
 
 using F = Simd::F;
 
-// kStep elements of one row, as vectors that multiply() takes; kSteps of these make a strip. Mixed dtypes keep their elements in
-// order; equal ones come in load2's order, which is the same for both and cheaper.
+// kStep elements of one row, as vectors that multiply() takes; kSteps of these make a strip. Mixed
+// dtypes keep their elements in order; equal ones come in load2's order, which is the same for both
+// and cheaper.
 template <class X, class W>
 struct Dot {
   static constexpr int kStep = Simd::kGroup, kSteps = 1;
