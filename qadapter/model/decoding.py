@@ -65,6 +65,7 @@ class TwoStreamDecoder:
         compile_config: Any = None,
     ) -> None:
         self.streams, self.weights = streams, weights
+        streams.refresh()
         self.head: Any = head
         self.mixes = len(streams.names) > 1 or not bool((weights == 1).all())
         self.together = streams.reason is None
@@ -85,7 +86,7 @@ class TwoStreamDecoder:
         step: Any = TwoStreamDecoder._together
         if self.compile_config is not None and ids.shape[1] == 1:
             step = self.streams.compiled(step, self.compile_config)
-        with self.streams.installed():
+        with self.streams.installed(whole=step is TwoStreamDecoder._together):
             return step(self, ids, mask, positions)
 
     def idle(self, token: Tensor) -> None:
@@ -341,8 +342,9 @@ def decode(
             streamer.put(tokens.cpu())
         stopped = stopping_criteria(sequences[:, :length], cast(Any, scores or None))
         unfinished &= ~stopped
-        running, broken = torch.stack([unfinished.any(), (tokens < 0).any()]).tolist()
-        others, elsewhere = anywhere((running, broken), device) if synced else (False, False)
+        running, broken = torch.stack([unfinished.sum(), (tokens < 0).sum()]).tolist()
+        here = running > 0, broken > 0
+        others, elsewhere = anywhere(here, device) if synced else (False, False)
         if broken:
             raise ValueError(
                 f"no token can be drawn in row {int((tokens < 0).nonzero()[0])}: its logits "
@@ -356,14 +358,12 @@ def decode(
         if not running:
             break
 
-        if rows_may_leave and decoder.can_keep():
-            left = unfinished if rows is None else unfinished[rows]
-            if int(left.sum()) <= KEEP * len(left):
-                kept = left.nonzero()[:, 0]
-                decoder.keep(kept)
-                rows = kept if rows is None else rows[kept]
-                keys, positions = keys[kept], positions[kept]
-                mask = None if mask is None else mask[kept]
+        if rows_may_leave and running <= KEEP * len(keys) and decoder.can_keep():
+            kept = (unfinished if rows is None else unfinished[rows]).nonzero()[:, 0]
+            decoder.keep(kept)
+            rows = kept if rows is None else rows[kept]
+            keys, positions = keys[kept], positions[kept]
+            mask = None if mask is None else mask[kept]
         last = positions[:, -1:] + 1
         if cached:
             step = sequences[:, length - 1 : length]

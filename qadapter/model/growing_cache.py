@@ -5,6 +5,7 @@ it holds. With 8 prompts of SmolLM2 in two streams that was a quarter of a step 
 and it grows with the text.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, cast
@@ -45,13 +46,22 @@ class Rooms:
         return piece if piece is not None else like.new_empty(sizes)
 
 
+@dataclasses.dataclass(eq=False)
+class _Room:
+    """A tensor that tokens are written into, and the beginning of it that was given out last."""
+
+    tensor: Tensor
+    given: Tensor | None = None
+    length: int = 0  # of `given`, in tokens
+
+
 class GrowingLayer(DynamicLayer):
     """A DynamicLayer whose keys and values are the beginning of a larger tensor."""
 
     def __init__(self, *args: Any, rooms: Rooms | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._where = rooms or Rooms()
-        self._rooms: list[Tensor | None] = [None, None]
+        self._rooms: list[_Room | None] = [None, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -77,16 +87,22 @@ class GrowingLayer(DynamicLayer):
 
     def _with_room(self, which: int, held: Tensor | None, like: Tensor, more: int) -> Tensor:
         """``held``, and ``more`` tokens behind it that hold anything."""
-        length = held.shape[-2] if held is not None and held.numel() else 0
-        total = length + more
         room = self._rooms[which]
-        # Whoever changes the rows or cuts the text puts another tensor in the place of `held`.
-        if room is None or room.shape[-2] < total or (length and not _begins(room, held)):
+        if room is not None and held is room.given:
+            length = room.length
+        else:
+            # Whoever changes the rows or cuts the text puts another tensor in the place of `held`.
+            length = held.shape[-2] if held is not None and held.numel() else 0
+            if room is not None and length and not _begins(room.tensor, held):
+                room = None
+        total = length + more
+        if room is None or room.tensor.shape[-2] < total:
             sizes = (*like.shape[:-2], total + max(_SPARE, total // 4), like.shape[-1])
-            self._rooms[which] = room = self._where.empty(sizes, like)
+            self._rooms[which] = room = _Room(self._where.empty(sizes, like))
             if held is not None and length:
-                room[..., :length, :] = held
-        return room.narrow(-2, 0, total)
+                room.tensor[..., :length, :] = held
+        room.given, room.length = room.tensor.narrow(-2, 0, total), total
+        return room.given
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

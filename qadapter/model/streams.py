@@ -28,6 +28,7 @@ from qadapter.composition import Names
 from qadapter.model import lora_linear, quantised, whole_layers
 from qadapter.model.checkpoint import is_ordinary
 from qadapter.model.sharded import vocab_rows
+from qadapter.model.whole_layers import Forward, replaced
 from qadapter.ops import few_rows, low_rank
 
 # What transformers' models hand to each of their layers, one row of it per row of the batch.
@@ -86,7 +87,9 @@ class Streams:
         self._few = False  # those for few rows too
         self._one_token = 0  # and, where it is not 0, that for a whole layer of so many rows
         self._on_gpu = False  # the Triton kernel for few tokens' LoRA does
-        self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._forwards: list[Forward] = []
+        self._outer = self._forwards  # where whole layers hold the rest
+        self._whole: list[whole_layers.WholeLayer] = []
         self._layers: list[nn.Module] = []
         self._refusal = self.reason = _why_not(self.hf_model, names)
         if self.reason is not None:
@@ -202,24 +205,23 @@ class Streams:
             arguments[cast(str, self.cache_name)] = cache
         return arguments
 
+    def refresh(self) -> None:
+        """Before a text: parameters may have been replaced since the last."""
+        for whole in self._whole:
+            whole.refresh()
+
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Inside, the model's layers work on row blocks. For one forward at a time: what the
-        caller does between two of them sees the ordinary model."""
+    def installed(self, whole: bool = True) -> Iterator[None]:
+        """Inside, the model's layers work on row blocks, and ``whole`` ones as one operation where
+        they can. For one forward at a time: what the caller does between two of them sees the
+        ordinary model."""
         hooks = [
             layer.register_forward_pre_hook(self._widen, with_kwargs=True) for layer in self._layers
         ]
-        before = [module.__dict__.get("forward") for module, _ in self._forwards]
         try:
-            for module, forward in self._forwards:
-                # On the instance, where it hides the class's; nn.Module's setattr is slow.
-                module.__dict__["forward"] = forward
-            yield
+            with replaced(self._outer if whole else self._forwards):
+                yield
         finally:
-            for (module, _), was in zip(self._forwards, before, strict=True):
-                module.__dict__.pop("forward", None)
-                if was is not None:
-                    module.__dict__["forward"] = was
             for hook in hooks:
                 hook.remove()
 
@@ -229,7 +231,14 @@ class Streams:
         found = whole_layers.candidates(_decoder_layers(self.hf_model.base_model), self.names)
         with evaluating(self.peft_model), self.installed():
             found = [whole for whole in found if whole_layers.is_exact(whole, self._rows)]
-        self._forwards += [(w.layer, w.instead(lambda: self._one_token)) for w in found]
+        self._whole, held = found, set[nn.Module]()
+        outer: list[Forward] = []
+        for whole in found:
+            modules = set(whole.layer.modules())
+            parts = [pair for pair in self._forwards if pair[0] in modules]
+            outer.append((whole.layer, whole.instead(lambda: self._one_token, parts)))
+            held |= modules
+        self._outer = outer + [pair for pair in self._forwards if pair[0] not in held]
 
     def _linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         parameters = module._parameters  # module.weight is a search

@@ -2,13 +2,15 @@
 
 A layer is taken where its parts are those that `recompute` and `rotary` have recognised (norms as
 Llama's, a gate of silu, the usual rotation) around plain linear layers with or without LoRA, and
-where a trial on random tokens gives what the layer's own modules give. Each call looks its weights
-up anew. What it does not know (several tokens, hooks, another cache, another kind of mask) is left
-to the modules.
+where a trial on random tokens gives what the layer's own modules give. Its weights are looked up
+once a text (`refresh`): they lie in some twenty objects, and a step has pushed all of them out of
+the inner caches. What it does not know (several tokens, hooks, another cache, another kind of mask)
+is left to the modules.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -27,6 +29,23 @@ MOST_ROWS = 64  # with more, what lies between the products no longer counts
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _PARTS = {*_NORMS, "self_attn", "mlp"}
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
+Forward = tuple[nn.Module, Callable[..., Any]]
+
+
+@contextmanager
+def replaced(forwards: Sequence[Forward]) -> Iterator[None]:
+    """Inside, these modules have these forwards."""
+    before = [module.__dict__.get("forward") for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            # On the instance, where it hides the class's; nn.Module's setattr is slow.
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for (module, _), was in zip(forwards, before, strict=True):
+            module.__dict__.pop("forward", None)
+            if was is not None:
+                module.__dict__["forward"] = was
 
 
 class WholeLayer:
@@ -57,6 +76,11 @@ class WholeLayer:
         seen = {*replaced, *(products[name] for name in PRODUCTS), *self._linears}
         self._hooks = [h for m in seen for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._none = torch.empty(0)
+        self._found: tuple[torch.dtype, dict[str, Any]] | None = None  # see `_look_up`
+
+    def refresh(self) -> None:
+        """Look up weights, adapters and hooks anew at the next call."""
+        self._found = None
 
     def __call__(
         self,
@@ -82,9 +106,10 @@ class WholeLayer:
             or position_embeddings is None
         ):
             return None
+        found = self._found = self._found or self._look_up()
+        if found is None or found[0] is not hidden.dtype:
+            return None
         count, keys, cos = len(hidden), cache.keys, position_embeddings[0]
-        weights = [module._parameters["weight"] for module in self._linears]
-        norms = [module._parameters["weight"] for module in self._norms]
         if (
             (self._loras and count != rows)
             or hidden.shape[1] != 1
@@ -97,12 +122,7 @@ class WholeLayer:
             or cos.dtype is not hidden.dtype
             or cos.ndim != 3
             or cos.shape[-1] != keys.shape[-1]
-            or any(w.dtype is not hidden.dtype for w in (*weights, *norms))
-            or attention.training
             or any(value is not None for value in others.values())
-            or any(self._hooks)
-            or nn_module._has_any_global_hook()
-            or any(own.get("forward") is not forward for own, forward in self._forwards)
         ):
             return None
         if attention_mask is not None and (
@@ -110,6 +130,28 @@ class WholeLayer:
             or attention_mask.ndim != 4
             or attention_mask.shape[0] not in (1, count)
             or attention_mask.shape[1:] != (1, 1, keys.shape[2] + 1)
+        ):
+            return None
+        return decoder_layer(
+            hidden,
+            position_embeddings,
+            *cache.one_more(),
+            attention_mask,
+            **found[1],
+        )
+
+    def _look_up(self) -> tuple[torch.dtype, dict[str, Any]] | None:
+        """The dtype, and what `decoder_layer` takes that is the layer's; None where the modules are
+        not as they should be."""
+        weights = [module._parameters["weight"] for module in self._linears]
+        norms = [module._parameters["weight"] for module in self._norms]
+        dtype = weights[0].dtype
+        if (
+            any(w.dtype is not dtype for w in (*weights, *norms))
+            or self.attention.training
+            or any(self._hooks)
+            or nn_module._has_any_global_hook()
+            or any(own.get("forward") is not forward for own, forward in self._forwards)
         ):
             return None
         lora, scalings = [], []
@@ -122,25 +164,21 @@ class WholeLayer:
             lora += [a, b["weight"]]
             scalings.append(factors[name])
         biases = [module._parameters["bias"] for module in self._linears]
-        return decoder_layer(
-            hidden,
-            position_embeddings,
-            *cache.one_more(),
-            attention_mask,
-            norms,
-            [recompute.eps_of(module) for module in self._norms],
-            weights,
-            [self._none if bias is None else bias for bias in biases],
-            lora,
-            self._places,
-            scalings,
-            self._streams,
-            attention.scaling,
-        )
+        return dtype, {
+            "norms": norms,
+            "eps": [recompute.eps_of(module) for module in self._norms],
+            "weights": weights,
+            "biases": [self._none if bias is None else bias for bias in biases],
+            "lora": lora,
+            "places": self._places,
+            "scalings": scalings,
+            "streams": self._streams,
+            "scaling": self.attention.scaling,
+        }
 
-    def instead(self, rows: Callable[[], int]) -> Callable[..., Any]:
-        """A forward in place of the layer's own. ``rows()`` are those of all streams in a step of
-        one token each, 0 where it is no such step."""
+    def instead(self, rows: Callable[[], int], parts: Sequence[Forward]) -> Callable[..., Any]:
+        """A forward in place of the layer's own, which has its modules' ``parts`` then. ``rows()``
+        are those of all streams in a step of one token each, 0 where it is no such step."""
         own: Callable[..., Any] = self.layer.forward
 
         @functools.wraps(own)  # its signature is asked for
@@ -149,7 +187,8 @@ class WholeLayer:
                 made = self(hidden_states, count, **kwargs)
                 if made is not None:
                     return made
-            return own(hidden_states, *args, **kwargs)
+            with replaced(parts):
+                return own(hidden_states, *args, **kwargs)
 
         return forward
 
@@ -199,6 +238,7 @@ def is_exact(whole: WholeLayer, rows: int) -> bool:
         mask = torch.ones(rows, 1, 1, 4, dtype=torch.bool)
         mask[-1, ..., :2] = False
         results = []
+        whole.refresh()
         for function in (whole.layer.forward, lambda x, **given: whole(x, rows, **given)):
             cache = DynamicCache()
             grow_in_place(cache)

@@ -31,9 +31,9 @@ def calls(monkeypatch):
     """The rows of each layer that was one operation."""
     seen, operation = [], whole_layers.decoder_layer
 
-    def counted(hidden, *args):
+    def counted(hidden, *args, **given):
         seen.append(len(hidden))
-        return operation(hidden, *args)
+        return operation(hidden, *args, **given)
 
     monkeypatch.setattr(whole_layers, "decoder_layer", counted)
     return seen
