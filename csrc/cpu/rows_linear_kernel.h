@@ -69,13 +69,15 @@ inline typename D::V load_padded(const T* p, int64_t n) {
 }
 
 constexpr int kRowsW = 4;  // rows of W in a tile
-constexpr int kMostNear = 3;  // rows of x
+constexpr int kMostNear = 3;               // rows of x
+constexpr int64_t kFirstCache = 32 << 10;  // bytes, of AMD's cores
 
 // What a tile fetches on its way for a later one: `step` bytes in each of its strips, for the tile
 // after the next, to the second cache: beside the rows of x the first one has no room, and too few
-// misses under way at a time. On AMD's cores up to kMostNear rows are so quick that they catch up
-// with that. There the next tile is fetched instead (NEAR), to the first cache, a line behind
-// each load, in the order of addresses: in the order of the loads it is as slow as none.
+// misses under way at a time. On AMD's cores up to kMostNear rows of bfloat16 are so quick that
+// they catch up with that. There the next tile is fetched instead (NEAR), if the first cache has
+// room for two and the rows of x: into that, a line behind each load, in the order of addresses;
+// in the order of the loads it is as slow as none.
 struct Ahead {
   const char* at;
   int64_t step;
@@ -165,8 +167,9 @@ void rows_columns(const RowsJob& job, int64_t first, int64_t end) {
   const int64_t groups = (job.x.count + All::kMost - 1) / All::kMost, turns = groups * strips;
   const int64_t bytes = kRowsW * job.w_stride * static_cast<int64_t>(sizeof(T));
   const int64_t fetched = turns > 0 ? (bytes + turns - 1) / turns : 0;
-  const bool near =
-      is_amd() && groups == 1 && job.x.count <= kMostNear && job.w_stride == job.k;
+  const int64_t row_bytes = job.k * static_cast<int64_t>(sizeof(T));
+  const bool near = is_amd() && sizeof(T) == 2 && groups == 1 && job.x.count <= kMostNear &&
+                    job.w_stride == job.k && (2 * kRowsW + job.x.count) * row_bytes <= kFirstCache;
   const int64_t tiles_ahead = near ? 1 : 2;
   for (int64_t o = first; o < end; o += kRowsW) {
     const int count = static_cast<int>(end - o < kRowsW ? end - o : kRowsW);
