@@ -71,9 +71,9 @@ class WholeLayer:
                 module = module.base_layer
             self._linears.append(module)
         self._streams = len(names) if self._loras else 1
-        replaced = [self.attention, parts["mlp"], *self._norms]
-        self._forwards = [(vars(module), vars(module)["forward"]) for module in replaced]
-        seen = {*replaced, *(products[name] for name in PRODUCTS), *self._linears}
+        fused = [self.attention, parts["mlp"], *self._norms]
+        self._forwards = [(vars(module), vars(module)["forward"]) for module in fused]
+        seen = {*fused, *(products[name] for name in PRODUCTS), *self._linears}
         self._hooks = [h for m in seen for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._none = torch.empty(0)
         self._found: tuple[torch.dtype, dict[str, Any]] | None = None  # see `_look_up`
@@ -238,7 +238,6 @@ def is_exact(whole: WholeLayer, rows: int) -> bool:
         mask = torch.ones(rows, 1, 1, 4, dtype=torch.bool)
         mask[-1, ..., :2] = False
         results = []
-        whole.refresh()
         for function in (whole.layer.forward, lambda x, **given: whole(x, rows, **given)):
             cache = DynamicCache()
             grow_in_place(cache)
