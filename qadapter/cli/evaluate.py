@@ -152,17 +152,18 @@ def _anchors(
     model: Any, tokenizer: Any, trained: dict[str, Any], options: argparse.Namespace
 ) -> tuple[list[Any], str]:
     """Tokenised, and where they are from; of the file that training made, those it held out."""
-    from qadapter.text.anchors import load_anchors
+    from qadapter.text.anchors import different, load_anchors
     from qadapter.text.tokenization import eos_token_ids
     from qadapter.training.anchored import TEXTS_NAME
     from qadapter.training.anchors import AnchorSet, anchor_texts
+    from qadapter.training.preparation import check_anchors
 
     own = Path(options.adapter) / TEXTS_NAME
     given = options.anchors
     held_out = own.exists() and (given is None or Path(given).resolve() == own.resolve())
     if given is None and not held_out:
         return [], ""
-    rows = load_anchors(str(own) if held_out else given)
+    rows = list(different(load_anchors(str(own) if held_out else given)))
     if not held_out:
         rows = rows[: options.max_examples]
     texts = anchor_texts(
@@ -175,6 +176,7 @@ def _anchors(
         eos_token_ids=eos_token_ids(model, tokenizer),
         base=model.base_fingerprint,
     )
+    check_anchors(texts, model.hf_model, tokenizer)
     if not held_out:
         return texts, str(given)
     chosen = AnchorSet(texts[: trained.get("anchor_count")])

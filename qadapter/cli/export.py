@@ -115,6 +115,7 @@ def _texts(options: argparse.Namespace, weights: dict[str, float]) -> tuple[Any,
     from qadapter.text.tokenization import eos_token_ids
     from qadapter.training.anchors import anchor_texts
     from qadapter.training.export_check import Adapters
+    from qadapter.training.preparation import check_anchors
 
     dtype = torch.float32 if options.dtype == "auto" else options.dtype
     adapters = Adapters(weights, options.base_model, dtype)
@@ -128,6 +129,7 @@ def _texts(options: argparse.Namespace, weights: dict[str, float]) -> tuple[Any,
         eos_token_ids=eos_token_ids(adapters.base, tokenizer),
         base=fingerprint(adapters.base),
     )
+    check_anchors(texts, adapters.base, tokenizer)
     return adapters, texts
 
 

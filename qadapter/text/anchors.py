@@ -3,7 +3,9 @@
 Every state of an anchor counts, whoever wrote the text: KL(base || policy) there is exact.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +18,8 @@ from qadapter.text.tokenization import PromptTooLongError, tokenize_preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class Anchor(NamedTuple):
@@ -77,6 +81,26 @@ def anchor_row(record: Any, place: str) -> dict[str, Any]:
         found = ", ".join(map(str, row)) or "nothing"
         raise RowError(place, f"expected one of the fields {', '.join(FIELDS)}; found: {found}")
     return row
+
+
+def different(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of `anchor_row` without those that are an anchor there was: the pairs of a prompt often
+    share their chosen answer, and what is held out of training must not be in it under another
+    number."""
+    seen, left_out = set(), 0
+    for index, row in enumerate(rows):
+        if row.get("text") is not None:
+            what: Any = row["text"]
+        else:
+            what = _parts(row, f"anchor {index}") if has_answer(row) else only_prompt(row)
+        key = json.dumps([what, bool(row.get("truncated"))], sort_keys=True, default=str)
+        if key in seen:
+            left_out += 1
+        else:
+            seen.add(key)
+            yield row
+    if left_out:
+        logger.warning("Left out %d anchors that were there already.", left_out)
 
 
 def has_answer(row: Mapping[str, Any]) -> bool:
@@ -168,6 +192,7 @@ __all__ = [
     "Anchor",
     "PromptTooLongError",
     "anchor_row",
+    "different",
     "has_answer",
     "load_anchors",
     "only_prompt",

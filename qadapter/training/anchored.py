@@ -1,7 +1,8 @@
 """What `QAdapterTrainer` does with anchors: loading, measuring, the coefficient, the strength."""
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 
 from qadapter import files
 from qadapter.model import sharded
-from qadapter.text.anchors import anchor_row, has_answer, only_prompt
+from qadapter.text.anchors import anchor_row, different, has_answer, only_prompt
 from qadapter.text.prompts import prompt_row
 from qadapter.text.tokenization import eos_token_ids
 from qadapter.training import processes, strength
@@ -29,6 +30,7 @@ from qadapter.training.anchors import (
 )
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.kept_base import KeptBase
+from qadapter.training.preparation import check_anchors
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,14 @@ class AnchoredTraining(KeptBase):
             raise ValueError(
                 "anchor_dataset: has no effect without anchor_coef above 0 or a kl_budget"
             )
+        if isinstance(anchor_dataset, str | Path | Mapping):
+            what = type(anchor_dataset).__name__
+            if isinstance(anchor_dataset, Mapping):
+                what += " of " + ", ".join(map(str, anchor_dataset))
+            raise TypeError(
+                f"anchor_dataset: expected rows, as a Dataset or a list of them, got a {what} "
+                "(qadapter.text.anchors.load_anchors reads files)"
+            )
         self.anchor_dataset = anchor_dataset
         self.anchor_control = AnchorControl(self.args.anchor_coef, self.args.kl_budget)
 
@@ -70,6 +80,7 @@ class AnchoredTraining(KeptBase):
                 eos_token_ids=eos_token_ids(own, tokenizer),
                 base=own.base_fingerprint,
             )
+            check_anchors(texts, own.hf_model, tokenizer)
             made = AnchorSet(texts[: args.anchor_count])
             if plain:
                 dtype = self._autocast_dtype
@@ -91,8 +102,15 @@ class AnchoredTraining(KeptBase):
     def _anchor_rows(self) -> list[dict[str, Any]]:
         """Given ones; prompts among them, and nothing at all, are for the base to answer."""
         args = self.args
-        given = [] if self.anchor_dataset is None else list(self.anchor_dataset)
-        rows = [anchor_row(one, f"anchor {i}") for i, one in enumerate(given[: args.anchor_count])]
+        given = () if self.anchor_dataset is None else self.anchor_dataset
+        # One by one: a stream may have no end.
+        every = different(anchor_row(one, f"anchor {i}") for i, one in enumerate(given))
+        rows = list(itertools.islice(every, args.anchor_count))
+        if next(every, None) is not None:
+            logger.warning(
+                "anchors: the first %d different ones are taken of those given (anchor_count)",
+                len(rows),
+            )
         prompts = [row for row in rows if not has_answer(row)]
         if rows and not prompts:
             return rows

@@ -1,7 +1,7 @@
 """From what a user hands to the trainer to what it trains on: the model, the data, the collator."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from qadapter.model import packed_attention
+from qadapter.model import packed_attention, sharded
 from qadapter.model.modeling import QAdapterModel
+from qadapter.text.anchors import Anchor
 from qadapter.text.collator import PreferenceCollator
 from qadapter.text.data import prepare_dataset
 from qadapter.text.forms import TOKEN_COLUMNS
@@ -157,17 +158,18 @@ def prepare(
 # What a model has no embedding for: an IndexError deep inside, or a stopped GPU.
 
 
-def _limits(model: QAdapterModel, tokenizer: Any) -> tuple[int | None, int | None]:
+def _limits(model: Any, tokenizer: Any) -> tuple[int | None, int | None]:
     """(tokens that a text may have, ids that there are); None where nothing can be amiss."""
-    vocab = model.vocab_size
+    vocab = sharded.vocab_rows(model)
     return position_limit(model), vocab if len(tokenizer) > vocab else None
 
 
-def position_limit(model: QAdapterModel) -> int | None:
-    """Positions of a model that looks them up in a table; None for one that computes them."""
+def position_limit(model: Any) -> int | None:
+    """Positions of a transformers model that looks them up in a table; None for one that computes
+    them."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    words = model.hf_model.get_input_embeddings()
-    tables = [m for m in model.hf_model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
     # Some have a few rows more, for padding.
     if limit is not None and any(limit <= t.num_embeddings <= limit + 8 for t in tables):
         return int(limit)
@@ -176,7 +178,7 @@ def position_limit(model: QAdapterModel) -> int | None:
 
 def check_fit(dataset: Dataset, model: QAdapterModel, tokenizer: Any, what: str) -> None:
     """ValueError for the first tokenised pair that the model has no positions or no ids for."""
-    limits = _limits(model, tokenizer)
+    limits = _limits(model.hf_model, tokenizer)
     if limits == (None, None):
         return
     for index, row in enumerate(_token_columns(dataset)):
@@ -187,7 +189,7 @@ def _checked_stream(
     stream: IterableDataset, model: QAdapterModel, tokenizer: Any, what: str
 ) -> IterableDataset:
     """`check_fit` of each pair as it comes."""
-    limits = _limits(model, tokenizer)
+    limits = _limits(model.hf_model, tokenizer)
     if limits == (None, None):
         return stream
 
@@ -198,20 +200,35 @@ def _checked_stream(
     return stream.map(check, with_indices=True)
 
 
+def check_anchors(anchors: Sequence[Anchor], model: Any, tokenizer: Any) -> None:
+    """The same of tokenised anchors, and of a transformers model."""
+    limits = _limits(model, tokenizer)
+    if limits == (None, None):
+        return
+    for number, anchor in enumerate(anchors):
+        _check_tokens(len(anchor.ids), max(anchor.ids), limits, f"tokenised anchor {number}")
+
+
 def _token_columns(dataset: Dataset) -> Iterator[dict[str, Any]]:
     yield from dataset.select_columns(list(TOKEN_COLUMNS))
 
 
 def _check_row(row: Mapping[str, Any], limits: tuple[int | None, int | None], where: str) -> None:
-    positions, vocab = limits
     prompt = row["prompt_ids"]
     length = len(prompt) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    largest = max(max(row[column], default=0) for column in TOKEN_COLUMNS)
+    _check_tokens(length, largest, limits, where)
+
+
+def _check_tokens(
+    length: int, largest: int, limits: tuple[int | None, int | None], where: str
+) -> None:
+    positions, vocab = limits
     if positions is not None and length > positions:
         raise ValueError(
             f"{where} has {length} tokens, but the model has positions for {positions}: "
             f"max_length={positions} cuts longer ones"
         )
-    largest = max(max(row[column], default=0) for column in TOKEN_COLUMNS)
     if vocab is not None and largest >= vocab:
         raise ValueError(
             f"{where} has the token id {largest}, but the model's embedding has {vocab} rows: the "

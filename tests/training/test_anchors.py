@@ -3,10 +3,11 @@ training with them resumes exactly."""
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from qadapter import QAdapterConfig, QAdapterModel, QAdapterTrainer, reference
 from qadapter.training import strength
@@ -274,6 +275,65 @@ def test_prompts_are_answered_by_the_base_and_nothing_given_is_made_by_it(tmp_pa
     own = trainer(tmp_path / "b", tiny_tokenizer, anchor_count=7, **common)
     assert len(own.anchors.anchors) == 7
     assert len((tmp_path / "b" / "out" / "anchors.jsonl").read_text().splitlines()) == 7
+
+
+def test_what_is_there_twice_counts_once(tmp_path, tiny_tokenizer, caplog):
+    """Else the held-out tenth would be trained on under other numbers."""
+    rows, run = anchor_rows(12), {"anchor_coef": 1.0}
+    twice = [row for row in rows for _ in range(2)]
+    once = trainer(tmp_path / "a", tiny_tokenizer, anchors=rows, **run).anchors.anchors
+    assert trainer(tmp_path / "b", tiny_tokenizer, anchors=twice, **run).anchors.anchors == once
+    assert "Left out 12 anchors that were there already" in caplog.text
+    # Pairs of one prompt and one chosen answer.
+    pairs = [
+        {"prompt": "what is a cat", "chosen": chosen, "rejected": rejected}
+        for chosen, rejected in (("the cat", "a dog"), ("the cat", "a bird"), ("the bird", "a dog"))
+    ]
+    made = trainer(tmp_path / "c", tiny_tokenizer, anchors=pairs, **run).anchors.anchors
+    assert len(made) == len(set(made)) == 2
+    few = trainer(tmp_path / "d", tiny_tokenizer, anchors=twice, anchor_count=5, **run)
+    assert few.anchors.anchors == once[:5]
+    assert "the first 5 different ones are taken" in caplog.text
+
+
+def test_a_stream_of_anchors(tmp_path, tiny_tokenizer):
+    def without_end():
+        while True:
+            yield from anchor_rows(12)
+
+    run = trainer(tmp_path, tiny_tokenizer, anchors=anchor_rows(7), anchor_coef=1.0)
+    want = run.anchors.anchors
+    streamed = trainer(tmp_path, tiny_tokenizer, anchors=anchor_rows(7), anchor_coef=1.0)
+    streamed.args.anchor_count = 7
+    streamed.anchor_dataset = IterableDataset.from_generator(without_end)
+    assert streamed.anchors.anchors == want
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ("conversations.jsonl", "a str"),
+        (Path("conversations.jsonl"), "a PosixPath"),
+        (DatasetDict(train=Dataset.from_list(anchor_rows(2))), "a DatasetDict of train"),
+    ],
+)
+def test_what_is_no_rows_is_refused(tmp_path, tiny_tokenizer, given, what):
+    config = QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, kl_budget=0.1, report_to="none")
+    with pytest.raises(TypeError, match=rf"anchor_dataset: expected rows, .* got {what} "):
+        QAdapterTrainer(make_model(), config, processing_class=tiny_tokenizer, anchor_dataset=given)
+
+
+def test_anchors_that_the_model_has_no_positions_or_ids_for(tmp_path, tiny_tokenizer):
+    long = [{"text": " ".join(WORDS[(i + j) % 30] for j in range(300))} for i in range(2)]
+    run = trainer(tmp_path, tiny_tokenizer, model=make_model("gpt2"), anchors=long, anchor_coef=1.0)
+    with pytest.raises(ValueError, match=r"tokenised anchor 0 has 300 tokens, .* for 256"):
+        run.anchors  # noqa: B018
+    larger = copy.deepcopy(tiny_tokenizer)
+    larger.add_tokens([f"<new-{i}>" for i in range(100)])
+    rows = [{"text": text} for text in ("what is", "the cat", "what is <new-99>")]
+    run = trainer(tmp_path, larger, anchors=rows, anchor_coef=1.0)
+    with pytest.raises(ValueError, match=r"tokenised anchor 2 has the token id .* 97 rows"):
+        run.anchors  # noqa: B018
 
 
 def test_a_stream_of_pairs(tmp_path, tiny_tokenizer):
