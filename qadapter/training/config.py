@@ -153,6 +153,12 @@ class QAdapterConfig(TrainingArguments):
         if self.kl_budget is not None:
             checks.number("kl_budget", self.kl_budget, above=0.0)
         checks.number("anchors_per_pair", self.anchors_per_pair, above=0.0)
+        for name in ("anchors_per_pair", "anchor_count", "anchor_tokens"):
+            changed = getattr(self, name) != self.__dataclass_fields__[name].default
+            if changed and not self.anchored:
+                raise ValueError(
+                    f"{name}: has no effect without anchor_coef above 0 or a kl_budget"
+                )
         for name, least in (("anchor_count", 2), ("anchor_tokens", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)!r}")

@@ -237,6 +237,10 @@ def test_bad_input(tmp_path, tiny_tokenizer):
             QAdapterConfig(output_dir="x", use_cpu=True, **{name: value})
     with pytest.raises(ValueError, match="anchor_coef: expected 0 or more"):
         QAdapterConfig(output_dir="x", use_cpu=True, anchor_coef=-1.0)
+    for name, value in (("anchors_per_pair", 1.0), ("anchor_count", 64), ("anchor_tokens", 32)):
+        with pytest.raises(ValueError, match=f"{name}: has no effect without anchor_coef"):
+            QAdapterConfig(output_dir="x", use_cpu=True, **{name: value})
+        QAdapterConfig(output_dir="x", use_cpu=True, kl_budget=0.1, **{name: value})
     with pytest.raises(ValueError, match="anchor_dataset: has no effect"):
         trainer(tmp_path, tiny_tokenizer, anchors=anchor_rows())
     with pytest.raises(ValueError, match="at least 2"):
