@@ -138,6 +138,10 @@ def _checked(options: argparse.Namespace) -> float | None:
     strength = sampling.given_strength(options.strength, _blend(options))
     if strength is not None and not 0 < strength < float("inf"):
         raise ValueError(f"--strength: expected more than 0 (which is the base), got {strength:g}")
+    for name, least in (("batch_size", 1), ("max_length", 2)):
+        if getattr(options, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option}: expected {least} or more, got {getattr(options, name)}")
     if options.plot is not None:
         if Path(options.plot).suffix not in PLOTS or Path(options.plot).is_dir():
             raise ValueError(f"--plot: expected a {', '.join(PLOTS)} file, got {options.plot}")

@@ -55,6 +55,16 @@ def _refuse(get: Any) -> None:
         raise ValueError(f"cache_implementation: expected one of {known}, got {cache!r}")
 
 
+def _check_numbers(get: Any) -> None:
+    """What transformers takes for something else, without a word."""
+    for name in ("max_new_tokens", "max_length", "num_return_sequences"):
+        if get(name) is not None:
+            checks.whole(name, get(name))
+    top_p = get("top_p")
+    if get("do_sample") and top_p is not None and not 0 < checks.number("top_p", top_p) <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+
+
 def check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab: int) -> None:
     """ValueError unless they are prompts, padded on the left, of ids below ``vocab``."""
     checks.tensor("input_ids", input_ids, 2, (torch.int64, torch.int32))
@@ -112,8 +122,11 @@ def generate(
         checks.rows("seed", seed, batch, seed.device, "input_ids")
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ValueError(f"seed: expected None, an int or an int64 tensor [B], got {seed!r}")
+    elif isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer of at most 64 bits, got {seed!r}")
     setting = _settings(streams.hf_model, generation_kwargs)
     _refuse(setting)
+    _check_numbers(setting)
     if output_logprobs and not setting("return_dict_in_generate"):
         raise ValueError("output_logprobs: expected return_dict_in_generate=True with it")
     _stop_strings(generation_kwargs, setting("stop_strings"), tokenizer)

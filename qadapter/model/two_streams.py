@@ -15,6 +15,7 @@ from qadapter import functional as QF
 from qadapter.model import locking, packed_attention, values
 from qadapter.model.sharded import vocab_rows
 from qadapter.model.trainer_hooks import TrainerHooks
+from qadapter.ops import checks
 from qadapter.outputs import (
     AnchoredValues,
     BaseMoments,
@@ -88,6 +89,7 @@ class TwoStreamForward(TrainerHooks):
             `TwoStreamLogits` of [N, V]; with ``actions``, `TwoStreamValues`; with ``anchors`` too,
             `AnchoredValues`.
         """
+        checks.tensor("input_ids", input_ids, 2, (torch.int64, torch.int32))
         with locking.alone(self.hf_model):
             input_ids = self._with_known_padding(input_ids, attention_mask)
             given = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}

@@ -1,6 +1,7 @@
 """Argument checks of the public functions: what can be told without reading a tensor's values."""
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ def number(name: str, value: Any, *, above: float | None = None) -> float:
     if above is not None and not value > above:
         raise ValueError(f"{name}: expected a number above {above:g}, got {value!r}")
     return float(value)
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}")
+    return int(value)
 
 
 def composition(alpha_0: float, alpha_tilde: float, center: float) -> tuple[float, float, float]:

@@ -75,8 +75,12 @@ def prepare_dataset(
             if isinstance(dataset, dict) and dataset
             else ""
         )
-        raise TypeError(f"expected a datasets.Dataset, found {type(dataset).__name__}{hint}")
+        if isinstance(dataset, str | os.PathLike):
+            hint = " (load_preference_data reads files)"
+        raise TypeError(f"dataset: expected a datasets.Dataset, found {type(dataset).__name__}{hint}")
     streams = isinstance(dataset, IterableDataset)
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError("dataset: expected one pair or more, found no rows")
     # A stream may know its columns only from its rows.
     columns = dataset.column_names or list(next(iter(dataset), ()))
     if {*TOKEN_COLUMNS, *FLAG_COLUMNS} <= set(columns):
@@ -149,6 +153,4 @@ def _without_dropped(prepared: Dataset, max_length: int) -> Dataset:
             )
         bad.log(total, "the data set")
         prepared = prepared.select(kept)
-    if not total:
-        raise ValueError("no pairs left")
     return prepared.remove_columns(["reason", "message"])

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qadapter.ops import checks
 from qadapter.text.answers import Answer, answer, derived_seed
 from qadapter.text.messages import is_unfinished, message_list, render
 from qadapter.text.prompts import checked_seed, prompt_ids, prompt_row, prompt_text
@@ -111,8 +112,7 @@ def make_anchors(
         ("max_prompt_tokens", max_prompt_tokens),
         ("batch_size", batch_size),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
+        checks.whole(name, value)
     seed = checked_seed(seed, "seed")
     source = _source(tokenizer, prompts)
     maker = _Maker(model, tokenizer, source, seed, max_new_tokens, max_prompt_tokens)

@@ -160,8 +160,7 @@ class QAdapterConfig(TrainingArguments):
                     f"{name}: has no effect without anchor_coef above 0 or a kl_budget"
                 )
         for name, least in (("anchor_count", 2), ("anchor_tokens", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)!r}")
+            checks.whole(name, getattr(self, name), least)
         for weight in self.data_weights or ():
             checks.number("data_weights", weight, above=0.0)
         checks.choice("data_stopping_strategy", self.data_stopping_strategy, STOPPING)
@@ -169,8 +168,7 @@ class QAdapterConfig(TrainingArguments):
             raise ValueError("data_stopping_strategy: has no effect without data_weights")
         checks.choice("value_at", self.value_at, ("next", "same"))
         checks.choice("length_norm", self.length_norm, ("response", "none"))
-        if self.max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
+        checks.whole("max_length", self.max_length, 2)
 
     @property
     def anchored(self) -> bool:

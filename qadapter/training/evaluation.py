@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from qadapter import functional as QF
 from qadapter.model.modeling import QAdapterModel
 from qadapter.model.values import BothStreams
+from qadapter.ops import checks
 from qadapter.outputs import ResidualValues
 from qadapter.text.collator import collate_sequences
 from qadapter.text.data import load_responses, prepare_dataset
@@ -182,6 +183,11 @@ def prepare(
     model: QAdapterModel, tokenizer: Any, dataset: Dataset, max_length: int, drop: bool
 ) -> Dataset:
     """Tokenised; ValueError for what the model has no position or embedding for."""
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            "dataset: expected a datasets.Dataset, whose rows can be counted, got a stream"
+        )
+    checks.whole("max_length", max_length, 2)
     prepared = prepare_dataset(
         dataset,
         tokenizer,
@@ -197,6 +203,7 @@ def batches(
     prepared: Dataset, columns: Sequence[str], batch_size: int, pad: int, progress: bool
 ) -> Any:
     """Batches of examples of like length, so that little of them is padding."""
+    checks.whole("batch_size", batch_size)
     rows = list(prepared)
     rows.sort(key=lambda row: len(row["prompt_ids"]) + max(len(row[f"{c}_ids"]) for c in columns))
     starts = range(0, len(rows), batch_size)

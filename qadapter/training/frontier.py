@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qadapter.model.modeling import QAdapterModel
+from qadapter.ops import checks
 from qadapter.text.anchors import Anchor
 from qadapter.text.collator import PreferenceCollator
 from qadapter.text.tokenization import pad_token_id
@@ -47,6 +48,7 @@ def text_kl(
     progress: bool = True,
 ) -> TextKL:
     """KL in the states of texts, at each of ``compositions`` (as `QAdapterModel.composition`)."""
+    checks.whole("batch_size", batch_size)
     model.eval()
     collate = PreferenceCollator(pad_token_id(tokenizer, model))
     sums = torch.zeros(len(compositions), len(texts), dtype=torch.float64)

@@ -121,11 +121,14 @@ def test_the_anchors_of_the_training_are_those_it_held_out(report, folder, tiny_
         (("--anchors", "other.jsonl"), "hidden_size"),
         (("--anchors", "none.jsonl"), "none.jsonl"),
         (("--strength", "0"), "--strength: expected more than 0 (which is the base), got 0"),
+        (("--batch-size", "0"), "--batch-size: expected 1 or more, got 0"),
+        (("--max-length", "1"), "--max-length: expected 2 or more, got 1"),
         (("--plot", "picture"), "--plot: expected a .png, .svg, .pdf file, got "),
     ],
 )
 def test_bad_options_are_named(report, folder, capsys, options, message):
     name, value = options
-    assert report(name, value if name == "--strength" else folder / value) is None
+    is_file = name in ("--anchors", "--plot")
+    assert report(name, folder / value if is_file else value) is None
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("qadapter: error: ") and message in error

@@ -222,6 +222,12 @@ def test_bad_arguments(base_dir, tmp_path):
         QAdapterModel.from_pretrained(base_dir, alpha_0=0.01)
 
 
+@pytest.mark.parametrize("ids", [[[3, 4]], torch.tensor([3, 4]), torch.ones(1, 2), "hello"])
+def test_what_is_no_batch_of_ids(ids):
+    with pytest.raises(ValueError, match="input_ids: expected a 2-D int64 or int32 tensor"):
+        make_model()(ids)
+
+
 def test_fingerprint_ignores_the_adapter():
     plain = fingerprint(make_base("llama"))
     assert fingerprint(make_model("llama").hf_model) == plain

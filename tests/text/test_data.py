@@ -350,6 +350,11 @@ def test_prepare_dataset_errors():
     dataset = datasets.Dataset.from_list([PAIR])
     with pytest.raises(TypeError, match=r"DatasetDict; choose a split, such as data\['train'\]"):
         prepare_dataset(datasets.DatasetDict(train=dataset), TOKENIZER)
+    with pytest.raises(TypeError, match=r"dataset: expected .* found str .load_preference_data"):
+        prepare_dataset("pairs.jsonl", TOKENIZER)
+    for empty in (dataset.select([]), prepare_dataset(dataset, TOKENIZER).select([])):
+        with pytest.raises(ValueError, match="dataset: expected one pair or more, found no rows"):
+            prepare_dataset(empty, TOKENIZER)
     with pytest.raises(ValueError, match=r"missing column\(s\) rejected; found: prompt, chosen"):
         prepare_dataset(dataset.remove_columns("rejected"), TOKENIZER)
 

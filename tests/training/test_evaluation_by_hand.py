@@ -201,6 +201,25 @@ def test_an_id_without_an_embedding(tmp_path, tiny_tokenizer):
         evaluation.evaluate_preferences(model, tokenizer, data, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected an integer of 1 or more, got 0"),
+        ({"batch_size": 1.5}, "batch_size: expected an integer"),
+        ({"max_length": 1}, "max_length: expected an integer of 2 or more"),
+        ({"dataset": Dataset.from_list(preference_rows(2)).to_iterable_dataset()}, "got a stream"),
+        ({"dataset": Dataset.from_list(preference_rows(2)).select([])}, "found no rows"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(tiny_tokenizer, given, message):
+    from qadapter.training import evaluation
+
+    given = {"dataset": Dataset.from_list(preference_rows(2)), "progress": False, **given}
+    for evaluate in (evaluation.evaluate_preferences, evaluation.evaluate_forgetting):
+        with pytest.raises((ValueError, TypeError), match=message):
+            evaluate(make_model(), tiny_tokenizer, **given)
+
+
 def test_answers_of_a_tokenizer_with_a_padding_token_of_its_own():
     from qadapter import QAdapterModel
     from qadapter.text.answers import answer
