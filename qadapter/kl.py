@@ -67,7 +67,9 @@ def base_moments(
     actions = torch.full((hidden.shape[0],), -100, device=hidden.device)
     like = torch.float64 if torch.float64 in (hidden.dtype, head.dtype) else torch.float32
     nothing = torch.zeros(hidden.shape[0], dtype=like, device=hidden.device)
-    checks.linear_statistics(None, hidden, head, actions, bias, nothing, nothing, 0.0)
+    checks.linear_statistics(
+        None, hidden, head, actions, bias, nothing, nothing, 0.0, q_name="base_hidden"
+    )
 
     def lse_and_row(hidden: Tensor, head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         # One stream alone: with alpha_0 = center = 0 the value is its logsumexp.
@@ -132,6 +134,9 @@ def kl_to_base(
     checks.tensor("q_hidden", q_hidden, 2, checks.LOGIT_DTYPES)
     checks.tensor("value", value, 1, (torch.float32, torch.float64))
     checks.rows("value", value, q_hidden.shape[0], q_hidden.device, "q_hidden")
+    if not isinstance(moments, BaseMoments):
+        what = type(moments).__name__
+        raise ValueError(f"moments: expected `BaseMoments`, as base_moments gives, got {what}")
     for name in ("lse", "mean_logit", "mean_bias"):
         field = checks.tensor(f"moments.{name}", getattr(moments, name), 1, (value.dtype,))
         checks.rows(f"moments.{name}", field, q_hidden.shape[0], q_hidden.device, "q_hidden")

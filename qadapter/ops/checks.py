@@ -182,6 +182,7 @@ def linear_statistics(
     base_lse: Tensor | None,
     base_logp: Tensor | None,
     m: float,
+    q_name: str = "q_hidden",
 ) -> None:
     """The tensor arguments that linear_residual_values and linear_qadapter_loss share."""
     tensor("q_hidden", q_hidden, 2, LOGIT_DTYPES)
@@ -198,7 +199,7 @@ def linear_statistics(
     if weight.shape[1] != dim or weight.shape[0] == 0 or dim == 0 or weight.device != device:
         raise ValueError(
             f"weight: expected [V, {dim}] on {device} with at least one row and column, to fit "
-            f"q_hidden ({_describe(q_hidden)}), got {_describe(weight)}"
+            f"{q_name} ({_describe(q_hidden)}), got {_describe(weight)}"
         )
     _frozen("weight", weight)
     if bias is not None:

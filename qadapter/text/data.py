@@ -77,7 +77,9 @@ def prepare_dataset(
         )
         if isinstance(dataset, str | os.PathLike):
             hint = " (load_preference_data reads files)"
-        raise TypeError(f"dataset: expected a datasets.Dataset, found {type(dataset).__name__}{hint}")
+        raise TypeError(
+            f"dataset: expected a datasets.Dataset, found {type(dataset).__name__}{hint}"
+        )
     streams = isinstance(dataset, IterableDataset)
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError("dataset: expected one pair or more, found no rows")

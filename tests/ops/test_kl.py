@@ -162,12 +162,14 @@ def test_bad_input():
     value = torch.zeros(4)
     with pytest.raises(ValueError, match="base_hidden: expected a 2-D"):
         QF.base_moments(base[0], weight)
-    with pytest.raises(ValueError, match="weight: expected"):
+    with pytest.raises(ValueError, match=r"weight: expected .*, to fit base_hidden"):
         QF.base_moments(base, weight[:, :3])
     with pytest.raises(ValueError, match="bias: expected"):
         QF.base_moments(base, weight, bias=torch.zeros(3))
     with pytest.raises(ValueError, match="value: expected 4 rows"):
         QF.kl_to_base(value[:3], q, moments)
+    with pytest.raises(ValueError, match=r"moments: expected `BaseMoments`, .*, got tuple"):
+        QF.kl_to_base(value, q, tuple(moments))
     with pytest.raises(ValueError, match=r"moments\.lse: expected 4 rows"):
         QF.kl_to_base(value, q, moments.rows(slice(3)))
     with pytest.raises(ValueError, match=r"moments\.mean_row: expected the shape"):
