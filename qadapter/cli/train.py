@@ -118,7 +118,8 @@ def train(argv: Sequence[str]) -> int:
     if start is not None:
         folders = (_peek(arguments, name) for name in ("--output", "--output_dir", "--output-dir"))
         return launching.run(start, next(filter(None, folders), None))
-    parser = HfArgumentParser(kinds, prog="qadapter train")
+    usage = "%(prog)s --model MODEL --data PAIRS --output FOLDER [options]; all: --help"
+    parser = HfArgumentParser(kinds, prog="qadapter train", usage=usage)
     if any(a.split("=")[0] == "--output" for a in arguments) and any(
         a.split("=")[0] in ("--output_dir", "--output-dir") for a in arguments
     ):
@@ -139,12 +140,16 @@ def train(argv: Sequence[str]) -> int:
     if config.do_eval and options.eval_data is None:
         raise ValueError("--do_eval, --eval_strategy: give held-out pairs by --eval_data")
 
+    if options.anchor_data and not config.anchored:
+        raise ValueError("--anchor-data: has no effect without --kl-budget or --anchor-coef")
+
     dataset = mixture.load(options, config.data_weights)
     held_out = None
     if options.eval_data:
         configs = options.data_config or []
         one = configs[0] if len(configs) == 1 else None  # each of a mixture has its own
         held_out = load_pairs(options.eval_data, options.eval_split, one, options)
+    anchors = load_anchors(options.anchor_data) if options.anchor_data else None
     source = resolve_model(options.model)
     lora = _lora_config(options)
     if is_adapter_folder(source):
@@ -158,7 +163,6 @@ def train(argv: Sequence[str]) -> int:
         parts = [_usable(model, config, one, "training") for one in mixture.parts(dataset)]
         dataset = parts if config.data_weights else parts[0]
         held_out = held_out and _usable(model, config, held_out, "evaluation")
-    anchors = load_anchors(options.anchor_data) if options.anchor_data else None
     trainer = QAdapterTrainer(
         model, config, train_dataset=dataset, eval_dataset=held_out, anchor_dataset=anchors
     )

@@ -59,7 +59,8 @@ def check_same(row: dict[str, Any], settings: dict[str, Any], place: str) -> Non
     ]
     if changed:
         raise ValueError(
-            f"{place}: made with other settings: {', '.join(changed)}; take those, or another file"
+            f"{place}: made with other settings: {', '.join(changed)}; take those, "
+            "delete the file, or take another"
         )
 
 

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "anchor_state.json"
 MEASURED = 2  # held-out anchors whose KL is measured after an update
+FEW = 5  # held-out anchors whose interval says little
 TEXTS_NAME = "anchors.jsonl"
 ANSWERS_NAME = "anchor-answers.jsonl"  # where some anchors were given whole: not all of them
 
@@ -193,6 +194,12 @@ class AnchoredTraining(KeptBase):
             return
         own, chosen = self._own, self.anchors
         counts = torch.tensor([chosen.anchors[number].states for number in chosen.held_out])
+        if len(counts) < FEW:
+            logger.warning(
+                "kl_budget: measured on %d held-out anchors, which say little; take more of them "
+                "(anchor_count)",
+                len(counts),
+            )
         with sharded.whole_head(own):
             found = strength.within_budget(self._kl_at_strength(), counts, budget)
         found = processes.of_first(found, self.accelerator)

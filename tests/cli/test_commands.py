@@ -235,12 +235,24 @@ def test_several_epochs_tell_of_the_cache(files, capsys, options, said):
         (["--do-eval"], "--do_eval, --eval_strategy: give held-out pairs"),
         (["--label-smoothing-factor", "0.1"], "label_smoothing_factor: not supported"),
         (["--bf16-full-eval"], "bf16_full_eval: not supported"),
+        (["--anchor-data", "a.jsonl"], "--anchor-data: has no effect without --kl-budget"),
+        (["--anchors-per-pair", "2"], "anchors_per_pair: has no effect without anchor_coef"),
+        (["--kl-budget", "0.1", "--anchor-data", "no/a.jsonl"], "no such file: no/a.jsonl"),
     ],
 )
 def test_options_without_effect_are_refused(files, capsys, options, message):
+    """Before the base is loaded, which may take minutes."""
     assert train(files, *options) == 2
-    assert message in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert message in err and "base in" not in out
     assert not (files / "out").exists()
+
+
+def test_what_is_no_number_is_said_in_a_few_lines(files, capsys):
+    with pytest.raises(SystemExit):
+        train(files, "--kl-budget", "little")
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) <= 3 and "invalid float value: 'little'" in said[-1]
 
 
 @pytest.mark.parametrize("option", ["--lora-r", "--lora-alpha", "--lora-dropout"])
