@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qadapter import functional as QF
+from qadapter.ops import checks
 from qadapter.outputs import PreferenceLoss
 
 
@@ -28,6 +29,8 @@ class QAdapterLoss(nn.Module):
         length_norm: str = "response",
     ) -> None:
         super().__init__()
+        checks.composition(alpha_0, alpha_tilde, center)
+        checks.preference(gamma, reg_coef, bt_scale, value_at, length_norm)
         self.alpha_0, self.alpha_tilde, self.center = alpha_0, alpha_tilde, center
         self.gamma, self.reg_coef, self.bt_scale = gamma, reg_coef, bt_scale
         self.value_at, self.length_norm = value_at, length_norm
@@ -83,6 +86,8 @@ class QAdapterLinearLoss(QAdapterLoss):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        checks.head(logit_scale, logit_softcap)
+        checks.chunk(chunk_size, memory_mib)
         self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
         self.chunk_size, self.memory_mib = chunk_size, memory_mib
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ PROBE_SIZE = 32
 
 def resolve_model(name: str | Path) -> str:
     """A path or Hub id as a string; "smollm2" becomes the packaged model's folder."""
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"expected the name or the folder of a model, got {name!r}")
     if str(name) == "smollm2" and not Path("smollm2").exists():
         from qadapter.model.packaged import packaged_model
 

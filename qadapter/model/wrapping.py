@@ -58,6 +58,9 @@ def _ids_of_refused_settings(source: str, kwargs: dict[str, Any]) -> GenerationC
 
 
 def add_lora(base: PreTrainedModel, lora_config: LoraConfig | None) -> PeftModel:
+    if not isinstance(base, PreTrainedModel):
+        what = type(base).__name__
+        raise ValueError(f"base: expected a transformers model (PreTrainedModel), got {what}")
     config = lora_config
     if config is None:
         # On every linear layer but the head: docs/quality.md, "Settings".

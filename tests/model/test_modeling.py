@@ -222,6 +222,16 @@ def test_bad_arguments(base_dir, tmp_path):
         QAdapterModel.from_pretrained(base_dir, alpha_0=0.01)
 
 
+@pytest.mark.parametrize("given", [None, "smollm2", torch.nn.Linear(2, 2)])
+def test_what_is_no_model(given):
+    with pytest.raises(ValueError, match="base: expected a transformers model"):
+        QAdapterModel.from_base(given)
+    with pytest.raises(ValueError, match=r"expected a peft\.PeftModel"):
+        QAdapterModel(given)
+    with pytest.raises(ValueError, match="expected the name or the folder of a model, got 3"):
+        QAdapterModel.from_pretrained(3)
+
+
 @pytest.mark.parametrize("ids", [[[3, 4]], torch.tensor([3, 4]), torch.ones(1, 2), "hello"])
 def test_what_is_no_batch_of_ids(ids):
     with pytest.raises(ValueError, match="input_ids: expected a 2-D int64 or int32 tensor"):

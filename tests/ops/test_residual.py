@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 import qadapter
-from qadapter import QAdapterLoss, reference
+from qadapter import QAdapterLinearLoss, QAdapterLoss, reference
 from qadapter import functional as QF
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -314,6 +314,12 @@ def test_schemas_fakes_and_autograd(device):
 def test_compiles_without_graph_breaks(device, dtype, dynamic):
     base, adapter, actions = (x.to(device) for x in case(8, 65, dtype))
     ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    for name, value in (("alpha_tilde", 0.0), ("reg_coef", "a"), ("value_at", "here")):
+        for kind in (QAdapterLoss, QAdapterLinearLoss):
+            with pytest.raises(ValueError, match=f"{name}: expected"):
+                kind(**{name: value})
+    with pytest.raises(ValueError, match="chunk_size: expected"):
+        QAdapterLinearLoss(chunk_size=-1)
     module = QAdapterLoss(alpha_0=0.7, bt_scale=3.0)
 
     def step(logits):
