@@ -6,7 +6,6 @@ Every state of an anchor counts, whoever wrote the text: KL(base || policy) ther
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qadapter.text import readers
@@ -49,7 +48,7 @@ def load_anchors(path_or_id: Source) -> list[dict[str, Any]]:
         FileNotFoundError: the name looks like a path, and there is nothing there.
         ValueError: a row of none of these forms, with file and line; no rows.
     """
-    sources = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
+    sources = readers.as_list(path_or_id)
     name = " ".join(map(str, sources))
     files = readers.find_files(sources)
     records: list[tuple[str, Any]] = []

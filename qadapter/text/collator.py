@@ -56,12 +56,8 @@ class PreferenceCollator:
         sequences = []
         for column in ("chosen", "rejected"):
             for feature in features:
-                prompt, response = list(feature["prompt_ids"]), list(feature[f"{column}_ids"])
-                if not prompt or not response:
-                    raise ValueError(f"a pair without a token in its prompt or in '{column}_ids'")
-                sequences.append(
-                    (prompt, response, bool(feature.get(f"{column}_truncated", False)))
-                )
+                prompt, response, truncated = tokens_of(feature, column)
+                sequences.append((list(prompt), list(response), truncated))
         shape = self.pad_token_id, self.pad_to_multiple_of
         if not anchors:
             return collate_sequences(sequences, *shape)
@@ -77,6 +73,22 @@ class PreferenceCollator:
         for name, stop in (("rows", pair_rows), ("actions", pair_rows), ("cu_seqlens", count + 1)):
             batch[name] = batch[name][:stop]
         return batch
+
+
+def tokens_of(
+    feature: Mapping[str, Any], column: str
+) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """Prompt and response of a tokenised pair, and whether the response was cut."""
+    name = f"{column}_ids"
+    if "prompt_ids" not in feature or name not in feature:
+        raise ValueError(
+            f"features: expected tokenised pairs, with prompt_ids and {name}, as prepare_dataset "
+            f"makes them, got {', '.join(map(str, feature)) or 'nothing'}"
+        )
+    prompt, response = tuple(feature["prompt_ids"]), tuple(feature[name])
+    if not prompt or not response:
+        raise ValueError(f"a pair without a token in its prompt or in '{name}'")
+    return prompt, response, bool(feature.get(f"{column}_truncated", False))
 
 
 def collate_sequences(

@@ -63,7 +63,7 @@ def load_preference_data(
         ValueError: a row that cannot be used (with file and line number), text that is not UTF-8,
             missing columns (with those found), no rows.
     """
-    sources = [path_or_id] if isinstance(path_or_id, str | Path) else list(path_or_id)
+    sources = readers.as_list(path_or_id)
     name = " ".join(map(str, sources))
     files = readers.find_files(sources)
     if files is None:

@@ -7,7 +7,7 @@ import torch
 
 from qadapter.model import packed_attention
 from qadapter.text.anchors import Anchor
-from qadapter.text.collator import IGNORE_ACTION
+from qadapter.text.collator import IGNORE_ACTION, tokens_of
 
 
 class PackedPreferenceCollator:
@@ -38,7 +38,7 @@ class PackedPreferenceCollator:
     ) -> dict[str, Any]:
         # (prompt, states behind it, actions) of the chosen, then of the rejected
         sequences = [
-            (tuple(feature["prompt_ids"]), *_response(feature, column))
+            _states_and_actions(*tokens_of(feature, column))
             for column in ("chosen", "rejected")
             for feature in features
         ]
@@ -107,11 +107,10 @@ def _unique(rows: list[int], actions: list[int]) -> dict[str, torch.Tensor]:
     return {"unique_rows": torch.tensor(unique), "unique_index": torch.tensor(index)}
 
 
-def _response(feature: Mapping[str, Any], column: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens behind the prompt that are states, and the action of every row."""
-    response = tuple(feature[f"{column}_ids"])
-    if not feature["prompt_ids"] or not response:
-        raise ValueError(f"a pair without a token in its prompt or in '{column}_ids'")
-    if feature.get(f"{column}_truncated", False):
-        return response, (*response, IGNORE_ACTION)
-    return response[:-1], response
+def _states_and_actions(
+    prompt: tuple[int, ...], response: tuple[int, ...], truncated: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The prompt, the tokens behind it that are states, and the action of every row."""
+    if truncated:
+        return prompt, response, (*response, IGNORE_ACTION)
+    return prompt, response[:-1], response

@@ -9,7 +9,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,18 @@ def kind_of(path: Path, suffixes: Sequence[str] = FILE_SUFFIXES) -> str:
             f"and those that are text compressed as {', '.join(COMPRESSED)}"
         )
     return kind
+
+
+def as_list(given: Any) -> list[str | Path]:
+    """One name, or several."""
+    if isinstance(given, str | Path):
+        return [given]
+    several = list(given) if isinstance(given, Iterable) else [given]
+    for one in several:
+        if not isinstance(one, str | Path):
+            what = "expected a file, a folder, a name on the Hub, or a list of files"
+            raise TypeError(f"{what}, got {one!r:.80}")
+    return several
 
 
 def find_files(names: Sequence[str | Path]) -> list[Path] | None:

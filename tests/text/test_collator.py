@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qadapter.text.collator import PreferenceCollator
+from qadapter.text.packing import PackedPreferenceCollator
 from qadapter.text.tokenization import tokenize_preference
 from tests.text.chat_tokenizer import EOS, PAIR, TOKENIZER, decode
 from tests.text.tokenized_pairs import PAIRS
@@ -75,8 +76,12 @@ def test_collator_refuses():
     with pytest.raises(ValueError, match="at least 1"):
         PreferenceCollator(0, 0)
     good = tokenize_preference(PAIR, TOKENIZER)
-    with pytest.raises(ValueError, match="rejected_ids"):
-        PreferenceCollator(0)([good | {"rejected_ids": []}])
+    for collate in (PreferenceCollator(0), PackedPreferenceCollator()):
+        with pytest.raises(ValueError, match="without a token in its prompt or in 'rejected_ids'"):
+            collate([good | {"rejected_ids": []}])
+        raw = "features: expected tokenised pairs, .* got prompt, chosen, rejected"
+        with pytest.raises(ValueError, match=raw):
+            collate([PAIR])
 
 
 def test_from_text_to_rows():

@@ -127,6 +127,9 @@ def test_several_files(tmp_path, write, monkeypatch):
         load_preference_data([one, "gone.jsonl"])
     with pytest.raises(ValueError, match="owner/name: among several, each must be a file"):
         load_preference_data([one, "owner/name"])
+    for given in (None, 3, [{"prompt": "a"}]):
+        with pytest.raises(TypeError, match="expected a file, a folder, a name on the Hub"):
+            load_preference_data(given)
     with pytest.raises(ValueError, match="no files"):
         load_preference_data([])
     # What one file lacks would be filled with None.
