@@ -13,7 +13,11 @@ from qadapter.text.bad_rows import RowError
 from qadapter.text.forms import pair
 from qadapter.text.loading import Source, load_table
 from qadapter.text.messages import message_list
-from qadapter.text.tokenization import PromptTooLongError, tokenize_preference
+from qadapter.text.tokenization import (
+    PromptTooLongError,
+    open_text_ids,
+    tokenize_preference,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,7 +150,7 @@ def tokenize_anchor(
     if text is not None:
         if not isinstance(text, str) or not text:
             raise RowError(where, f"text: expected a text, got {text!r}")
-        ids = list(tokenizer(text).input_ids)[:max_length]
+        ids = open_text_ids(tokenizer, text, [tokenizer.eos_token_id])[:max_length]
         if not ids:
             raise RowError(where, "text: no token in it")
         return Anchor(tuple(ids), 0)

@@ -16,7 +16,7 @@ from qadapter.text import readers
 from qadapter.text.bad_rows import RowError
 from qadapter.text.forms import messages_from_json
 from qadapter.text.messages import checked_text, is_unfinished, message_list, render
-from qadapter.text.tokenization import pad_token_id
+from qadapter.text.tokenization import open_text_ids, pad_token_id
 
 Prompt = str | list[dict[str, Any]]
 SUFFIXES = (*readers.FILE_SUFFIXES, ".txt")
@@ -204,12 +204,13 @@ def prompt_ids(
 ) -> list[int]:
     """Token ids of one prompt, with one BOS at most. ValueError if there are none."""
     text = prompt_text(tokenizer, prompt, system, chat)
-    # A template writes its own BOS.
-    special = not (chat and tokenizer.chat_template is not None)
-    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if chat and tokenizer.chat_template is not None:  # which writes its own BOS
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        ids = open_text_ids(tokenizer, text, [tokenizer.eos_token_id])
     if not ids:
         raise ValueError("the prompt has no tokens")
-    return list(ids)
+    return ids
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, torch.Tensor]:

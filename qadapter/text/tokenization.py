@@ -115,9 +115,7 @@ def _encode(
     where: str,
 ) -> tuple[list[int], dict[str, list[int]]]:
     if isinstance(prompt, str):
-        own = _one_bos(tokenizer(prompt).input_ids, tokenizer)
-        if own and own[-1] in eos and not prompt.endswith(_text(tokenizer, own[-1])):
-            own = own[:-1]  # a tokenizer that closes every text by itself
+        own = open_text_ids(tokenizer, prompt, eos)
         whole = {
             c: _one_bos(tokenizer(prompt + text).input_ids, tokenizer)
             for c, text in responses.items()
@@ -161,6 +159,17 @@ def _encode(
             "The common part is used as the prompt."
         )
     return own[:n], whole
+
+
+def open_text_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, eos: Iterable[int | None]
+) -> list[int]:
+    """Ids of a text that something follows: with one BOS at most, and without the end that some
+    tokenizers write behind every text."""
+    ids = _one_bos(tokenizer(text).input_ids, tokenizer)
+    if ids and ids[-1] in eos and not text.endswith(_text(tokenizer, ids[-1])):
+        ids = ids[:-1]
+    return ids
 
 
 def _parsed(example: Mapping[str, Any], column: str, where: str) -> Any:

@@ -42,6 +42,16 @@ def make_tokenizer(
     return tokenizer
 
 
+def closing_tokenizer(**options):
+    """Writes <s> before and <|im_end|> behind every text."""
+    tokenizer = make_tokenizer(**options)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|im_end|>", special_tokens=[("<s>", 0), ("<|im_end|>", end)]
+    )
+    return tokenizer
+
+
 TOKENIZER = make_tokenizer()
 BOS_TOKENIZER = make_tokenizer(bos=True)
 EOS = TOKENIZER.eos_token_id

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qadapter.text.anchors import Anchor, has_answer, load_anchors, tokenize_anchor
+from tests.text.chat_tokenizer import closing_tokenizer
 
 ASKED = [{"role": "user", "content": "what is the cat"}]
 SAID = [{"role": "assistant", "content": "it is red"}]
@@ -49,6 +50,13 @@ def test_text(tiny_tokenizer):
     anchor = tokenize_anchor({"text": "the cat sat"}, tiny_tokenizer)
     assert anchor == Anchor(tuple(tiny_tokenizer("the cat sat").input_ids), 0)
     assert anchor.states == 3
+
+
+def test_text_of_a_tokenizer_that_closes_every_text():
+    tokenizer = closing_tokenizer()
+    assert (
+        tokenizer.decode(list(tokenize_anchor({"text": "the sky"}, tokenizer).ids)) == "<s>the sky"
+    )
 
 
 def test_files(tmp_path):

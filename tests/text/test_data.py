@@ -7,7 +7,6 @@ import warnings
 
 import datasets
 import pytest
-from tokenizers import processors
 
 from qadapter.text import tokenization
 from qadapter.text.data import load_preference_data, prepare_dataset
@@ -19,6 +18,7 @@ from tests.text.chat_tokenizer import (
     TEMPLATE,
     TOKENIZER,
     assistant,
+    closing_tokenizer,
     decode,
     make_tokenizer,
     user,
@@ -193,12 +193,8 @@ def test_bos_alone_is_a_prompt():
 
 
 def test_tokenizer_that_closes_every_text():
-    core = make_tokenizer()
-    core.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A <|im_end|>", special_tokens=[("<s>", 0), ("<|im_end|>", EOS)]
-    )
     out = tokenize_preference(
-        {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}, core
+        {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}, closing_tokenizer()
     )
     assert decode(out["prompt_ids"] + out["chosen_ids"]) == "<s>the sky is blue<|im_end|>"
 

@@ -7,7 +7,14 @@ import datasets
 import pytest
 
 from qadapter.text.prompts import encode_prompts, prompt_ids, prompt_row, prompt_text, read_prompts
-from tests.text.chat_tokenizer import TEMPLATE, TOKENIZER, assistant, make_tokenizer, user
+from tests.text.chat_tokenizer import (
+    TEMPLATE,
+    TOKENIZER,
+    assistant,
+    closing_tokenizer,
+    make_tokenizer,
+    user,
+)
 
 QUESTION = [user("what color?")]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": t} for t in ("what ", "color?")]}]
@@ -98,6 +105,16 @@ def test_tool_calls():
 def test_an_answer_that_has_begun_goes_on():
     text = prompt_text(TOKENIZER, [*PARTS, assistant([{"type": "text", "text": "the sky"}])])
     assert text.endswith("<|im_start|>assistant\nthe sky")
+
+
+def test_a_prompt_goes_on_behind_a_tokenizer_that_closes_every_text():
+    for tokenizer, chat in ((closing_tokenizer(template=None), True), (closing_tokenizer(), False)):
+        ids = prompt_ids(tokenizer, "the sky", chat=chat)
+        assert tokenizer.decode(ids) == "<s>the sky"
+        assert tokenizer.decode(prompt_ids(tokenizer, "<s>the sky", chat=chat)) == "<s>the sky"
+        # Where the text itself ends so, it is the user's.
+        closed = prompt_ids(tokenizer, "the sky<|im_end|>", chat=chat)
+        assert tokenizer.decode(closed).startswith("<s>the sky<|im_end|>")
 
 
 def test_a_template_that_refuses():
