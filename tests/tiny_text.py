@@ -32,6 +32,14 @@ def word_tokenizer():
     return tokenizer
 
 
+def template_with_variables():
+    """A chat template that writes the names of tools, and "very" where ``loud`` is set."""
+    return (
+        "{% for t in tools or [] %}{{ t['name'] + ' ' }}{% endfor %}"
+        "{% if loud is defined and loud %}{{ 'very ' }}{% endif %}"
+    ) + word_tokenizer().chat_template
+
+
 def preference_rows(count: int = 12) -> list[dict]:
     """Pairs in message format: chosen answers are short, rejected ones long, of varying length."""
     subjects = ["cat", "dog", "bird", "tree", "house"]

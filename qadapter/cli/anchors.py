@@ -37,7 +37,7 @@ def anchors(options: argparse.Namespace) -> int:
     if options.prompts is not None:
         from qadapter.text.prompts import read_prompts
 
-        prompts = [row.prompt for row in read_prompts(options.prompts)]
+        prompts = [row.asked for row in read_prompts(options.prompts)]
     count = options.count
     if count is None:
         count = 256 if prompts is None else len(prompts)

@@ -67,6 +67,8 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self.seed = secrets.randbits(53) if options.seed is None else options.seed
         self.turn = 0
+        variables = options.chat_template_kwargs
+        self.template = {"chat_template_kwargs": variables} if variables else {}
 
     def run(self) -> None:
         """Read lines until /quit or the end of the input."""
@@ -226,7 +228,9 @@ class Chat:
         room = float("inf") if limit is None else limit - self.options.max_new_tokens
         dropped = 0
         while True:
-            ids = prompt_ids(self.tokenizer, messages[dropped:], self.options.system)
+            ids = prompt_ids(
+                self.tokenizer, messages[dropped:], self.options.system, template=self.template
+            )
             if len(ids) <= room:
                 break
             users = (i for i in range(dropped + 1, len(messages)) if messages[i]["role"] == "user")

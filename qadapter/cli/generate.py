@@ -144,8 +144,11 @@ class _Maker:
 
     def _encoded(self, row: PromptRow) -> list[int]:
         try:
+            own, general = row.template, self.options.chat_template_kwargs
+            variables = {**general, **own.get("chat_template_kwargs", {})}
+            template = {**own, **({"chat_template_kwargs": variables} if variables else {})}
             ids = prompt_ids(
-                self.tokenizer, row.prompt, self.options.system, not self.options.no_chat
+                self.tokenizer, row.prompt, self.options.system, not self.options.no_chat, template
             )
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from None
@@ -382,7 +385,7 @@ def _settings(
     names = (
         "system", "no_chat", "strength", "alpha_0", "alpha_tilde", "max_new_tokens",
         "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop",
-        "num_return_sequences", "dtype", "seed",
+        "num_return_sequences", "dtype", "seed", "chat_template_kwargs",
     )  # fmt: skip
     prompts = json.dumps([(r.prompt, r.strength, r.seed, r.fields) for r in rows], default=str)
     adapters = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qadapter.composition import RECOMMENDED
+from qadapter.text.messages import template_fields
 from qadapter.text.prompts import checked_seed, checked_strength
 
 FIRST = "default"  # what the model calls the adapter that it was loaded with
@@ -61,8 +62,23 @@ def strength_option(text: str) -> float | str:
         ) from None
 
 
+def template_option(text: str) -> dict[str, Any]:
+    """The type of --chat-template-kwargs."""
+    try:
+        return template_fields({"chat_template_kwargs": text}, "").get("chat_template_kwargs", {})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_sampling(parser: Any, temperature: float, top_p: float) -> None:
     parser.add_argument("--system", help="system message")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=template_option,
+        default={},
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument(
         "--temperature", type=float, default=temperature, help="0 is greedy; default %(default)s"

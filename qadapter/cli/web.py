@@ -137,7 +137,10 @@ def in_process(model: Any, tokenizer: Any, blend: sampling.Blend) -> Answers:
     from qadapter.text.prompts import prompt_ids
 
     def answers(options: argparse.Namespace) -> "tuple[Compared, Compared]":
-        ids = prompt_ids(tokenizer, options.question, options.system or None)
+        variables = options.chat_template_kwargs
+        template = {"chat_template_kwargs": variables} if variables else {}
+        system = options.system or None
+        ids = prompt_ids(tokenizer, options.question, system, template=template)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + options.max_new_tokens > limit:
             raise ValueError(

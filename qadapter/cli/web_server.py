@@ -78,6 +78,7 @@ class Server:
         messages = [{"role": "user", "content": options.question}]
         if options.system:
             messages = [{"role": "system", "content": options.system}, *messages]
+        variables = options.chat_template_kwargs
         return {
             "model": self.model,
             "messages": messages,
@@ -92,6 +93,7 @@ class Server:
             "stream": True,
             "return_token_ids": True,
             "vllm_xargs": {"strength": strength},
+            **({"chat_template_kwargs": variables} if variables else {}),
         }
 
     def _logprobs(self, ids: list[int], last: int, strength: float) -> list[float]:

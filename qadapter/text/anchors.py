@@ -12,7 +12,7 @@ from qadapter.text import readers
 from qadapter.text.bad_rows import RowError
 from qadapter.text.forms import pair
 from qadapter.text.loading import Source, load_table
-from qadapter.text.messages import message_list
+from qadapter.text.messages import TEMPLATE_FIELDS, message_list, template_fields
 from qadapter.text.tokenization import (
     PromptTooLongError,
     open_text_ids,
@@ -96,7 +96,8 @@ def different(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             what: Any = row["text"]
         else:
             what = _parts(row, f"anchor {index}") if has_answer(row) else only_prompt(row)
-        key = json.dumps([what, bool(row.get("truncated"))], sort_keys=True, default=str)
+        more = [bool(row.get("truncated")), *(row.get(name) for name in TEMPLATE_FIELDS)]
+        key = json.dumps([what, *more], sort_keys=True, default=str)
         if key in seen:
             left_out += 1
         else:
@@ -119,7 +120,8 @@ def has_answer(row: Mapping[str, Any]) -> bool:
 
 def only_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     """Of a row without an answer, what `qadapter.text.prompts.prompt_row` reads."""
-    return {name: row[name] for name in ("prompt", "messages", "conversations") if row.get(name)}
+    read = ("prompt", "messages", "conversations", *TEMPLATE_FIELDS)
+    return {name: row[name] for name in read if row.get(name)}
 
 
 def tokenize_anchor(
@@ -160,7 +162,7 @@ def tokenize_anchor(
         )
     prompt, answer = _parts(row, where)
     example = {"prompt": prompt, "chosen": answer, "rejected": answer}
-    example |= {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+    example |= template_fields(row, where)
     tokens = tokenize_preference(
         example, tokenizer, max_length=max_length, eos_token_ids=eos_token_ids, index=index
     )

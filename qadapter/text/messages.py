@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,49 @@ def without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: without_none(v) for k, v in value.items() if v is not None}
     return [without_none(v) for v in value] if isinstance(value, list) else value
+
+
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
+"""What of a row is handed to the chat template."""
+
+_OURS = {
+    *("conversation", "messages", "tools", "chat_template", "tokenize", "return_dict"),
+    *("add_generation_prompt", "continue_final_message"),
+}
+
+
+def template_fields(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """``tools``, a list, and ``chat_template_kwargs``, an object, of a row that has them; each may
+    be JSON as text, as all cells of a CSV file are. RowError for anything else."""
+    found: dict[str, Any] = {}
+    for name, kind, what in zip(
+        TEMPLATE_FIELDS, (list, dict), ("a list", "an object"), strict=True
+    ):
+        value = row.get(name)
+        if isinstance(value, str) and value:
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise RowError(
+                    place, f"'{name}' is not valid JSON: {error}", f"'{name}' is not valid JSON"
+                ) from None
+        value = without_none(value)
+        if not value:
+            continue
+        if not isinstance(value, kind):
+            reason = f"'{name}' is not {what}"
+            raise RowError(place, f"{reason}, but {value!r:.80}", reason)
+        found[name] = value
+    if reserved := _OURS & found.get("chat_template_kwargs", {}).keys():
+        reason = f"'chat_template_kwargs' sets {', '.join(sorted(reserved))}"
+        raise RowError(place, f"{reason}, which follows from the row itself", reason)
+    return found
+
+
+def template_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`template_fields` as keywords of `render`."""
+    tools = fields.get("tools")
+    return {**({"tools": tools} if tools else {}), **fields.get("chat_template_kwargs", {})}
 
 
 def is_unfinished(messages: Sequence[Mapping[str, Any]]) -> bool:

@@ -15,7 +15,14 @@ from qadapter.composition import RECOMMENDED
 from qadapter.text import readers
 from qadapter.text.bad_rows import RowError
 from qadapter.text.forms import messages_from_json
-from qadapter.text.messages import checked_text, is_unfinished, message_list, render
+from qadapter.text.messages import (
+    checked_text,
+    is_unfinished,
+    message_list,
+    render,
+    template_fields,
+    template_options,
+)
 from qadapter.text.tokenization import open_text_ids, pad_token_id
 
 Prompt = str | list[dict[str, Any]]
@@ -27,13 +34,20 @@ PROMPT_FIELDS = ("prompt", "messages", "conversations")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt; ``place`` says where it came from, ``fields`` holds what nothing here reads."""
+    """One prompt; ``place`` says where it came from, ``template`` what the chat template is given
+    (`template_fields`); ``fields`` holds that and what nothing here reads."""
 
     prompt: Prompt
     place: str
     strength: float | str | None = None
     seed: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> Any:
+        """The prompt, as an object with ``template`` where there is any."""
+        return {"prompt": self.prompt, **self.template} if self.template else self.prompt
 
 
 def read_prompts(path: str | Path) -> list[PromptRow]:
@@ -43,8 +57,8 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
     .txt (a prompt a line, empty lines skipped), all of them also compressed, .parquet, .arrow; a
     glob; "-" is stdin, JSON lines if the first begins with {, else text. An object has ``prompt``
     (text, or a list of chat messages), ``messages`` or ``conversations``, and may have ``strength``
-    (a number or "recommended") and ``seed``; its other fields are kept. Messages may be in any form
-    that `message_list` knows.
+    (a number or "recommended"), ``seed``, and ``tools`` and ``chat_template_kwargs`` for the chat
+    template; its other fields are kept. Messages may be in any form that `message_list` knows.
 
     Raises:
         FileNotFoundError: no such file.
@@ -138,6 +152,7 @@ def prompt_row(record: Any, place: str) -> PromptRow:
         else checked_strength(strength, f"{place}: strength"),
         None if seed is None else checked_seed(seed, f"{place}: seed"),
         fields,
+        template_fields(fields, place),
     )
 
 
@@ -167,15 +182,19 @@ def _checked_prompt(prompt: Any, place: str, what: str) -> Prompt:
 
 
 def prompt_text(
-    tokenizer: Any, prompt: Prompt, system: str | None = None, chat: bool = True
+    tokenizer: Any,
+    prompt: Prompt,
+    system: str | None = None,
+    chat: bool = True,
+    template: Mapping[str, Any] | None = None,
 ) -> str:
     """What the model reads: the chat template's text, or the contents joined by line breaks.
 
     A system message of the prompt's own goes before ``system``. If the last message is the
-    assistant's, the answer goes on from it.
+    assistant's, the answer goes on from it. ``template``: as `PromptRow.template`.
 
     Raises:
-        ValueError: not messages, or the chat template refuses them.
+        ValueError: not messages, the chat template refuses them, or there is none for ``template``.
     """
     messages = message_list(
         {"role": "user", "content": prompt} if isinstance(prompt, str) else prompt,
@@ -185,6 +204,8 @@ def prompt_text(
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     if not chat or tokenizer.chat_template is None:
+        if template:
+            raise ValueError(f"{', '.join(template)}: expected a chat template, and none is used")
         if any(message["content"] is None for message in messages):
             raise ValueError("a message that only calls tools needs a chat template")
         return "\n".join(message["content"] for message in messages)
@@ -195,15 +216,20 @@ def prompt_text(
         tokenize=False,
         add_generation_prompt=not unfinished,
         continue_final_message=unfinished,
+        **template_options(template or {}),
     )
     return text
 
 
 def prompt_ids(
-    tokenizer: Any, prompt: Prompt, system: str | None = None, chat: bool = True
+    tokenizer: Any,
+    prompt: Prompt,
+    system: str | None = None,
+    chat: bool = True,
+    template: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of one prompt, with one BOS at most. ValueError if there are none."""
-    text = prompt_text(tokenizer, prompt, system, chat)
+    text = prompt_text(tokenizer, prompt, system, chat, template)
     if chat and tokenizer.chat_template is not None:  # which writes its own BOS
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:

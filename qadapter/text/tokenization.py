@@ -6,14 +6,13 @@ response ends with one end-of-sequence id or is marked as truncated.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qadapter.text.bad_rows import RowError
 from qadapter.text.forms import TOKEN_COLUMNS, pair
-from qadapter.text.messages import is_unfinished, render, without_none
+from qadapter.text.messages import is_unfinished, render, template_fields, template_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,10 +120,7 @@ def _encode(
             for c, text in responses.items()
         }
     else:
-        options = {
-            "tools": _parsed(example, "tools", where) or None,
-            **(_parsed(example, "chat_template_kwargs", where) or {}),
-        }
+        options = template_options(template_fields(example, where))
         firsts = [messages[0] for messages in responses.values()]
         going_on = is_unfinished(prompt) and all(
             first["role"] == "assistant" and first["content"] is not None for first in firsts
@@ -170,19 +166,6 @@ def open_text_ids(
     if ids and ids[-1] in eos and not text.endswith(_text(tokenizer, ids[-1])):
         ids = ids[:-1]
     return ids
-
-
-def _parsed(example: Mapping[str, Any], column: str, where: str) -> Any:
-    """A column that may hold JSON as text, as all cells of a CSV file do."""
-    value = example.get(column)
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowError(
-                where, f"'{column}' is not valid JSON: {error}", f"'{column}' is not valid JSON"
-            ) from None
-    return without_none(value)
 
 
 def _template(

@@ -14,14 +14,20 @@ import json
 import math
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qadapter.ops import checks
 from qadapter.text.answers import Answer, answer, derived_seed
 from qadapter.text.messages import is_unfinished, message_list, render
-from qadapter.text.prompts import checked_seed, prompt_ids, prompt_row, prompt_text
+from qadapter.text.prompts import (
+    PROMPT_FIELDS,
+    checked_seed,
+    prompt_ids,
+    prompt_row,
+    prompt_text,
+)
 from qadapter.text.tokenization import eos_token_ids
 from qadapter.training.anchor_files import append, check_same, read_anchors
 
@@ -89,14 +95,16 @@ def make_anchors(
             keys and values. Texts do not depend on it but for rounding.
         path: a file to which every batch is appended when it is made (JSON lines). What is there
             already is not made again.
-        prompts: texts or lists of messages that the base answers, instead of asking by itself;
+        prompts: texts or lists of messages that the base answers, instead of asking by itself, or
+            objects with ``prompt`` and ``tools`` or ``chat_template_kwargs`` for the chat template;
             repeated ones count once. Answers that are empty are left out.
         progress: whether to show a bar.
 
     Returns:
         ``count`` rows, JSON-able, in the order of their draws: ``messages`` (the question and the
-        answer), or ``text`` of a plain model; ``truncated`` (whether the end was cut, so that it is
-        none); ``draw`` (the number of the draw: others were duplicates or empty);
+        answer), or ``text`` of a plain model; what the prompt's template was given; ``truncated``
+        (whether the end was cut, so that it is none); ``draw`` (the number of the draw: others were
+        duplicates or empty);
         what they depend on: ``source``, ``seed``, ``max_new_tokens``, ``max_prompt_tokens``,
         ``dtype`` and ``base``, the `fingerprint` of the base.
         Fewer, with a warning, where the base repeats itself or says nothing in 4 * count draws.
@@ -174,6 +182,14 @@ def _blocks(
         start += size
 
 
+class _Asked(NamedTuple):
+    """A prompt, its ids, and what its chat template was given (`PromptRow.template`)."""
+
+    prompt: Any
+    ids: list[int]
+    template: dict[str, Any]
+
+
 class _Maker:
     """The base with the settings of a run; makes rows batch by batch."""
 
@@ -188,7 +204,7 @@ class _Maker:
     ) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
-        self.prompts: list[Any] = []
+        self.prompts: list[_Asked] = []
         self.turns = chat_turns(tokenizer)
         self.duplicates = self.empty = 0
         if source == "user header" and self.turns is None:
@@ -242,20 +258,21 @@ class _Maker:
         """The first ``count`` different ones, checked: what does not fit shows at once."""
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"prompts: expected a list of one or more, got {prompts!r:.80}")
-        seen: dict[str, tuple[Any, list[int]]] = {}
+        seen: dict[str, _Asked] = {}
         for number, prompt in enumerate(prompts):
             place = f"prompts[{number}]"
-            checked = prompt_row({"prompt": prompt}, place).prompt
+            is_row = isinstance(prompt, Mapping) and any(name in prompt for name in PROMPT_FIELDS)
+            row = prompt_row(prompt if is_row else {"prompt": prompt}, place)
             try:
-                key = _normal(prompt_text(self.tokenizer, checked))
-                ids = prompt_ids(self.tokenizer, checked)
+                key = _normal(prompt_text(self.tokenizer, row.prompt, template=row.template))
+                ids = prompt_ids(self.tokenizer, row.prompt, template=row.template)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
             if key in seen:
                 self.duplicates += 1
             elif len(seen) < count:
                 self._fits(len(ids) + self.max_new_tokens, f"{place} and max_new_tokens")
-                seen[key] = checked, ids
+                seen[key] = _Asked(row.prompt, ids, row.template)
         self.prompts = list(seen.values())
 
     def block(
@@ -297,13 +314,13 @@ class _Maker:
             max_new_tokens=self.max_prompt_tokens if part == 0 else self.max_new_tokens,
         )
 
-    def _questions(self, draws: Sequence[int], there: dict[int, Any]) -> dict[int, Any]:
-        """Draw to prompt: the messages and their ids, of questions that are new, or of rows that
-        are ``there`` and were of this batch."""
+    def _questions(self, draws: Sequence[int], there: dict[int, Any]) -> dict[int, _Asked]:
+        """Draw to prompt, of questions that are new, or of rows that are ``there`` and were of this
+        batch."""
         assert self.turns is not None
         earlier = {_normal(row["messages"][0]["content"]) for row in there.values()}
         made = self._sampled(draws, [self.first] * len(draws), self.turns.user_end, 0)
-        questions: dict[int, Any] = {}
+        questions: dict[int, _Asked] = {}
         for draw, one in zip(draws, made, strict=True):
             if draw in there:
                 messages = there[draw]["messages"][:1]
@@ -311,24 +328,25 @@ class _Maker:
                 messages = [{"role": "user", "content": text}]
             else:
                 continue
-            questions[draw] = messages, prompt_ids(self.tokenizer, messages)
+            questions[draw] = _Asked(messages, prompt_ids(self.tokenizer, messages), {})
         return questions
 
-    def _answers(self, draws: Sequence[int], prompts: Sequence[Any]) -> dict[int, dict[str, Any]]:
+    def _answers(
+        self, draws: Sequence[int], prompts: Sequence[_Asked]
+    ) -> dict[int, dict[str, Any]]:
         """Draw to the content of its row; empty answers are left out."""
         if not draws:
             return {}
         end = self.turns.answer_end if self.turns is not None else None
-        made = self._sampled(draws, [ids for _, ids in prompts], end, 1)
+        made = self._sampled(draws, [asked.ids for asked in prompts], end, 1)
         contents: dict[int, dict[str, Any]] = {}
-        for draw, one, (prompt, _) in zip(draws, made, prompts, strict=True):
+        for draw, one, asked in zip(draws, made, prompts, strict=True):
             text = _whole_characters(one)
             if not text.strip():
                 self.empty += 1
                 continue
-            contents[draw] = self._joined(prompt, text) | {
-                "truncated": one.finish_reason == "length"
-            }
+            cut = {"truncated": one.finish_reason == "length"}
+            contents[draw] = {**self._joined(asked.prompt, text), **asked.template, **cut}
         return contents
 
     def _joined(self, prompt: Any, text: str) -> dict[str, Any]:

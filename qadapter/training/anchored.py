@@ -115,9 +115,7 @@ class AnchoredTraining(KeptBase):
         prompts = [row for row in rows if not has_answer(row)]
         if rows and not prompts:
             return rows
-        asked = [
-            prompt_row(only_prompt(row), f"anchor {i}").prompt for i, row in enumerate(prompts)
-        ]
+        asked = [prompt_row(only_prompt(row), f"anchor {i}").asked for i, row in enumerate(prompts)]
         name = TEXTS_NAME if len(prompts) == len(rows) else ANSWERS_NAME
         made = make_anchors(
             self._own,

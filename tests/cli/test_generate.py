@@ -10,6 +10,7 @@ from qadapter.cli import generate, main
 from qadapter.text.answers import derived_seed
 from qadapter.text.prompts import encode_prompts
 from tests.tiny_models import save_two_adapters
+from tests.tiny_text import template_with_variables, word_tokenizer
 
 ROWS = [
     {"prompt": "tell me about the cat", "id": "a", "source": {"page": 3}},
@@ -55,6 +56,41 @@ def read(path):
 
 def last_error(capsys):
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_what_the_chat_template_is_given(tmp_path, capsys):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template_with_variables()
+    folder = save_two_adapters(tmp_path, tokenizer)
+    loud, quiet = ({"chat_template_kwargs": {"loud": value}} for value in (True, False))
+    rows = [{"prompt": "why"}, {"prompt": "why", **loud}, {"prompt": "why", **quiet}]
+    write(tmp_path / "in.jsonl", rows)
+
+    def answers(*options):
+        command = ["generate", "--adapter", str(folder / "one"), "--max-new-tokens", "6"]
+        files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+        assert main([*command, *files, *options]) == 0
+        return read(tmp_path / "out.jsonl")
+
+    def prompted(text):
+        model = QAdapterModel.from_pretrained(folder / "one")
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        made = model.generate(
+            ids, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
+        return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+    want = {loud: prompted(f"{'very ' * loud}<u> why </s> <b>") for loud in (False, True)}
+    assert want[False] != want[True]
+    said = [row["response"] for row in answers()]
+    assert said == [want[False], want[True], want[False]]
+    made = answers("--chat-template-kwargs", '{"loud": true}')
+    assert [row["response"] for row in made] == [want[True], want[True], want[False]]
+    assert made[1]["chat_template_kwargs"] == {"loud": True}
+    for given in ("{loud", "[1]", '{"tokenize": true}'):
+        with pytest.raises(SystemExit):
+            answers("--chat-template-kwargs", given)
+        assert "--chat-template-kwargs: " in last_error(capsys)
 
 
 SAMPLED = ("--temperature", "1", "--seed", "3")

@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from qadapter.text.prompts import encode_prompts, prompt_ids, prompt_row, prompt_text, read_prompts
+from qadapter.text.tokenization import tokenize_preference
 from tests.text.chat_tokenizer import (
     TEMPLATE,
     TOKENIZER,
@@ -15,6 +16,7 @@ from tests.text.chat_tokenizer import (
     make_tokenizer,
     user,
 )
+from tests.tiny_text import template_with_variables, word_tokenizer
 
 QUESTION = [user("what color?")]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": t} for t in ("what ", "color?")]}]
@@ -115,6 +117,49 @@ def test_a_prompt_goes_on_behind_a_tokenizer_that_closes_every_text():
         # Where the text itself ends so, it is the user's.
         closed = prompt_ids(tokenizer, "the sky<|im_end|>", chat=chat)
         assert tokenizer.decode(closed).startswith("<s>the sky<|im_end|>")
+
+
+def test_what_the_chat_template_is_given(tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template_with_variables()
+    tools = [{"name": "dog"}]
+    forms = [
+        {"prompt": "why", "tools": tools, "chat_template_kwargs": {"loud": True}, "id": 3},
+        {"prompt": "why", "tools": json.dumps(tools), "chat_template_kwargs": '{"loud": true}'},
+        {"prompt": "why", "tools": None, "chat_template_kwargs": {"loud": None}},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forms))
+    rows = read_prompts(tmp_path / "a.jsonl")
+    assert rows[0].template == rows[1].template
+    assert rows[0].fields == {n: v for n, v in forms[0].items() if n != "prompt"}
+    texts = [tokenizer.decode(prompt_ids(tokenizer, r.prompt, template=r.template)) for r in rows]
+    assert texts == ["dog very <u> why </s> <b>"] * 2 + ["<u> why </s> <b>"]
+    # As training reads them.
+    pair = {**forms[0], "prompt": [user("why")]}
+    pair |= {"chosen": [assistant("no")], "rejected": [assistant("yes")]}
+    assert tokenizer.decode(tokenize_preference(pair, tokenizer)["prompt_ids"]) == texts[0]
+    with pytest.raises(ValueError, match="tools, chat_template_kwargs: expected a chat template"):
+        prompt_ids(tokenizer, "why", chat=False, template=rows[0].template)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"tools": {"name": "dog"}}, "'tools' is not a list, but {'name': 'dog'}"),
+        ({"chat_template_kwargs": [1]}, r"'chat_template_kwargs' is not an object, but \[1\]"),
+        ({"chat_template_kwargs": "{loud"}, "'chat_template_kwargs' is not valid JSON"),
+        (
+            {"chat_template_kwargs": {"tokenize": False}},
+            "sets tokenize, which follows from the row",
+        ),
+    ],
+)
+def test_what_no_chat_template_can_be_given(field, message):
+    with pytest.raises(ValueError, match=f"line 1: .*{message}"):
+        prompt_row({"prompt": "why", **field}, "line 1")
+    pair = {"prompt": [user("why")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
+    with pytest.raises(ValueError, match=f"row 1: .*{message}"):
+        tokenize_preference({**pair, **field}, TOKENIZER, index=1)
 
 
 def test_a_template_that_refuses():

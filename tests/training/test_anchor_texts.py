@@ -9,6 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from qadapter import QAdapterModel
+from qadapter.text.anchors import tokenize_anchor
 from qadapter.text.answers import derived_seed
 from qadapter.text.messages import message_list
 from qadapter.training import anchor_texts
@@ -16,7 +17,7 @@ from qadapter.training.anchor_files import append, read_anchors
 from qadapter.training.anchor_texts import chat_turns, make_anchors
 from tests.text.chat_tokenizer import make_tokenizer
 from tests.tiny_models import make_base, perturb
-from tests.tiny_text import word_tokenizer
+from tests.tiny_text import template_with_variables, word_tokenizer
 
 SHORT = {"max_new_tokens": 16, "max_prompt_tokens": 8, "progress": False}
 
@@ -292,6 +293,20 @@ def test_given_prompts_are_answered(model):
         ids, _ = drawn(model, text, derived_seed(0, 2 * row["draw"] + 1), 16, [2])
         assert row["messages"][-1]["content"] == tokenizer.decode(ids, skip_special_tokens=True)
     assert make_anchors(model, tokenizer, 2, prompts=prompts, **SHORT) == rows[:2]
+
+
+def test_given_prompts_with_something_for_the_template(model):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template_with_variables()
+    loud = {"chat_template_kwargs": {"loud": True}}
+    prompts = ["why", {"prompt": "why", **loud}, {"prompt": "why", **loud}]
+    rows = make_anchors(model, tokenizer, prompts=prompts, **SHORT)
+    assert [row.get("chat_template_kwargs") for row in rows] == [None, {"loud": True}]
+    ids = tokenizer("very <u> why </s> <b>", add_special_tokens=False).input_ids
+    made = tokenize_anchor(rows[1], tokenizer)
+    assert list(made.ids[: made.first + 1]) == ids
+    said, _ = drawn(model, ids, derived_seed(0, 2 * rows[1]["draw"] + 1), 16, [2])
+    assert rows[1]["messages"][-1]["content"] == tokenizer.decode(said, skip_special_tokens=True)
 
 
 def test_given_prompts_of_a_plain_model_and_empty_answers(tmp_path):
