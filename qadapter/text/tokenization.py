@@ -114,6 +114,7 @@ def _encode(
     where: str,
 ) -> tuple[list[int], dict[str, list[int]]]:
     if isinstance(prompt, str):
+        _say_plain(tokenizer, prompt)
         own = open_text_ids(tokenizer, prompt, eos)
         whole = {
             c: _one_bos(tokenizer(prompt + text).input_ids, tokenizer)
@@ -228,6 +229,20 @@ def _end_response(ids: list[int], tokenizer: PreTrainedTokenizerBase, eos: list[
         if ids[position] in eos:
             return ids[: position + 1]
     return [*ids, eos[0]]
+
+
+def _say_plain(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """Plain text is read as it is, whatever a chat model would make of it; and so has to be what is
+    answered later."""
+    message = (
+        "Pairs of plain text are read as they are, without the chat template that this tokenizer "
+        "has: for an adapter that answers chats give messages; one of plain text answers with "
+        "qadapter generate --no-chat."
+    )
+    if tokenizer.chat_template is None or message in _warned:
+        return
+    if not any(token in prompt for token in tokenizer.all_special_tokens):  # no rendered template
+        _warn_once(message)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

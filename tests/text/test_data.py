@@ -199,6 +199,22 @@ def test_tokenizer_that_closes_every_text():
     assert decode(out["prompt_ids"] + out["chosen_ids"]) == "<s>the sky is blue<|im_end|>"
 
 
+def test_plain_text_of_a_chat_model_is_said(monkeypatch):
+    pair = {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}
+    rendered = {**pair, "prompt": TOKENIZER.apply_chat_template([user("why?")], tokenize=False)}
+    for row, tokenizer, told in (
+        (pair, TOKENIZER, True),
+        (pair, make_tokenizer(template=None), False),
+        (PAIR, TOKENIZER, False),
+        (rendered, TOKENIZER, False),
+    ):
+        monkeypatch.setattr(tokenization, "_warned", set())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tokenize_preference(row, tokenizer)
+        assert any("--no-chat" in str(w.message) for w in caught) == told
+
+
 def test_several_eos_ids():
     specials = ("<s>", "<|im_start|>", "<|im_end|>", "<turn>")
     tokenizer = make_tokenizer(
