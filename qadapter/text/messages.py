@@ -115,7 +115,8 @@ TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
 
 _OURS = {
     *("conversation", "messages", "tools", "chat_template", "tokenize", "return_dict"),
-    *("add_generation_prompt", "continue_final_message"),
+    *("add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
 
 
