@@ -259,6 +259,4 @@ def load(
         model.load_adapter(folder, name)
     if torch.cuda.is_available():
         model.to("cuda")
-    own = (Path(first[1]) / "tokenizer_config.json").exists()
-    source = first[1] if own else model.config._name_or_path
-    return model, AutoTokenizer.from_pretrained(source)
+    return model, AutoTokenizer.from_pretrained(model.tokenizer_source)

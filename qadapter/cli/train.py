@@ -208,7 +208,7 @@ def _usable(model: Any, config: Any, dataset: Any, what: str) -> Any:
     from qadapter.text.data import prepare_dataset
     from qadapter.text.tokenization import eos_token_ids
 
-    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_source)
     return prepare_dataset(
         dataset,
         tokenizer,

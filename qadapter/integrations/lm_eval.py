@@ -13,7 +13,6 @@ Both log-likelihoods and generated text are of the policy that `QAdapterModel.ge
 not of the LoRA alone.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,11 +89,7 @@ class QAdapterLM(HFLM):
             own.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         own.eval()
         if tokenizer is None:
-            folder = None if isinstance(pretrained, QAdapterModel) else Path(pretrained)
-            saved = folder is not None and (folder / "tokenizer_config.json").exists()
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder) if saved else own.config._name_or_path
-            )
+            tokenizer = AutoTokenizer.from_pretrained(own.tokenizer_source)
         asked: Any = own.checked_strength(strength) if strength == RECOMMENDED else strength
         # On a command line they come as text.
         knobs = {"strength": asked, "alpha_0": alpha_0, "alpha_tilde": alpha_tilde}

@@ -64,6 +64,7 @@ class QAdapterModel(TwoStreamForward):
         self.peft_model = peft_model
         self._others: dict[str, tuple[PeftConfig, Composition]] = {}
         self._needs: Needs | None = None
+        self._saved_tokenizer: str | None = None
         self.set_composition(alpha_0, alpha_tilde, center)
         self.gamma = checks.number("gamma", gamma)
         self.recommended_strength: float | None = None
@@ -142,6 +143,8 @@ class QAdapterModel(TwoStreamForward):
         peft_model, saved = saving.load(source, base_model, dtype, from_pretrained_kwargs)
         model = cls(peft_model, **{**saved, **composition})
         model.recommended_strength, model.kl_budget = saving.recommendation(source)
+        if (Path(source) / "tokenizer_config.json").exists():
+            model._saved_tokenizer = source
         return model
 
     @classmethod
@@ -267,6 +270,12 @@ class QAdapterModel(TwoStreamForward):
     @property
     def config(self) -> Any:
         return self.hf_model.config
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where its tokenizer is: in the adapter's folder if one was saved there (its chat template
+        may be another), else where the base is."""
+        return self._saved_tokenizer or str(self.config._name_or_path)
 
     @property
     def generation_config(self) -> Any:

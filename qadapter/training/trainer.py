@@ -108,7 +108,7 @@ class QAdapterTrainer(AnchoredTraining):
             model.set_composition(*(n if a is None else a for a, n in zip(asked, now, strict=True)))
         model.gamma = model.gamma if args.gamma is None else args.gamma
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(model.tokenizer_source)
 
         check_training_data(train_dataset, args)
 

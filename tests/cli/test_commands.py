@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qadapter import QAdapterModel
 from qadapter.cli import main
 from qadapter.cli.environment import huge_pages
 from qadapter.text.prompts import encode_prompts
@@ -65,7 +66,17 @@ def test_resume_and_adapter_as_start(files):
     assert train(files, "--max-steps", "6", "--resume") == 0
     state = json.loads((files / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 6
-    assert train(files, "--model", str(files / "out"), "--output", str(files / "out2")) == 0
+    # Training goes on with the tokenizer that the adapter was saved with, as answers do.
+    template = files / "out" / "chat_template.jinja"
+    other = template.read_text().replace("<u> ", "hello <u> ")
+    template.write_text(other)
+    for more in ((), ("--skip-bad-rows",)):
+        onward = ("--model", str(files / "out"), "--output", str(files / "out2"), *more)
+        assert train(files, *onward) == 0
+        assert (files / "out2" / "chat_template.jinja").read_text() == other
+    model = QAdapterModel.from_pretrained(files / "out")
+    assert model.tokenizer_source == str(files / "out")
+    assert QAdapterModel.from_pretrained(files / "base").tokenizer_source == str(files / "base")
 
 
 def test_a_budget_with_anchors_of_ones_own_and_with_the_bases(files, capsys):
