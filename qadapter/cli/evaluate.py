@@ -73,11 +73,13 @@ def evaluate(options: argparse.Namespace) -> int:
     from qadapter.text.tokenization import eos_token_ids
     from qadapter.training import evaluation
 
+    named = str(options.adapter)
     strength = _checked(options)
     data = sampling.load_pairs(options.data, options.split, options.data_config, options)
     data = sampling.head(data, options.max_examples)
     unrelated = sampling.head(evaluation.load_unrelated(options.unrelated), options.max_examples)
-    folders = {sampling.FIRST: sampling.checked_folder(options.adapter)}
+    options.adapter = sampling.checked_folder(options.adapter)
+    folders = {sampling.FIRST: options.adapter}
     sampling.say_recommended(_blend(options), strength is None)
     model, tokenizer = sampling.load(folders, options.base_model, options.dtype)
     if strength is not None:
@@ -98,7 +100,7 @@ def evaluate(options: argparse.Namespace) -> int:
         )
     common = {"batch_size": options.batch_size, "max_length": options.max_length}
     report = {
-        "adapter": str(options.adapter),
+        "adapter": named,
         "data": " ".join(options.data),
         "unrelated": str(options.unrelated or "packaged"),
         "strength": strength,
@@ -134,7 +136,7 @@ def _blend(options: argparse.Namespace) -> sampling.Blend:
 def _checked(options: argparse.Namespace) -> float | None:
     """The strength, None as trained. ValueError for options that cannot be, before any work."""
     if isinstance(options.strength, str):
-        sampling.checked_folder(options.adapter)
+        options.adapter = sampling.checked_folder(options.adapter)
     strength = sampling.given_strength(options.strength, _blend(options))
     if strength is not None and not 0 < strength < float("inf"):
         raise ValueError(f"--strength: expected more than 0 (which is the base), got {strength:g}")

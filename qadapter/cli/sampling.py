@@ -37,7 +37,8 @@ def add_adapters(parser: Any, required: bool = True) -> None:
         action="append",
         required=required,
         metavar="[NAME=]DIR",
-        help="folder of a saved adapter; repeat with a name each to blend several",
+        help="folder of a saved adapter, or its name on the Hub; repeat with a name each to blend "
+        "several",
     )
     parser.add_argument(
         "--weight",
@@ -209,11 +210,9 @@ def load_pairs(data: list[str], split: str, config: str | None, options: Any) ->
 
 
 def checked_folder(folder: str) -> str:
-    from qadapter.model.checkpoint import is_adapter_folder
+    from qadapter.model.checkpoint import adapter_folder
 
-    if not is_adapter_folder(folder):
-        raise ValueError(f"--adapter: {folder} is not the folder of a saved adapter")
-    return folder
+    return adapter_folder(folder, "--adapter")
 
 
 def parse_weights(values: Sequence[str], blend: Blend, what: str) -> dict[str, float]:

@@ -3,29 +3,34 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
 from transformers import AutoConfig
 
 from qadapter import files
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CONFIG_NAME = "qadapter_config.json"
 PROBE_SIZE = 32
 
 
 def resolve_model(name: str | Path) -> str:
-    """A path or Hub id as a string; "smollm2" becomes the packaged model's folder."""
+    """A path or Hub id as a string; "smollm2" becomes the packaged model's folder, the name of an
+    adapter on the Hub that of its files."""
     if not isinstance(name, str | os.PathLike):
         raise ValueError(f"expected the name or the folder of a model, got {name!r}")
     if str(name) == "smollm2" and not Path("smollm2").exists():
         from qadapter.model.packaged import packaged_model
 
         return str(packaged_model("smollm2"))
-    path = Path(name)
+    path = Path(name := from_hub(name))
     if path.is_dir():
         known = ("config.json", "adapter_config.json", CONFIG_NAME)
         if not any((path / file).exists() for file in known):
@@ -33,6 +38,29 @@ def resolve_model(name: str | Path) -> str:
     elif path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
         raise FileNotFoundError(f"{name}: no such folder")
     return str(name)
+
+
+def adapter_folder(given: str | Path, what: str) -> str:
+    """The folder of a saved adapter, or of the files of one that is on the Hub, which are fetched.
+    ValueError, which names ``what`` was given, where it is none."""
+    folder = from_hub(given)
+    if not is_adapter_folder(folder):
+        raise ValueError(f"{what}: {given} is not the folder of a saved adapter")
+    return folder
+
+
+def from_hub(name: str | Path) -> str:
+    """Where the files of an adapter lie that is on the Hub by this name, fetched if need be; the
+    name itself where no such adapter is to be had. Weights in safetensors alone."""
+    if not _HUB_NAME.fullmatch(str(name)) or Path(name).exists():
+        return str(name)
+    try:
+        hf_hub_download(str(name), CONFIG_NAME)
+    except (OSError, EntryNotFoundError, HFValidationError):
+        return str(name)
+    # Checkpoints lie in folders of their own.
+    left_out = ["*/*", "*.bin", "*.pt", "*.pth", "*.pkl"]
+    return str(snapshot_download(str(name), ignore_patterns=left_out))
 
 
 def is_adapter_folder(source: str | Path) -> bool:

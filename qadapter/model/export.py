@@ -21,8 +21,8 @@ from qadapter import files
 from qadapter.composition import RECOMMENDED
 from qadapter.model import lora_files, merging
 from qadapter.model.checkpoint import (
+    adapter_folder,
     check_same_base,
-    is_adapter_folder,
     read_config,
     resolve_model,
 )
@@ -115,10 +115,10 @@ def _checked_weights(adapter: Any) -> dict[str, float]:
         adapter = {adapter: 1.0}
     if not isinstance(adapter, Mapping) or not adapter:
         raise ValueError(f"adapter: expected a folder, or weights by folder, got {adapter!r}")
-    for folder in adapter:
-        if not is_adapter_folder(folder):
-            raise ValueError(f"adapter: {folder} is not the folder of a saved adapter")
-    return {str(f): checks.number(f"adapter[{str(f)!r}]", weight) for f, weight in adapter.items()}
+    return {
+        adapter_folder(folder, "adapter"): checks.number(f"adapter[{str(folder)!r}]", weight)
+        for folder, weight in adapter.items()
+    }
 
 
 def _checked_strength(strength: float | str, weights: Mapping[str, float]) -> float:

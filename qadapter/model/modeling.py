@@ -113,7 +113,7 @@ class QAdapterModel(TwoStreamForward):
 
         Args:
             base_or_adapter_dir: a Hub id or folder of a causal LM, "smollm2" for the packaged
-                model, or a folder that `save_pretrained` wrote.
+                model, or a folder that `save_pretrained` wrote, or the Hub id of one.
             lora_config: LoRA of a new adapter; default r=8, lora_alpha=16, no dropout, on all
                 linear layers but the head. A config without ``target_modules`` takes PEFT's default
                 of the architecture (query and value projections).
@@ -187,7 +187,8 @@ class QAdapterModel(TwoStreamForward):
             self.recommended_strength, self.kl_budget = saving.recommendation(directory)
 
     def load_adapter(self, directory: str | Path, name: str) -> None:
-        """Attach another saved adapter of the same base, for `generate` with ``adapters``.
+        """Attach another saved adapter of the same base, for `generate` with ``adapters``: from a
+        folder or the Hub.
 
         It takes part in nothing else: training, `forward` and saving stay with the model's own.
 

@@ -14,10 +14,10 @@ from qadapter.composition import Composition
 from qadapter.model import adapter_files, quantised, sharded
 from qadapter.model.checkpoint import (
     CONFIG_NAME,
+    adapter_folder,
     base_alias,
     check_same_base,
     fingerprint,
-    is_adapter_folder,
     model_card,
     read_config,
     refuse_resized,
@@ -118,8 +118,7 @@ def attach(
     peft_model: PeftModel, base_fingerprint: dict[str, Any], directory: str | Path, name: str
 ) -> Composition:
     """See `QAdapterModel.load_adapter`; returns how the adapter is composed."""
-    if not is_adapter_folder(str(directory)):
-        raise ValueError(f"directory: {directory} is not the folder of a saved adapter")
+    directory = adapter_folder(directory, "directory")
     if not name or "." in name:
         raise ValueError(f"name: expected a name without dots, got {name!r}")
     if name in peft_model.peft_config:

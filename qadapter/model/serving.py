@@ -78,15 +78,13 @@ def settings(
     Raises:
         ValueError: what does not fit, named.
     """
-    from qadapter.model.checkpoint import is_adapter_folder, read_config
+    from qadapter.model.checkpoint import adapter_folder, read_config
     from qadapter.model.saving import recommendation
 
     if not folders:
         raise ValueError("adapter: expected at least one")
-    for folder in folders.values():
-        if not is_adapter_folder(str(folder)):
-            raise ValueError(f"adapter: {folder} is not the folder of a saved adapter")
-    own = {name: str(Path(folder).resolve()) for name, folder in folders.items()}
+    there = {name: adapter_folder(folder, "adapter") for name, folder in folders.items()}
+    own = {name: str(Path(folder).resolve()) for name, folder in there.items()}
     given = {name: 1.0 if weights is None else weights.get(name, 1.0) for name in own}
     saved = {name: read_config(folder) for name, folder in own.items()}
     trained = {
