@@ -214,6 +214,12 @@ class AnchorControl:
 
     coef <- coef * exp(rate * (KL / budget - 1)), KL a running mean over held-out anchors: the
     adaptive KL controller of PPO (Ziegler et al., arXiv 1909.08593, section 2.2) on its logarithm.
+
+    Args:
+        coef: the fixed coefficient; with a budget where it begins, and the least that it becomes.
+            0 with a budget: it begins at 1 and may fall to 1/1000, where a budget that is not used
+            up leads it.
+        budget: nats a token; None for a fixed coefficient.
     """
 
     RATE, CLIP, MEMORY = 0.2, 1.5, 0.8
@@ -221,7 +227,7 @@ class AnchorControl:
 
     def __init__(self, coef: float, budget: float | None) -> None:
         self.budget = budget
-        self.coef = coef or 1.0
+        self.coef, self.least = coef or 1.0, coef or self.LIMITS[0]
         self.kl: float | None = None
 
     def measured(self, kl: float) -> None:
@@ -229,8 +235,8 @@ class AnchorControl:
         self.kl = kl if self.kl is None else self.MEMORY * self.kl + (1 - self.MEMORY) * kl
         if self.budget is not None:
             error = min(self.kl / self.budget - 1.0, self.CLIP)
-            low, high = self.LIMITS
-            self.coef = min(max(self.coef * math.exp(self.RATE * error), low), high)
+            raised = self.coef * math.exp(self.RATE * error)
+            self.coef = min(max(raised, self.least), max(self.LIMITS[1], self.least))
 
     def state(self) -> dict[str, float | None]:
         return {"coef": self.coef, "kl": self.kl}

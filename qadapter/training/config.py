@@ -92,7 +92,8 @@ class QAdapterConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Weight of KL(base || policy), nats a token, in the states of anchors: texts "
-            "on which the policy shall stay what the base is. With kl_budget, where it begins."
+            "on which the policy shall stay what the base is. With kl_budget, where it begins "
+            "and the least that it becomes."
         },
     )
     kl_budget: float | None = field(

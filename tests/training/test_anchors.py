@@ -172,6 +172,16 @@ def test_the_budget_moves_the_coefficient():
     for _ in range(20):
         control.measured(0.1)
     assert control.coef > 5 * low
+    least = AnchorControl(2.0, 0.02)
+    for _ in range(20):
+        least.measured(0.001)
+    assert least.coef == 2.0
+    for _ in range(20):
+        least.measured(0.1)
+    assert least.coef > 4.0
+    for _ in range(120):
+        control.measured(0.001)
+    assert control.coef == pytest.approx(1e-3)
     fixed = AnchorControl(3.0, None)
     fixed.measured(0.5)
     assert (fixed.coef, fixed.kl) == (3.0, 0.5)
