@@ -67,8 +67,6 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self.seed = secrets.randbits(53) if options.seed is None else options.seed
         self.turn = 0
-        variables = options.chat_template_kwargs
-        self.template = {"chat_template_kwargs": variables} if variables else {}
 
     def run(self) -> None:
         """Read lines until /quit or the end of the input."""
@@ -229,7 +227,10 @@ class Chat:
         dropped = 0
         while True:
             ids = prompt_ids(
-                self.tokenizer, messages[dropped:], self.options.system, template=self.template
+                self.tokenizer,
+                messages[dropped:],
+                self.options.system,
+                template=self.options.chat_template_kwargs,
             )
             if len(ids) <= room:
                 break

@@ -144,9 +144,9 @@ class _Maker:
 
     def _encoded(self, row: PromptRow) -> list[int]:
         try:
-            own, general = row.template, self.options.chat_template_kwargs
-            variables = {**general, **own.get("chat_template_kwargs", {})}
-            template = {**own, **({"chat_template_kwargs": variables} if variables else {})}
+            template = dict(row.template)
+            for name, variables in self.options.chat_template_kwargs.items():
+                template[name] = {**variables, **row.template.get(name, {})}
             ids = prompt_ids(
                 self.tokenizer, row.prompt, self.options.system, not self.options.no_chat, template
             )

@@ -64,9 +64,9 @@ def strength_option(text: str) -> float | str:
 
 
 def template_option(text: str) -> dict[str, Any]:
-    """The type of --chat-template-kwargs."""
+    """The type of --chat-template-kwargs: as `PromptRow.template`."""
     try:
-        return template_fields({"chat_template_kwargs": text}, "").get("chat_template_kwargs", {})
+        return template_fields({"chat_template_kwargs": text}, "")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -137,9 +137,7 @@ def in_process(model: Any, tokenizer: Any, blend: sampling.Blend) -> Answers:
     from qadapter.text.prompts import prompt_ids
 
     def answers(options: argparse.Namespace) -> "tuple[Compared, Compared]":
-        variables = options.chat_template_kwargs
-        template = {"chat_template_kwargs": variables} if variables else {}
-        system = options.system or None
+        system, template = options.system or None, options.chat_template_kwargs
         ids = prompt_ids(tokenizer, options.question, system, template=template)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) + options.max_new_tokens > limit:

@@ -78,7 +78,6 @@ class Server:
         messages = [{"role": "user", "content": options.question}]
         if options.system:
             messages = [{"role": "system", "content": options.system}, *messages]
-        variables = options.chat_template_kwargs
         return {
             "model": self.model,
             "messages": messages,
@@ -93,7 +92,7 @@ class Server:
             "stream": True,
             "return_token_ids": True,
             "vllm_xargs": {"strength": strength},
-            **({"chat_template_kwargs": variables} if variables else {}),
+            **options.chat_template_kwargs,
         }
 
     def _logprobs(self, ids: list[int], last: int, strength: float) -> list[float]:
